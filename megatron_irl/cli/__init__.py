@@ -1,0 +1,150 @@
+"""The command line: parse, check, start ranks, run. Heavy imports wait until a command needs them.
+
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_irl import __version__
+from megatron_irl.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = build_parser().parse_args(arguments)
+    try:
+        return options.run(options, arguments)
+    except UserError as error:
+        _say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        _say("interrupted; start the same command again to resume")
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-irl", description="Reward learning from demonstrations on Megatron-Core."
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-irl {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="run a recipe (or resume its run folder)")
+    train.add_argument("recipe", type=Path, help="YAML recipe")
+    train.add_argument("overrides", nargs="*", help="section.key=value, taken as YAML")
+    train.set_defaults(run=_train)
+
+    plan = commands.add_parser("plan", help="check a recipe and print what it would do")
+    plan.add_argument("recipe", type=Path)
+    plan.add_argument("overrides", nargs="*")
+    plan.set_defaults(run=_plan)
+
+    generate = commands.add_parser("generate", help="sample responses for a file of prompts")
+    _model_options(generate)
+    generate.add_argument("--prompts", type=Path, required=True, help='JSONL of {"prompt": ...}')
+    generate.add_argument("--out", type=Path, required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=1234)
+    generate.set_defaults(run=_generate)
+
+    score = commands.add_parser("score", help="rewards of given responses")
+    _model_options(score)
+    score.add_argument(
+        "--pairs", type=Path, required=True, help='JSONL of {"prompt": ..., "responses": [...]}'
+    )
+    score.add_argument("--out", type=Path, required=True)
+    score.add_argument("--reference", type=Path, help="HF folder of the reference policy (default: "
+                       "the model the run started from)")
+    score.add_argument("--beta", type=float, help="reward scale (default: the run's last)")
+    score.set_defaults(run=_score)
+
+    report = commands.add_parser("report", help="rewrite report.html of a run folder")
+    report.add_argument("folder", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, required=True, help="HF folder or run folder")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
+    parser.add_argument("--data-parallel-size", type=int, default=1)
+    parser.add_argument("--precision", choices=["fp32", "bf16"],
+                        help="default: the run's; for an HF folder bf16 on GPU, fp32 on CPU")
+    parser.add_argument("--chat-template", help="Jinja file or text, if the tokenizer has none")
+
+
+def _train(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.cli.ranks import adopt_environment, run_ranks
+    from megatron_irl.config import check_layout, load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    world_size = adopt_environment()
+    if world_size is None:
+        size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
+        if size > 1:
+            return run_ranks(argv, size)
+    check_layout(recipe, world_size)
+    from megatron_irl.parallel.topology import initialize, shutdown
+    from megatron_irl.train.loop import train
+    from megatron_irl.train.session import read_inputs
+
+    inputs = read_inputs(recipe)
+    if int(os.environ.get("RANK", "0")) == 0:
+        for note in inputs.notes:
+            _say(note)
+    topology = initialize(recipe.parallel, seed=recipe.seed)
+    train(inputs, topology, argv)
+    shutdown()
+    return 0
+
+
+def _plan(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.cli.plan import describe_plan
+    from megatron_irl.config import load_recipe
+
+    del argv
+    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides)))
+    return 0
+
+
+def _generate(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.cli.inference import run_generate
+
+    return run_generate(options, argv)
+
+
+def _score(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.cli.inference import run_score
+
+    return run_score(options, argv)
+
+
+def _report(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.train.report import write_report
+
+    del argv
+    if not (options.folder / "recipe.yaml").exists():
+        raise UserError(f"{options.folder} is not a run folder: it has no recipe.yaml.")
+    _say(str(write_report(options.folder)))
+    return 0
+
+
+def _say(message: str) -> None:
+    """Print for the user once: rank 0 at once, another rank only if rank 0 did not fail too."""
+    in_slurm_step = "SLURM_STEP_ID" in os.environ  # before the ranks are taken from it
+    rank = os.environ.get("RANK") or (in_slurm_step and os.environ.get("SLURM_PROCID")) or "0"
+    if rank != "0":
+        time.sleep(5)  # the launcher ends this rank meanwhile if rank 0 had the same to say
+    prefix = "megatron-irl: " if rank == "0" else f"megatron-irl: [rank {rank}] "
+    sys.stderr.write(prefix + message + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,270 @@
+"""``generate`` and ``score``: a model opened for inference, from an HF folder or a run folder."""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from megatron_irl import platform
+from megatron_irl.checkpoint import Checkpointer
+from megatron_irl.cli.ranks import adopt_environment, run_ranks
+from megatron_irl.config import ParallelConfig, Recipe, load_recipe
+from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
+from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
+from megatron_irl.data.demonstrations import load_prompts, load_score_records
+from megatron_irl.data.files import write_jsonl_atomically
+from megatron_irl.data.records import RecordError
+from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_irl.errors import UserError
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.generation.megatron_engine import MegatronGenerator
+from megatron_irl.model.build import build_chunks, build_config
+from megatron_irl.parallel.reduce import gather_over_data_parallel
+from megatron_irl.parallel.topology import Topology, initialize, shutdown
+from megatron_irl.train.progress import Progress
+from megatron_irl.train.scoring import score_sequences, summed
+from megatron_irl.train.session import check_vocabulary
+from megatron_irl.train.step import Stepper
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: an HF folder, or a run (its result or its newest checkpoint)."""
+
+    hf_dir: Path
+    tokenizer_dir: Path
+    chat_template: str | None = None
+    checkpoints: Path | None = None
+    recipe: Recipe | None = None
+
+
+@dataclass
+class OpenModel:
+    """A model ready for inference on this rank."""
+
+    source: Source
+    topology: Topology
+    architecture: Architecture
+    tokenizer: Tokenizer
+    chunks: list[nn.Module]
+
+
+def find_source(folder: Path) -> Source:
+    """Tell an HF folder from a run folder.
+
+    Raises:
+        UserError: It is neither, or a run that has no weights yet.
+    """
+    if (folder / "recipe.yaml").exists():
+        recipe = load_recipe(folder / "recipe.yaml", check_files=False)  # the data may be gone
+        tokenizer = Path(recipe.data.tokenizer or recipe.model.hf)
+        template = recipe.data.chat_template
+        if (folder / "hf").is_dir():  # whole, with tokenizer and template
+            return Source(folder / "hf", folder / "hf", None, None, recipe)
+        if any((folder / "checkpoints").glob("step_*")):
+            return Source(
+                Path(recipe.model.hf), tokenizer, template, folder / "checkpoints", recipe
+            )
+        raise UserError(f"--model {folder} is a run without hf/ or a checkpoint yet. Let it run.")
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"--model {folder} is neither an HF folder (config.json) nor a run folder "
+            "(recipe.yaml). Give one of these."
+        )
+    return Source(folder, folder)
+
+
+def open_model(options: argparse.Namespace) -> OpenModel:
+    """Build the model on this rank and load its weights. Collective over every rank."""
+    source = find_source(options.model)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=options.tensor_model_parallel_size,
+        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
+        data_parallel_size=options.data_parallel_size,
+    )
+    arch = architecture(read_hf_config(source.hf_dir))
+    default = source.recipe.precision if source.recipe else "bf16" if platform.IS_CUDA else "fp32"
+    precision = options.precision or default
+    overrides = source.recipe.model.overrides if source.recipe else {}
+    if precision != "fp8":
+        overrides = {k: v for k, v in overrides.items() if not k.startswith("fp8")}
+    config = build_config(arch, parallel, precision=precision, overrides=overrides)
+    validate_hf_folder(source.hf_dir, arch)
+    template = options.chat_template or source.chat_template
+    tokenizer = load_tokenizer(source.tokenizer_dir, template)
+    check_vocabulary(tokenizer, arch)
+    topology = initialize(parallel)
+    chunks = build_chunks(config, arch, topology)
+    model = OpenModel(source, topology, arch, tokenizer, chunks)
+    if source.checkpoints is None:
+        load_weights(model, source.hf_dir)
+    else:
+        checkpointer = Checkpointer(source.checkpoints, topology, keep=1)
+        step = checkpointer.latest()
+        assert step is not None
+        checkpointer.load(step, chunks)
+    return model
+
+
+def load_weights(model: OpenModel, hf_dir: Path) -> None:
+    """Read HF weights into the model in place."""
+    load_hf_weights(
+        model.chunks, model.architecture, hf_dir,
+        tp_rank=model.topology.tp_rank, tp_size=model.topology.tp_size,
+    )
+
+
+def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
+    """``megatron-irl generate``: one output line per prompt, in input order."""
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1.")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError(
+            f"--temperature {options.temperature} must be >= 0 and --top-p {options.top_p} in "
+            "(0, 1]."
+        )
+    records = load_prompts(options.prompts)
+    return _with_ranks(options, argv, lambda: _generate(options, records))
+
+
+def run_score(options: argparse.Namespace, argv: list[str]) -> int:
+    """``megatron-irl score``: beta * (log pi - log pi_ref) of every response."""
+    records = load_score_records(options.pairs)
+    source = find_source(options.model)
+    reference, beta = _reward_terms(options, source)
+    if not (reference / "config.json").exists():
+        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
+    return _with_ranks(options, argv, lambda: _score(options, records, reference, beta))
+
+
+def _with_ranks(
+    options: argparse.Namespace, argv: list[str], run: Callable[[], None]
+) -> int:
+    _check_out(options.out)
+    sizes = (
+        options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
+        options.data_parallel_size,
+    )
+    if min(sizes) < 1:
+        raise UserError("parallel sizes must be at least 1.")
+    if adopt_environment() is None and math.prod(sizes) > 1:
+        return run_ranks(argv, math.prod(sizes))
+    run()
+    shutdown()
+    return 0
+
+
+def _generate(options: argparse.Namespace, records: list[Any]) -> None:
+    model = open_model(options)
+    topology = model.topology
+    prompts = [_ids(r, model.tokenizer.render_prompt, r.prompt) for r in records]
+    longest = max(map(len, prompts)) + options.max_new_tokens
+    limit = model.architecture.max_sequence_length
+    if longest > limit:
+        raise UserError(
+            f"the longest prompt ({max(map(len, prompts))} tokens) plus --max-new-tokens "
+            f"{options.max_new_tokens} exceeds the model's {limit} positions. Set "
+            "--max-new-tokens lower or shorten the prompt."
+        )
+    generator = MegatronGenerator(
+        model.chunks, topology, max_sequence_length=longest,
+        vocab_size=model.architecture.vocab_size,
+    )
+    sampling = SamplingConfig(
+        temperature=options.temperature, top_p=options.top_p, top_k=0,
+        max_new_tokens=options.max_new_tokens, seed=options.seed,
+        eos_id=model.tokenizer.eos_id, stop_ids=model.tokenizer.stop_ids,
+    )
+    share = slice(topology.dp_rank, None, topology.dp_size)
+    mine, keys = prompts[share], range(len(prompts))[share]
+    with Progress(enabled=topology.is_main).generation(len(mine)) as advance:
+        samples = generator.generate(mine, sampling, advance, keys=keys)
+    by_rank = gather_over_data_parallel(samples, topology)
+    ordered = [by_rank[i % topology.dp_size][i // topology.dp_size] for i in range(len(prompts))]
+    if topology.is_main:
+        write_jsonl_atomically(options.out, (
+            record.record | {
+                "response": model.tokenizer.decode(sample.token_ids),
+                "token_ids": sample.token_ids.tolist(),
+                "logprobs": sample.logprobs.astype(float).tolist(),
+                "finish_reason": sample.finish_reason,
+            }
+            for record, sample in zip(records, ordered, strict=True)
+        ))
+
+
+def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, float]:
+    recipe = source.recipe
+    if recipe is not None and recipe.algorithm.is_pairwise:
+        reference = options.reference or Path(recipe.model.hf)
+        return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
+    if options.reference is None:
+        what = "an sft run" if recipe is not None else "an HF folder"
+        raise UserError(
+            f"--model {options.model} is {what} and carries no reward; an implicit reward needs a "
+            "reference policy. Give a run of irft or spin, or set --reference to an HF folder."
+        )
+    return options.reference, options.beta if options.beta is not None else 1.0
+
+
+def _score(
+    options: argparse.Namespace, records: list[Any], reference: Path, beta: float
+) -> None:
+    model = open_model(options)
+    _check_reference(reference, model.architecture)
+    sequences = []
+    for record in records:
+        prompt = _ids(record, model.tokenizer.render_prompt, record.prompt)
+        for text in record.responses:
+            response = _ids(record, model.tokenizer.response_ids, text)
+            total, limit = len(prompt) + len(response), model.architecture.max_sequence_length
+            if total > limit:
+                raise UserError(
+                    f"{record.source}: prompt and response have {total} tokens, more than the "
+                    f"model's {limit} positions. Shorten them."
+                )
+            sequences.append((prompt, response))
+    stepper = Stepper(model.chunks, model.topology)
+    policy = np.array(summed(score_sequences(stepper, sequences)))
+    load_weights(model, reference)
+    rewards = beta * (policy - np.array(summed(score_sequences(stepper, sequences))))
+    if model.topology.is_main:
+        left = iter(rewards.tolist())
+        write_jsonl_atomically(options.out, (
+            record.record | {"rewards": [next(left) for _ in record.responses]}
+            for record in records
+        ))
+
+
+def _check_reference(reference: Path, arch: Architecture) -> None:
+    other = architecture(read_hf_config(reference))
+    if (other.transformer, other.vocab_size) != (arch.transformer, arch.vocab_size):
+        raise UserError(
+            f"--reference {reference} has another architecture than --model; both must be the "
+            "same model with other weights. Give the model the run started from."
+        )
+    validate_hf_folder(reference, arch)
+
+
+def _ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.ndarray:
+    """Token ids int32, none empty; an error names the record's file and line."""
+    try:
+        ids = encode(text)
+    except RecordError as error:
+        raise UserError(f"{record.source}: {error}") from error
+    if not ids:
+        raise UserError(f"{record.source}: the prompt has no tokens.")
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written: give a file in a writable folder.")
+    sys.stderr.flush()

@@ -1,0 +1,80 @@
+"""``megatron-irl plan``: what a recipe would do, and the memory of its weights, before it runs."""
+
+from megatron_irl.config import Recipe, check_layout
+from megatron_irl.convert.families import rows
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.train.optimizer import shards_optimizer
+from megatron_irl.train.session import Inputs, read_inputs
+
+GIB = 1024**3
+
+
+def describe_plan(recipe: Recipe) -> str:
+    """Check everything ``train`` checks, then describe rounds, batches and memory as text.
+
+    Raises:
+        UserError: As ``train`` would.
+    """
+    dp_size = check_layout(recipe, None)
+    inputs = read_inputs(recipe)
+    return "\n".join([*inputs.notes, *_work(inputs), *_memory(inputs, dp_size)]) + "\n"
+
+
+def count_parameters(arch: Architecture) -> int:
+    """Parameters of the whole model; a tied head counts once."""
+    total = 0
+    for row in rows(arch):
+        for tensor in row.hf:
+            size = 1
+            for length in tensor.shape(arch):
+                size *= length
+            total += size
+    return total
+
+
+def _work(inputs: Inputs) -> list[str]:
+    recipe = inputs.recipe
+    algorithm, batch = recipe.algorithm, recipe.train.global_batch_size
+    unit = "pairs" if algorithm.is_pairwise else "sequences"
+    lines = [
+        f"{algorithm.name}: {algorithm.rounds} rounds of {algorithm.steps_per_round} steps of "
+        f"{batch} {unit}, {len(inputs.demonstrations)} demonstrations"
+    ]
+    if algorithm.is_pairwise:
+        prompts = algorithm.prompts_per_round or 0
+        lines.append(
+            f"each round samples {prompts} prompts, up to {recipe.generation.max_new_tokens} new "
+            f"tokens each, in {-(-prompts // recipe.generation.chunk_size)} committed chunks"
+        )
+        passes = algorithm.rounds * prompts / len(inputs.demonstrations)
+    else:
+        steps = algorithm.rounds * (algorithm.steps_per_round or 0)
+        passes = steps * batch / len(inputs.demonstrations)
+    return [*lines, f"{passes:.2f} passes over the demonstrations"]
+
+
+def _memory(inputs: Inputs, dp_size: int) -> list[str]:
+    """Weights, gradients and optimizer state of the fullest rank; activations are not included."""
+    recipe, arch = inputs.recipe, inputs.architecture
+    tp = recipe.parallel.tensor_model_parallel_size
+    pp = recipe.parallel.pipeline_model_parallel_size
+    total = count_parameters(arch)
+    embedding = arch.vocab_size * arch.transformer["hidden_size"]
+    heads = 1 if arch.tie_word_embeddings else 2
+    # A stage holds its layers; the first holds the embedding, the last the head.
+    fullest = ((total - heads * embedding) / pp + embedding * (heads if pp == 1 else 1)) / tp
+    weight_bytes = 4 if recipe.precision == "fp32" else 2
+    main_bytes = 0 if recipe.precision == "fp32" else 4
+    share = dp_size if shards_optimizer(recipe) else 1
+    parts = {
+        "weights": fullest * weight_bytes,
+        "gradients (fp32)": fullest * 4,
+        "optimizer": fullest * (main_bytes + 8) / share,
+    }
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    return [
+        f"{total / 1e9:.3f} B parameters; tensor {tp} x pipeline {pp} x data {dp_size} = "
+        f"{tp * pp * dp_size} ranks; {recipe.precision}",
+        f"fullest rank, GiB: {sizes}; together {sum(parts.values()) / GIB:.2f}, plus activations; "
+        "no reference model",
+    ]

@@ -1,0 +1,112 @@
+"""Processes of a run: taken from torchrun or srun, or started here on this machine."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from megatron_irl.errors import UserError
+
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+def adopt_environment() -> int | None:
+    """World size if a launcher started this process, else None.
+
+    torchrun sets ``RANK`` and friends. Under srun they are derived from Slurm's variables, with
+    the first node of the job as the meeting point.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _world_size()
+    # A batch script has SLURM_PROCID too; only tasks started by srun have a step.
+    if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
+        for name, source in _SLURM.items():
+            os.environ[name] = os.environ[source]
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+        job = int(os.environ.get("SLURM_JOB_ID", "0"))
+        os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        return _world_size()
+    return None
+
+
+def _world_size() -> int:
+    sizes = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE")}
+    if not all(value.isdecimal() for value in sizes.values()):
+        given = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        raise UserError(f"{given}: both must be whole numbers. Start with torchrun or srun.")
+    return int(sizes["WORLD_SIZE"])
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    if shutil.which("scontrol") is None:
+        raise UserError(
+            "MASTER_ADDR is not set and scontrol is not on the PATH to find the first node of "
+            f"{nodes!r}. Export MASTER_ADDR in the job script."
+        )
+    command = ["scontrol", "show", "hostnames", nodes]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.split()[0]
+
+
+def run_ranks(argv: list[str], world_size: int) -> int:
+    """Start ``world_size`` copies of this command on this machine; returns the exit code.
+
+    When one rank fails the others are ended, and its code is returned. Threads are shared out
+    between the ranks unless OMP_NUM_THREADS is set.
+    """
+    threads = max(1, (os.cpu_count() or 1) // world_size)
+    shared = os.environ | {
+        "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+    }
+    shared.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-m", "megatron_irl", *argv]
+    ranks = [
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world_size)
+    ]
+    try:
+        return _wait(ranks)
+    except KeyboardInterrupt:
+        for process in ranks:  # they got the same interrupt; let them say so
+            process.wait(timeout=30)
+        return 1
+    finally:
+        _end(ranks)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in ranks]
+        failed = [code for code in codes if code]
+        if failed:
+            # One message is for the user: rank 0's if it fails with the others.
+            time.sleep(1.0)
+            codes = [process.poll() for process in ranks]
+            return 2 if 2 in codes else 1
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(0.1)
+
+
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    for process in ranks:
+        try:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

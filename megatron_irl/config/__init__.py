@@ -1,0 +1,45 @@
+"""Recipes: frozen dataclasses from YAML and dotted overrides, checked before anything is built."""
+
+from megatron_irl.config.checks import check_recipe
+from megatron_irl.config.fields import check_field_names, recipe_from_mapping
+from megatron_irl.config.layout import check_layout, check_layout_against_model
+from megatron_irl.config.load import load_recipe
+from megatron_irl.config.resolve import fingerprint, resolve, to_yaml
+from megatron_irl.config.schema import (
+    AlgorithmConfig,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    LoggingConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    Recipe,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AlgorithmConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "GenerationConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "Precision",
+    "Recipe",
+    "ScheduleConfig",
+    "TrainConfig",
+    "check_field_names",
+    "check_layout",
+    "check_layout_against_model",
+    "check_recipe",
+    "fingerprint",
+    "load_recipe",
+    "recipe_from_mapping",
+    "resolve",
+    "to_yaml",
+]

@@ -1,0 +1,169 @@
+"""From plain YAML values to the dataclasses: known keys, required keys, types."""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from megatron_irl.config.schema import ModelConfig, Recipe
+from megatron_irl.errors import UserError
+
+_HINTS = get_type_hints(Recipe)
+SECTIONS: dict[str, type[Any]] = {
+    name: hint for name, hint in _HINTS.items()
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
+OPEN_SECTIONS = ("optimizer", "ddp")
+MAPPING_SECTIONS = (*SECTIONS, *OPEN_SECTIONS)
+TOP_LEVEL = tuple(_HINTS)
+# ``model.overrides`` is where unknown model keys are kept, not a key of its own.
+SECTION_KEYS = {
+    name: tuple(f.name for f in dataclasses.fields(cls)
+                if (cls, f.name) != (ModelConfig, "overrides"))
+    for name, cls in SECTIONS.items()
+}
+
+
+def recipe_from_mapping(mapping: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from the nested mapping a YAML file holds; no cross-field checks, no files.
+
+    Raises:
+        UserError: Unknown key (with the nearest match), missing required key, wrong type.
+    """
+    _check_keys(mapping)
+    _check_required(mapping)
+    values: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if name in OPEN_SECTIONS:
+            values[name] = dict(value or {})
+        elif name in SECTIONS:
+            values[name] = _build_section(name, value or {})
+        else:
+            values[name] = coerce(value, _HINTS[name], name)
+    return Recipe(**values)
+
+
+def check_field_names(section: str, names: Collection[str], allowed: Collection[str]) -> None:
+    """Refuse a key of ``section`` that is not among ``allowed``, naming the nearest match.
+
+    Args:
+        section: Prefix for the message; empty for the top level.
+        names: Keys the user gave.
+        allowed: Keys there are.
+
+    Raises:
+        UserError: For the first unknown name, in sorted order.
+    """
+    for name in sorted(names, key=str):
+        if name not in allowed:
+            dotted = f"{section}.{name}" if section else name
+            raise UserError(f"unknown key {dotted}{_hint(section, str(name), allowed)}")
+
+
+def coerce(value: Any, annotation: Any, path: str) -> Any:
+    """Convert one YAML value to the type of its field.
+
+    Numeric strings are taken where a float is expected (YAML 1.1 reads ``1e-5`` as a string), a
+    single value where a tuple is expected, and an integer where a float is. Nothing else is
+    converted, so that a misplaced value is refused rather than guessed at.
+
+    Raises:
+        UserError: The value does not fit; the message names path, value and expected type.
+    """
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        if value is None:
+            return None
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return coerce(value, inner, path)
+    if origin is tuple:
+        if value is None and args[0] is str:
+            return ()
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerce(item, args[0], path) for item in items)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise UserError(f"{path}={value} is not one of {', '.join(args)}; "
+                        f"set {path} to one of them.")
+    if annotation is float:
+        return _to_float(value, path)
+    if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
+        raise _wrong_type(path, value, annotation)
+    return value
+
+
+def _to_float(value: Any, path: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _wrong_type(path, value, float)
+    try:
+        number = float(value)
+    except ValueError:
+        raise _wrong_type(path, value, float) from None
+    if not math.isfinite(number):
+        raise UserError(f"{path}={value} is not finite; set {path} to an ordinary number.")
+    return number
+
+
+def _wrong_type(path: str, value: Any, expected: type) -> UserError:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    advice = " Put it in quotes if it is meant." if expected is str and value is not None else ""
+    return UserError(f"{path}={value!r} is {_describe(value)}; {path} takes {names[expected]}."
+                     f"{advice}")
+
+
+def _describe(value: Any) -> str:
+    known = {type(None): "empty", bool: "a boolean", int: "an integer", float: "a number",
+             str: "a string", list: "a list", dict: "a mapping"}
+    return known.get(type(value), f"a {type(value).__name__}")
+
+
+def _build_section(section: str, value: Mapping[str, Any]) -> Any:
+    cls = SECTIONS[section]
+    hints = get_type_hints(cls)
+    known = {key: coerce(item, hints[key], f"{section}.{key}")
+             for key, item in value.items() if key in SECTION_KEYS[section]}
+    if cls is ModelConfig:
+        known["overrides"] = {k: v for k, v in value.items() if k not in known}
+    return cls(**known)
+
+
+def _check_keys(mapping: Mapping[str, Any]) -> None:
+    check_field_names("", mapping, TOP_LEVEL)
+    for name, value in mapping.items():
+        if name not in MAPPING_SECTIONS or value is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name}={value!r} is {_describe(value)}; {name} is a section. "
+                            f"Set its keys, as in {name}.key={value}.")
+        if name in SECTIONS and name != "model":
+            check_field_names(name, value, SECTION_KEYS[name])
+
+
+def _check_required(mapping: Mapping[str, Any]) -> None:
+    required = {"model": "hf", "data": "train", "algorithm": "name"}
+    missing = [f"{section}.{key}" for section, key in required.items()
+               if (mapping.get(section) or {}).get(key) in (None, "", [])]
+    if mapping.get("output_dir") in (None, ""):
+        missing.append("output_dir")
+    if missing:
+        raise UserError(f"{', '.join(missing)}: missing; every recipe needs model.hf, data.train, "
+                        f"algorithm.name and output_dir. Set {' and '.join(missing)}.")
+
+
+def _hint(section: str, name: str, allowed: Collection[str]) -> str:
+    """End an unknown-key message: the nearest key, the same key elsewhere, or all there are."""
+    prefix = f"{section}." if section else ""
+    elsewhere = [f"{other}.{name}" for other, keys in SECTION_KEYS.items()
+                 if name in keys and other != section]
+    if name in TOP_LEVEL:
+        elsewhere.append(name)
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    near = difflib.get_close_matches(name, [str(a) for a in allowed], n=1)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    if len(allowed) <= 20:
+        return f"; known keys are {', '.join(prefix + str(a) for a in sorted(allowed))}."
+    return f"; nothing near it among the {len(allowed)} known keys."

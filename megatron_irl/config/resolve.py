@@ -1,0 +1,119 @@
+"""Derived values, the recipe as YAML again, and its fingerprint."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from megatron_irl.config.checks import PAIR_ONLY_KEYS
+from megatron_irl.config.schema import AlgorithmConfig, Recipe
+from megatron_irl.errors import UserError
+
+# Sections and keys that change where, how fast or how closely watched a run is, not what it is.
+_NOT_THE_EXPERIMENT = ("output_dir", "logging", "checkpoint", "evaluation", "parallel", "ddp",
+                       "data.eval", "data.eval_limit", "train.micro_batch_size",
+                       "train.logprob_chunk_size", "generation.max_requests",
+                       "generation.kv_cache_gb")
+
+
+def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
+    """Fill every derived value, so that the recipe says in full what the run does.
+
+    ``beta`` becomes one number per round; ``max_new_tokens`` follows
+    ``data.max_response_length``; ``steps_per_round`` and ``prompts_per_round`` follow from the
+    number of demonstrations. For spin a round is one pass over the data:
+    ``prompts_per_round = num_demonstrations`` and ``steps_per_round = ceil(num_demonstrations /
+    train.global_batch_size)``. Resolving twice changes nothing.
+
+    Args:
+        recipe: As loaded.
+        num_demonstrations: Records kept of ``data.train``.
+
+    Raises:
+        UserError: No demonstrations, or a spin recipe that sets another round length.
+    """
+    if num_demonstrations < 1:
+        raise UserError(f"data.train={', '.join(recipe.data.train)} has no usable demonstration; "
+                        "at least 1 is needed. Set data.train to a file that has some.")
+    algorithm = recipe.algorithm
+    steps, prompts = _round_size(algorithm, num_demonstrations, recipe.train.global_batch_size)
+    if algorithm.name == "spin":
+        _check_spin(algorithm, steps, prompts)
+    algorithm = replace(algorithm, steps_per_round=steps)
+    if algorithm.is_pairwise:
+        beta = algorithm.beta * algorithm.rounds if len(algorithm.beta) == 1 else algorithm.beta
+        algorithm = replace(algorithm, prompts_per_round=prompts, beta=beta)
+    max_new_tokens = recipe.generation.max_new_tokens or recipe.data.max_response_length
+    generation = replace(recipe.generation, max_new_tokens=max_new_tokens)
+    return replace(recipe, algorithm=algorithm, generation=generation)
+
+
+def to_yaml(recipe: Recipe, comments: Sequence[str] = ()) -> str:
+    """Write a recipe as YAML that ``load_recipe`` reads back to the same recipe.
+
+    Args:
+        recipe: Resolved or not.
+        comments: Lines put on top as YAML comments (versions, revision).
+    """
+    header = "".join(f"# {line}\n" for line in comments)
+    return header + yaml.safe_dump(_to_mapping(recipe), sort_keys=False, allow_unicode=True)
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Name the experiment: 16 hex digits, equal when one run may continue the other.
+
+    Left out are output folder, logging, checkpointing, evaluation, layout and memory settings, so
+    that a run resumes under another layout. Paths count as written. Take it of the resolved
+    recipe: one before and one after ``resolve`` differ.
+    """
+    mapping = _to_mapping(recipe)
+    for path in _NOT_THE_EXPERIMENT:
+        section, _, key = path.partition(".")
+        if key:
+            mapping[section].pop(key, None)
+        else:
+            mapping.pop(section)
+    mapping["data"]["train"] = [os.path.normpath(p) for p in recipe.data.train]
+    mapping["model"]["hf"] = os.path.normpath(recipe.model.hf)
+    text = json.dumps(mapping, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _round_size(
+    algorithm: AlgorithmConfig, num_demonstrations: int, global_batch_size: int
+) -> tuple[int, int]:
+    """Steps and prompts of a round: what is given decides what is not."""
+    steps, prompts = algorithm.steps_per_round, algorithm.prompts_per_round
+    if algorithm.name == "spin":
+        return -(-num_demonstrations // global_batch_size), num_demonstrations
+    if steps is None:
+        prompts = prompts or num_demonstrations
+        return -(-prompts // global_batch_size), prompts
+    return steps, prompts or steps * global_batch_size
+
+
+def _check_spin(algorithm: AlgorithmConfig, steps: int, prompts: int) -> None:
+    derived = {"steps_per_round": steps, "prompts_per_round": prompts}
+    for key, value in derived.items():
+        given = getattr(algorithm, key)
+        if given not in (None, value):
+            raise UserError(f"algorithm.{key}={given} conflicts with algorithm.name=spin; a round "
+                            f"of spin is one pass over the data, here {value}. Remove "
+                            f"algorithm.{key}, or set algorithm.name to irft.")
+
+
+def _to_mapping(recipe: Recipe) -> dict[str, Any]:
+    """The nested mapping of the YAML file; keys that sft does not have are left out."""
+    mapping = dataclasses.asdict(recipe)
+    mapping["model"] = {"hf": recipe.model.hf, **recipe.model.overrides}
+    mapping["data"] |= {"train": list(recipe.data.train), "eval": list(recipe.data.eval)}
+    mapping["algorithm"]["beta"] = list(recipe.algorithm.beta)
+    if not recipe.algorithm.is_pairwise:
+        for key in PAIR_ONLY_KEYS:
+            del mapping["algorithm"][key]
+    return mapping

@@ -1,0 +1,236 @@
+"""The recipe: frozen dataclasses with one field per key of the YAML file.
+
+The string under a field is its user documentation. ``None`` always means "derived", and
+``megatron_irl.config.resolve`` says from what. ``model``, ``optimizer`` and ``ddp`` are open
+sections: they take Megatron's own fields by Megatron's own names, and the room that builds the
+Megatron object checks them with ``check_field_names``.
+
+Relative paths are relative to the working directory the command is started in, not to the recipe.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+AlgorithmName = Literal["sft", "irft", "spin"]
+LossName = Literal["sigmoid", "hinge", "linear"]
+ReferenceName = Literal["round_start", "initial"]
+Precision = Literal["fp32", "bf16", "fp8"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The starting model."""
+
+    hf: str
+    """Hugging Face folder (config.json, safetensors, tokenizer) training starts from."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Every other key of the section: any Megatron ``TransformerConfig`` field, by its name
+    (``model.recompute_granularity``, ``model.fp8_recipe``, ...). The architecture itself comes
+    from the Hugging Face config."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Demonstrations and how long they may be."""
+
+    train: tuple[str, ...]
+    """One JSONL or Parquet file, or a list; globs are allowed and are expanded in sorted order."""
+    eval: tuple[str, ...] = ()
+    """Held-out demonstrations for evaluation, in the same form."""
+    max_prompt_length: int = 512
+    """Longest prompt in tokens, chat header included."""
+    max_response_length: int = 512
+    """Longest demonstration response in tokens, EOS included."""
+    tokenizer: str | None = None
+    """Tokenizer folder; none: the one in ``model.hf``."""
+    chat_template: str | None = None
+    """Jinja chat template, or a file holding one; none: the tokenizer's."""
+    overlong: Literal["drop", "error", "truncate_prompt"] = "drop"
+    """What to do with a record over a limit: drop and count it, stop, or keep the prompt's end.
+    A response is never cut, since that would teach the model to stop nowhere."""
+    eval_limit: int | None = None
+    """Use the first so many records of ``data.eval``; none: all of them."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What is learnt, and the three knobs of the loop: regenerate, refresh reference, reset."""
+
+    name: AlgorithmName
+    """``sft``; ``irft``: rounds of generation and optimisation on the implicit reward;
+    ``spin``: irft with one generation per pass over the data."""
+    rounds: int = 1
+    """Number of rounds T. For spin a round is a pass over the data."""
+    steps_per_round: int | None = None
+    """Optimizer steps K per round; none: one pass over the round's prompts (sft: over the
+    demonstrations)."""
+    prompts_per_round: int | None = None
+    """Prompts sampled for at the start of a round (irft, spin); none: ``steps_per_round *
+    train.global_batch_size``, or every demonstration where ``steps_per_round`` is none too."""
+    beta: tuple[float, ...] = (0.1,)
+    """Scale of the implicit reward r = beta * log(pi / pi_ref); a number, or one per round."""
+    loss: LossName = "sigmoid"
+    """h in h(beta * g): -log sigmoid, hinge max(0, 1 - .), or linear -(.)."""
+    reference: ReferenceName = "round_start"
+    """Reference policy: the weights at the start of each round, or those the run began with."""
+    nll_coefficient: float = 0.0
+    """Weight of the anchor: mean per-token negative log-likelihood of the demonstration."""
+    length_normalize: bool = False
+    """Divide each log-ratio by its length in tokens (not in the paper)."""
+    reset_optimizer: Literal["never", "round"] = "never"
+    """Keep Adam's moments and the learning-rate schedule for the run, or restart them each
+    round."""
+    mix_previous: bool = False
+    """spin only: train on the previous round's pairs as well."""
+
+    @property
+    def is_pairwise(self) -> bool:
+        """True where the algorithm generates and trains on (demonstration, sample) pairs."""
+        return self.name != "sft"
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Sampling of the policy's own responses. The theory asks for temperature 1 and top_p 1."""
+
+    temperature: float = 1.0
+    """0 is greedy, a biased but reproducible variant."""
+    top_p: float = 1.0
+    """Nucleus sampling in (0, 1]; 1 is off."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 is off."""
+    max_new_tokens: int | None = None
+    """Response budget in tokens; none: ``data.max_response_length``."""
+    max_requests: int = 64
+    """Most responses generated at the same time on one model replica."""
+    kv_cache_gb: float | None = None
+    """Memory for the KV cache in GiB per rank, held only while generating; none: room for
+    ``max_requests`` full-length responses."""
+    chunk_size: int = 256
+    """Prompts per committed chunk of the pair bank: what a killed run may have to redo."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on ``data.eval``."""
+
+    greedy: bool = True
+    """Generate greedily and score exact match."""
+    samples: bool = True
+    """Generate at the training temperature: exact match, reward margin and lengths."""
+    interval: Literal["round", "end", "never"] = "round"
+    """Evaluate before the first and after every round, before and after the run, or never."""
+    limit: int | None = None
+    """Generate for the first so many records only; log-likelihood still uses all of them."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Batch sizes: in pairs for irft and spin, in sequences for sft."""
+
+    micro_batch_size: int = 1
+    """Packed into one row of a forward pass; does not change the gradient."""
+    global_batch_size: int = 8
+    """Per optimizer step, over all ranks."""
+    logprob_chunk_size: int = 2048
+    """Response tokens per language-model-head chunk; bounds the memory logits take."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the whole run (over each round with ``reset_optimizer: round``)."""
+
+    lr_decay_style: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay after the warmup."""
+    lr_warmup_fraction: float = 0.1
+    """Share of the steps with a linear warmup, in [0, 1)."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of ``optimizer.lr``."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The layout. Under torchrun or srun the data-parallel size follows from the world size."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks a layer's matrices are split over; must divide heads, KV heads and vocabulary."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks the layers are split over; must divide their number."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline stage; none: no interleaving."""
+    context_parallel_size: int = 1
+    """Ranks a sequence is split over; needs a GPU."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence between tensor-parallel ranks; saves memory."""
+    data_parallel_size: int = 1
+    """Used only when the command line starts the ranks itself."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one replica: tensor x pipeline x context."""
+        return (self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+                * self.context_parallel_size)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints a killed run resumes from."""
+
+    interval: int | None = None
+    """Optimizer steps between checkpoints; none: at the end of each round."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Console and trackers. ``metrics.jsonl`` has every step whatever is set here."""
+
+    interval: int = 1
+    """Optimizer steps between console and tracker lines."""
+    tensorboard: bool = True
+    """Write TensorBoard event files into the run folder."""
+    wandb: bool = False
+    """Log to Weights & Biases."""
+    wandb_project: str | None = None
+    """Project name; none: the tracker's default."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """none: whatever the WANDB_MODE environment variable says."""
+    samples: int = 4
+    """Example prompts whose responses are logged each round."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is. Made by ``load_recipe``; derived values filled by ``resolve``."""
+
+    model: ModelConfig
+    """Starting model; further keys are Megatron ``TransformerConfig`` fields."""
+    data: DataConfig
+    """Demonstrations."""
+    algorithm: AlgorithmConfig
+    """What is learnt, and when samples and reference are renewed."""
+    output_dir: str
+    """The run folder; started again on the same folder, a run resumes."""
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    """How samples are drawn."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What is measured, and when."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Batch sizes."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Any Megatron ``OptimizerConfig`` field by its name (``optimizer.lr``, ...)."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over the run."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """Any Megatron ``DistributedDataParallelConfig`` field by its name."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Layout over ranks."""
+    precision: Precision = "bf16"
+    """``fp8`` takes Megatron's recipe in ``model.fp8_recipe`` and needs a GPU."""
+    seed: int = 1234
+    """Seeds the data order and, with round and chunk, every sample."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When to save."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Trackers and console."""

@@ -1,0 +1,117 @@
+"""The name table: which HF tensors make which Megatron parameter. One mapping, used both ways.
+
+``{}`` is the global layer number. Dimensions are names of ``Architecture.dims``, so that a folder
+can be checked from its headers alone. A row with ``when`` applies only where the architecture has
+that property: a TransformerConfig field that is on, or ``untied`` embeddings.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_irl.convert.hf_config import SUPPORTED, Architecture
+from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Transform
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """An HF tensor by name, with the names of its dimensions."""
+
+    name: str
+    dims: tuple[str, ...]
+
+    def shape(self, arch: Architecture) -> tuple[int, ...]:
+        return tuple(arch.dims[d] for d in self.dims)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One Megatron parameter and the HF tensors it is made of."""
+
+    megatron: str
+    transform: Transform
+    hf: tuple[HfTensor, ...]
+    when: str | None = None
+
+    def at(self, layer: int) -> "Row":
+        """The row of one layer."""
+        hf = tuple(HfTensor(t.name.format(layer), t.dims) for t in self.hf)
+        return Row(self.megatron.format(layer), self.transform, hf, self.when)
+
+
+def _t(name: str, *dims: str) -> HfTensor:
+    return HfTensor(name, dims)
+
+
+_L, _M = "model.layers.{}.", "decoder.layers.{}."
+
+LLAMA_LIKE = (
+    Row("embedding.word_embeddings.weight", Split(0),
+        (_t("model.embed_tokens.weight", "vocab", "hidden"),)),
+    Row(_M + "input_layernorm.weight", Replicated(),
+        (_t(_L + "input_layernorm.weight", "hidden"),)),
+    Row(_M + "self_attention.linear_qkv.weight", Qkv(),
+        (_t(_L + "self_attn.q_proj.weight", "q", "hidden"),
+         _t(_L + "self_attn.k_proj.weight", "kv", "hidden"),
+         _t(_L + "self_attn.v_proj.weight", "kv", "hidden"))),
+    Row(_M + "self_attention.linear_qkv.bias", Qkv(),
+        (_t(_L + "self_attn.q_proj.bias", "q"),
+         _t(_L + "self_attn.k_proj.bias", "kv"),
+         _t(_L + "self_attn.v_proj.bias", "kv")), when="add_qkv_bias"),
+    Row(_M + "self_attention.q_layernorm.weight", Replicated(),
+        (_t(_L + "self_attn.q_norm.weight", "head"),), when="qk_layernorm"),
+    Row(_M + "self_attention.k_layernorm.weight", Replicated(),
+        (_t(_L + "self_attn.k_norm.weight", "head"),), when="qk_layernorm"),
+    Row(_M + "self_attention.linear_proj.weight", Split(1),
+        (_t(_L + "self_attn.o_proj.weight", "hidden", "q"),)),
+    Row(_M + "pre_mlp_layernorm.weight", Replicated(),
+        (_t(_L + "post_attention_layernorm.weight", "hidden"),)),
+    Row(_M + "mlp.linear_fc1.weight", GateUp(),
+        (_t(_L + "mlp.gate_proj.weight", "ffn", "hidden"),
+         _t(_L + "mlp.up_proj.weight", "ffn", "hidden"))),
+    Row(_M + "mlp.linear_fc2.weight", Split(1),
+        (_t(_L + "mlp.down_proj.weight", "hidden", "ffn"),)),
+    Row("decoder.final_layernorm.weight", Replicated(), (_t("model.norm.weight", "hidden"),)),
+    Row("output_layer.weight", Split(0), (_t("lm_head.weight", "vocab", "hidden"),), when="untied"),
+)
+
+# A family with other names or other parameters gets a table of its own.
+FAMILIES: dict[str, tuple[Row, ...]] = dict.fromkeys(SUPPORTED, LLAMA_LIKE)
+
+# Transformer Engine fuses each norm into the linear layer that follows it.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def rows(arch: Architecture) -> Iterator[Row]:
+    """Every row of a model, layers spelled out, in the order of the forward pass."""
+    before = [r for r in FAMILIES[arch.family] if _applies(r, arch)]
+    for row in before:
+        if "{}" not in row.megatron and row.megatron.startswith("embedding"):
+            yield row
+    for layer in range(arch.transformer["num_layers"]):
+        yield from (row.at(layer) for row in before if "{}" in row.megatron)
+    for row in before:
+        if "{}" not in row.megatron and not row.megatron.startswith("embedding"):
+            yield row
+
+
+def canonical(name: str) -> str:
+    """A Megatron parameter's name in the local spec's spelling."""
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
+def heads(arch: Architecture) -> Heads:
+    """What the attention transforms need to know."""
+    return Heads(arch.transformer["num_query_groups"], arch.transformer["kv_channels"])
+
+
+def _applies(row: Row, arch: Architecture) -> bool:
+    if row.when is None:
+        return True
+    if row.when == "untied":
+        return not arch.tie_word_embeddings
+    return bool(arch.transformer.get(row.when))

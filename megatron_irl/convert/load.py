@@ -1,0 +1,91 @@
+"""HF weights straight into the tensor- and pipeline-parallel rank that owns them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_irl.convert.families import Row, canonical, heads, rows
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
+from megatron_irl.errors import UserError
+
+__all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+HF_HEAD = "lm_head.weight"
+
+
+def load_hf_weights(
+    chunks: Sequence[nn.Module], arch: Architecture, hf_dir: Path, *, tp_rank: int, tp_size: int
+) -> None:
+    """Fill every parameter of this rank's chunks in place, reading only the slices it owns.
+
+    Values are cast to the parameter's dtype. The last stage's copy of a tied embedding is filled
+    from the embedding.
+
+    Raises:
+        UserError: A tensor is missing, has the wrong shape, or holds NaN or infinity (also after
+            the cast), by tensor and file; a tied head that differs from the embedding.
+    """
+    weights = HfWeights(hf_dir)
+    table = {row.megatron: row for row in rows(arch)}
+    for name, parameter in global_parameters(chunks):
+        row = table[EMBEDDING if name == HEAD and arch.tie_word_embeddings else name]
+        weights.check(row.hf, arch)
+        sources = [weights.slice(tensor.name) for tensor in row.hf]
+        shard = row.transform.read(sources, tp_rank, tp_size, heads(arch))
+        if name == EMBEDDING and arch.tie_word_embeddings and HF_HEAD in weights.files:
+            _check_tied_head(weights, row, shard, tp_rank, tp_size, arch)
+        shard = shard.to(parameter.dtype)
+        # copy_ would broadcast, and so hide a parameter that the table lays out differently.
+        assert shard.shape == parameter.shape, f"{name}: {shard.shape} against {parameter.shape}"
+        if not torch.isfinite(shard).all():
+            _refuse_not_finite(weights, row, parameter.dtype)
+        with torch.no_grad():
+            parameter.copy_(shard)
+
+
+def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Yield this rank's parameters by their canonical name with the global layer number.
+
+    A stage numbers its layers from 0; Megatron's ``layer_number`` counts them globally from 1.
+    """
+    for wrapped in chunks:
+        chunk: Any = wrapped
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(numbers[int(parts[2])])
+            yield canonical(".".join(parts)), parameter
+
+
+def _check_tied_head(
+    weights: HfWeights, row: Row, embedding: Tensor, tp_rank: int, tp_size: int, arch: Architecture
+) -> None:
+    """Refuse a folder that says its head is tied but holds another head.
+
+    Versions of transformers disagree on which one wins, so neither is right.
+    """
+    head = row.transform.read([weights.slice(HF_HEAD)], tp_rank, tp_size, heads(arch))
+    if head.shape != embedding.shape or not torch.equal(head, embedding):
+        raise UserError(
+            f"{weights.where(HF_HEAD)}: {HF_HEAD} differs from {row.hf[0].name}, which conflicts "
+            "with tie_word_embeddings=true in config.json. Set it to false, or remove the tensor."
+        )
+
+
+def _refuse_not_finite(weights: HfWeights, row: Row, dtype: torch.dtype) -> None:
+    """Name the tensors behind a shard that is not finite; they are read again, whole."""
+    names = [t.name for t in row.hf]
+    bad = [n for n in names if not torch.isfinite(weights.slice(n)[:].to(dtype)).all()]
+    places = ", ".join(f"{n} in {weights.where(n)}" for n in bad)
+    raise UserError(
+        f"NaN or infinite weights (as {str(dtype).removeprefix('torch.')}): {places}. The model "
+        "is damaged, or its training diverged; take another copy."
+    )

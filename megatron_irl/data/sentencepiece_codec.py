@@ -1,0 +1,58 @@
+"""A SentencePiece model file read without a Hugging Face folder around it."""
+
+import re
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_irl.errors import UserError
+
+
+class SentencePieceCodec:
+    """Text to ids and back, with control pieces such as ``</s>`` recognised in the text.
+
+    SentencePiece itself never parses control pieces, but a chat template writes them as text. The
+    text between two of them is encoded on its own, so with the usual "dummy prefix" a space is
+    put before each such stretch, as Llama's original tokenizer did.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError if ``path`` is not a SentencePiece model."""
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"tokenizer={path} is not a SentencePiece model: {error}") from error
+        self.vocab_size: int = self._model.get_piece_size()
+        self.bos_id = self._optional(self._model.bos_id())
+        self.eos_id = self._optional(self._model.eos_id())
+        self.pad_id = self._optional(self._model.pad_id())
+        self._control = {
+            self._model.id_to_piece(i): i
+            for i in range(self.vocab_size) if self._model.is_control(i)
+        }  # fmt: skip
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token`` by name, for chat templates."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        return {k: self._model.id_to_piece(i) for k, i in ids.items() if i is not None}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ``text``; nothing is added."""
+        ids: list[int] = []
+        for part in self._split.split(text) if self._control else [text]:
+            if part in self._control:
+                ids.append(self._control[part])
+            elif part:
+                ids.extend(self._model.encode(part, out_type=int))
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ``ids``, control pieces left out."""
+        return self._model.decode([i for i in ids if not self._model.is_control(i)])
+
+    @staticmethod
+    def _optional(token_id: int) -> int | None:
+        return token_id if token_id >= 0 else None

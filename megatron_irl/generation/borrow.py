@@ -1,0 +1,92 @@
+"""Lend the training module to the inference engine, and get it back as it was."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import nn
+
+from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl.parallel.scratch import drop_shared_buffers
+
+from megatron.core.inference.utils import InferenceMode  # isort: skip
+from megatron.core.models.common.embeddings import RotaryEmbedding  # isort: skip
+from megatron.core.models.common.embeddings import YarnRotaryEmbedding  # isort: skip
+from megatron.core.utils import unwrap_model  # isort: skip
+
+
+@contextmanager
+def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Yield the GPTModels inside ``chunks``, in evaluation mode and ready for the engine.
+
+    On exit, also after an exception: train/eval flags, config fields, DDP's parameter-gathering
+    hooks and process-wide inference flags are as before, and no tensor made in inference mode
+    stays where training would find it (rotary caches, pipeline inputs, shared buffers).
+
+    Collectives: with ``overlap_param_gather`` a parameter all-gather over data parallelism.
+    """
+    models = unwrap_model(list(chunks))
+    with ExitStack() as stack:
+        for chunk in chunks:
+            stack.enter_context(_without_gather_hooks(chunk))
+        for model in models:
+            stack.enter_context(_evaluation(model))
+        for config in {id(model.config): model.config for model in models}.values():
+            # Each rank of a context-parallel group holds all the weights and generates on its
+            # own; interleaved stages are run one after the other by our own forward.
+            stack.enter_context(_set(config, "context_parallel_size", 1))
+            stack.enter_context(_set(config, "virtual_pipeline_model_parallel_size", None))
+        for model in models:
+            stack.enter_context(_set(model.rotary_pos_emb, "cp_group", None))
+        stack.callback(_forget, models)
+        was_active = InferenceMode.is_active()
+        stack.callback(InferenceMode.set_active if was_active else InferenceMode.unset_active)
+        _forget(models)  # entries computed for training's context-parallel group
+        InferenceMode.set_active()
+        yield models
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    if not hasattr(owner, name):
+        yield
+        return
+    old = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, old)
+
+
+@contextmanager
+def _without_gather_hooks(chunk: Any) -> Iterator[None]:
+    """Complete DDP's pending parameter all-gather, and keep its hooks out of the forward."""
+    if not getattr(chunk, "remove_forward_pre_hook_handles", None):
+        yield
+        return
+    chunk.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        chunk.enable_forward_pre_hook()
+
+
+def _forget(models: Sequence[Any]) -> None:
+    """Drop cached tensors that belong to one side of the fence."""
+    for kind in (RotaryEmbedding, YarnRotaryEmbedding):
+        kind.forward.cache_clear()
+    for model in models:
+        model.set_input_tensor(None)
+    drop_shared_buffers()

@@ -1,0 +1,1 @@
+"""From an HF architecture to Megatron-Core modules: specs, build, heads and precision."""

@@ -1,0 +1,221 @@
+"""HF architecture + recipe → Megatron-Core ``GPTModel`` chunks, wrapped for data parallelism."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron_irl import platform
+from megatron_irl.config import (
+    ParallelConfig,
+    Precision,
+    check_field_names,
+    check_layout_against_model,
+)
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.errors import UserError
+from megatron_irl.model.local_layers import PackedRotaryEmbedding
+from megatron_irl.model.precision import precision_fields
+from megatron_irl.model.specs import SpecName, block_spec, default_spec
+from megatron_irl.parallel.topology import Topology
+
+from megatron.core.distributed import (  # isort: skip
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
+from megatron.core.transformer.enums import AttnBackend  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+def build_config(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    *,
+    precision: Precision = "fp32",
+    overrides: dict[str, Any] | None = None,
+) -> TransformerConfig:
+    """Megatron's config from the HF architecture, the layout, and the recipe's ``model:`` keys.
+
+    Raises:
+        UserError: Unknown ``model:`` keys, a layout that does not divide the model, a precision
+            that cannot run here, or a combination that Megatron itself refuses.
+    """
+    overrides = dict(overrides or {})
+    allowed = [field.name for field in dataclasses.fields(TransformerConfig)]
+    check_field_names("model", overrides, allowed)
+    _check_shape_overrides(architecture, overrides)
+    check_layout(architecture, parallel, precision)
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    fields = dict(architecture.transformer)
+    fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
+    fields |= {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        # A loss contract of sums and counts: Megatron divides once by the global count, so
+        # neither microbatching nor data parallelism can change the gradient.
+        "calculate_per_token_loss": True,
+        # Packs differ in length, and stages tell each other the shape. The interleaved schedule
+        # cannot: between two stages a shape to the next and one to the previous are mistaken for
+        # each other. There the packs of a step are padded to one length, and the exchanges are
+        # ordered ones.
+        "variable_seq_lengths": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+        "moe_token_dispatcher_type": "alltoall",  # the one that allows variable lengths
+        "use_cpu_initialization": not platform.IS_CUDA,
+        "perform_initialization": False,  # weights are always loaded
+        "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
+        "bias_activation_fusion": platform.IS_CUDA,
+        "bias_dropout_fusion": platform.IS_CUDA,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": default_spec() == "transformer_engine",
+        "persist_layer_norm": False,
+        "attention_backend": AttnBackend.auto,
+    }
+    fields |= precision_fields(precision, overrides) | overrides
+    if isinstance(fields.get("activation_func"), str):
+        fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
+    try:
+        return TransformerConfig(**fields)
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"Megatron-Core refuses this model configuration: {error}") from error
+
+
+def _check_shape_overrides(architecture: Architecture, overrides: dict[str, Any]) -> None:
+    """Refuse ``model:`` keys that contradict the weights; what does not shape them is free."""
+    free = ("layernorm_epsilon", "attention_dropout", "hidden_dropout")
+    for name, value in architecture.transformer.items():
+        if name not in free and overrides.get(name, value) != value:
+            raise UserError(
+                f"model.{name}={overrides[name]} conflicts with config.json of model.hf, which "
+                f"says {value}; the weights are made for that. Remove model.{name}."
+            )
+
+
+def check_layout(
+    architecture: Architecture, parallel: ParallelConfig, precision: Precision
+) -> None:
+    """Raise UserError unless the layout divides the model and can run on this platform."""
+    transformer = architecture.transformer
+    check_layout_against_model(
+        parallel,
+        num_attention_heads=transformer["num_attention_heads"],
+        num_query_groups=transformer["num_query_groups"],
+        num_layers=transformer["num_layers"],
+        vocab_size=architecture.vocab_size,
+        hidden_size=transformer["hidden_size"],
+        ffn_hidden_size=transformer["ffn_hidden_size"],
+        precision=precision,
+    )
+    if parallel.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size={parallel.context_parallel_size} is not supported: "
+            "packed response rows are not split along the sequence. Set it to 1, and use "
+            "parallel.sequence_parallel=true to save activation memory."
+        )
+
+
+def build_chunks(
+    config: TransformerConfig,
+    architecture: Architecture,
+    topology: Topology,
+    *,
+    spec: SpecName | None = None,
+) -> list[nn.Module]:
+    """This rank's GPTModel chunks (one, or one per virtual pipeline stage), weights unset.
+
+    Collectives: under tied embeddings and pipeline parallelism Megatron all-reduces the embedding
+    between the first and last stage; every rank must call.
+    """
+    name: Any = spec or os.environ.get("MEGATRON_IRL_SPEC") or default_spec()
+    chunks = []
+    virtual = config.virtual_pipeline_model_parallel_size
+    for vp_stage in range(topology.vpp_size):
+        stage = vp_stage if virtual else None
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(
+                config, name, vp_stage=stage, pp_rank=topology.pp_rank
+            ),
+            vocab_size=architecture.vocab_size,
+            max_sequence_length=architecture.max_sequence_length,
+            pre_process=topology.is_first_stage and vp_stage == 0,
+            post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=architecture.rotary_percent,
+            rotary_base=int(architecture.rotary_base),
+            pg_collection=topology.groups,
+            vp_stage=stage,
+        )
+        _set_rotary(chunk, config, architecture, topology, packed=name == "local")
+        chunks.append(chunk.to(platform.device()))
+    return chunks
+
+
+def _set_rotary(
+    chunk: GPTModel, config: TransformerConfig, architecture: Architecture, topology: Topology,
+    *, packed: bool,
+) -> None:
+    """Give the chunk the family's exact inverse frequencies (Megatron knows only some scalings)."""
+    if packed:
+        chunk.rotary_pos_emb = PackedRotaryEmbedding(
+            kv_channels=config.kv_channels or 0,  # filled by the config itself
+            rotary_percent=architecture.rotary_percent,
+            rotary_interleaved=config.rotary_interleaved,
+            rotary_base=int(architecture.rotary_base),
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=topology.groups.cp,
+        )
+    chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(platform.device(), torch.float32)
+
+
+def wrap_data_parallel(
+    chunks: Sequence[nn.Module],
+    config: TransformerConfig,
+    topology: Topology,
+    overrides: dict[str, Any] | None = None,
+) -> list[DistributedDataParallel]:
+    """Wrap chunks in Megatron's DDP, which owns the gradient buffers.
+
+    ``ddp:`` keys of the recipe override the defaults: a distributed optimizer, gradients
+    accumulated and reduced in fp32, NaN checks on.
+    """
+    overrides = dict(overrides or {})
+    allowed = [field.name for field in dataclasses.fields(DistributedDataParallelConfig)]
+    check_field_names("ddp", overrides, allowed)
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": False,
+        "check_for_nan_in_grad": False,  # our own finite check names the step and keeps the state
+    }
+    ddp_config = DistributedDataParallelConfig(**(fields | overrides))
+    return [
+        DistributedDataParallel(
+            config,
+            ddp_config,
+            chunk,
+            # Only the first chunk's gradients are on the critical path of the interleaved schedule.
+            disable_bucketing=index > 0,
+            pg_collection=topology.groups,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def unwrap(chunk: Any) -> Any:
+    """The GPTModel inside Megatron's wrappers."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk

@@ -1,0 +1,146 @@
+"""Log-probabilities of given tokens from hidden rows, without the full logits ever existing.
+
+Peers gather ``[tokens, vocabulary]`` fp32 logits, prompts included; here only response rows reach
+the language-model head, in chunks, and the vocabulary stays split over the tensor-parallel ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_irl import platform  # noqa: F401  (must precede megatron)
+
+from megatron.core.tensor_parallel import (  # isort: skip
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], chunk by chunk; backward recomputes all but one.
+
+    The softmax of the last chunk is kept, so a batch that fits one chunk is never recomputed and
+    the memory peak stays one chunk of ``[chunk_size, Vp]`` either way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor,
+        vocab_start: int, chunk_size: int, group: Any,
+    ) -> Tensor:
+        logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
+        probs = None
+        keep = hidden_RH.requires_grad or weight_VpH.requires_grad
+        for start in range(0, hidden_RH.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            probs = None  # frees the previous chunk before the next is made
+            logprobs_R[rows], probs = _chunk_forward(
+                hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, keep_probs=keep
+            )
+        ctx.save_for_backward(hidden_RH, weight_VpH, targets_R)
+        ctx.last_probs, ctx.vocab_start, ctx.chunk_size, ctx.group = (
+            probs, vocab_start, chunk_size, group,
+        )
+        return logprobs_R
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_R,) = grads
+        hidden_RH, weight_VpH, targets_R = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden_RH)
+        grad_weight: Tensor | None = None
+        num_rows = hidden_RH.shape[0]
+        for start in reversed(range(0, num_rows, ctx.chunk_size)):
+            rows = slice(start, min(start + ctx.chunk_size, num_rows))
+            probs, ctx.last_probs = ctx.last_probs, None
+            if probs is None:
+                _, probs = _chunk_forward(
+                    hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
+                    keep_probs=True,
+                )
+            assert probs is not None
+            # d logprob[target] / d logits = onehot(target) - softmax
+            grad_logits = probs.mul_(-grad_R[rows, None])
+            local, inside = _local_targets(targets_R[rows], ctx.vocab_start, weight_VpH.shape[0])
+            index = torch.arange(local.shape[0], device=local.device)
+            grad_logits[index, local] += torch.where(inside, grad_R[rows], 0.0)
+            grad_logits = grad_logits.to(weight_VpH.dtype)
+            grad_hidden[rows] = grad_logits @ weight_VpH
+            if ctx.needs_input_grad[1]:
+                part = grad_logits.T @ hidden_RH[rows]
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if grad_weight is None and ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight_VpH)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _local_targets(targets_R: Tensor, vocab_start: int, shard: int) -> tuple[Tensor, Tensor]:
+    local = targets_R - vocab_start
+    inside = (local >= 0) & (local < shard)
+    return torch.where(inside, local, 0), inside
+
+
+def _chunk_forward(
+    hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int, group: Any,
+    *, keep_probs: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One chunk: returns log-probs [R] and, if asked, the softmax shard [R, Vp] in fp32."""
+    # Cast before any reduction: a bf16 all-reduce of log-sum-exp terms loses whole nats.
+    logits = (hidden_RH @ weight_VpH.T).float()
+    local, inside = _local_targets(targets_R, vocab_start, weight_VpH.shape[0])
+    target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
+    if group.size() == 1:
+        log_z = torch.logsumexp(logits, dim=-1)
+        probs = logits.sub_(log_z[:, None]).exp_() if keep_probs else None
+        return target_logit - log_z, probs
+    peak = logits.amax(dim=-1)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    target_logit = target_logit - torch.where(inside, peak, 0.0)
+    exps = logits.sub_(peak[:, None]).exp_()
+    sums = torch.stack([exps.sum(dim=-1), target_logit])
+    dist.all_reduce(sums, group=group)
+    normaliser, target_logit = sums
+    probs = exps.div_(normaliser[:, None]) if keep_probs else None
+    return target_logit - normaliser.log(), probs
+
+
+def response_logprobs(
+    hidden_SBH: Tensor,
+    weight_VpH: Tensor,
+    rows_R: Tensor,
+    targets_R: Tensor,
+    *,
+    tp_group: Any,
+    sequence_parallel: bool,
+    chunk_size: int,
+) -> Tensor:
+    """Log-probabilities in nats of ``targets_R`` given the hidden states at ``rows_R``.
+
+    Args:
+        hidden_SBH: [T, 1, H] hidden states after the final norm; [T / tp, 1, H] under sequence
+            parallelism. Any float dtype.
+        weight_VpH: [Vp, H], this rank's rows of the output embedding.
+        rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
+        chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time.
+
+    Returns:
+        float32 [R], equal on every tensor-parallel rank.
+
+    Gradient: to ``hidden_SBH`` and ``weight_VpH``; the gradient of the hidden states is summed
+    over the tensor-parallel group (response rows only, or by reduce-scatter under sequence
+    parallelism).
+    Collectives: over ``tp_group``; every tensor-parallel rank must call.
+    """
+    if sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(
+            hidden_SBH, tensor_parallel_output_grad=True, group=tp_group
+        )
+    hidden_RH = hidden_SBH[:, 0].index_select(0, rows_R)
+    if not sequence_parallel:
+        hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
+    vocab_start = weight_VpH.shape[0] * tp_group.rank()
+    return _ChunkedLogprobs.apply(
+        hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group
+    )

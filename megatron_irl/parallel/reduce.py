@@ -1,0 +1,94 @@
+"""Reductions of metrics and objects between the ranks of a run."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.types import Metric
+
+
+def merge_metrics(parts: Sequence[dict[str, Metric]]) -> dict[str, Metric]:
+    """Add up the metrics of several microbatches of one rank, each by its declared reduction."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            if name not in merged:
+                merged[name] = metric
+                continue
+            old = merged[name]
+            if metric.reduction == "max":
+                total = torch.maximum(torch.as_tensor(old.total), torch.as_tensor(metric.total))
+            else:
+                total = old.total + metric.total
+            merged[name] = Metric(total, old.weight + metric.weight, metric.reduction)
+    return merged
+
+
+def reduce_metrics(
+    parts: Sequence[dict[str, Metric]], topology: Topology, device: torch.device
+) -> dict[str, float]:
+    """Reduce per-microbatch metrics of the last stages to plain numbers on every rank.
+
+    Two all-reduces (sums, maxima) over data parallelism on the last stage, then one broadcast
+    along the pipeline; ``max`` is never averaged and a mean is the global sum over the global
+    weight, so neither microbatching nor data parallelism changes a number.
+
+    Args:
+        parts: What the last pipeline stage collected; empty elsewhere.
+
+    Collectives: every rank of the run must call.
+    """
+    values: dict[str, float] = {}
+    if topology.is_last_stage:
+        merged = merge_metrics(parts)
+        means = [n for n in merged if merged[n].reduction == "mean"]
+        maxima = [n for n in merged if merged[n].reduction == "max"]
+        pairs = [[float(merged[n].total), float(merged[n].weight)] for n in means]
+        sums = torch.tensor(pairs, dtype=torch.float64, device=device).reshape(-1, 2)
+        tops = torch.tensor(
+            [float(merged[n].total) for n in maxima], dtype=torch.float64, device=device
+        )
+        dist.all_reduce(sums, group=topology.dp_group)
+        dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=topology.dp_group)
+        for name, (total, weight) in zip(means, sums.tolist(), strict=True):
+            values[name] = total / weight if weight else 0.0
+        values.update(zip(maxima, tops.tolist(), strict=True))
+    return from_last_stage(values, topology)
+
+
+def from_last_stage(value: Any, topology: Topology) -> Any:
+    """Broadcast a small picklable object from the last pipeline stage. Collective over pp."""
+    if topology.pp_size == 1:
+        return value
+    box = [value]
+    last = dist.get_global_rank(topology.pp_group, topology.pp_size - 1)
+    dist.broadcast_object_list(box, src=last, group=topology.pp_group)
+    return box[0]
+
+
+def from_main(value: Any, topology: Topology) -> Any:
+    """Broadcast a small picklable object from rank 0 to every rank. Collective over the world."""
+    if topology.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_over_data_parallel(value: Any, topology: Topology) -> list[Any]:
+    """Return every data-parallel rank's object, in rank order. Collective over dp."""
+    if topology.dp_size == 1:
+        return [value]
+    box: list[Any] = [None] * topology.dp_size
+    dist.all_gather_object(box, value, group=topology.dp_group)
+    return box
+
+
+def sum_over_world(values: Sequence[float], device: torch.device) -> list[float]:
+    """Element-wise sum over every rank, in float64. Collective over the world."""
+    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()

@@ -1,0 +1,16 @@
+"""Megatron's shared communication buffers, between inference and training."""
+
+from megatron_irl import platform  # noqa: F401  (must precede megatron)
+
+from megatron.core import parallel_state  # isort: skip
+
+
+def drop_shared_buffers() -> None:
+    """Forget the global all-gather buffers, which are allocated again on demand.
+
+    Sequence parallelism gathers into one global buffer. If generation allocated it, it is an
+    inference tensor, and the first training step after that may not write to it.
+    """
+    buffer = parallel_state._GLOBAL_MEMORY_BUFFER
+    if buffer is not None:
+        buffer.buffer.clear()

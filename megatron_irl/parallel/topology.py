@@ -1,0 +1,137 @@
+"""Who this rank is: the only reader of Megatron's ``parallel_state``."""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_irl import platform
+from megatron_irl.config import ParallelConfig
+from megatron_irl.errors import UserError
+
+from megatron.core import parallel_state, tensor_parallel  # isort: skip  (after the platform)
+from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's coordinates and groups; travels as an argument, never as a global.
+
+    Attributes:
+        groups: Megatron's own collection, as its modules want it.
+        tp_group, pp_group, dp_group: Tensor, pipeline and data parallel groups. ``dp_group``
+            includes the context-parallel ranks, because they share weights.
+        vpp_size: Model chunks a rank holds (virtual pipeline stages), 1 without interleaving.
+    """
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    vpp_size: int
+    tp_group: Any
+    pp_group: Any
+    dp_group: Any
+    groups: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and talks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank of the run."""
+        dist.barrier()
+
+
+def initialize(
+    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: int = 60
+) -> Topology:
+    """Join the process group given by the environment and build Megatron's groups.
+
+    Collectives: every rank of the run must call. Without ``WORLD_SIZE`` in the environment the
+    run is this process alone.
+
+    Raises:
+        UserError: The world size does not fit the layout.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_world_size(parallel, world_size)
+    if not dist.is_initialized():
+        platform.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+        timeout = datetime.timedelta(minutes=timeout_minutes)
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(platform.BACKEND, timeout=timeout)
+        else:
+            store = dist.HashStore()
+            dist.init_process_group(
+                platform.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
+    return build_topology(parallel, seed=seed)
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise UserError unless the model-parallel size divides the number of ranks."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    model_ranks = tp * pp * parallel.context_parallel_size
+    if world_size % model_ranks:
+        raise UserError(
+            f"world size {world_size} conflicts with parallel.tensor_model_parallel_size={tp} x "
+            f"parallel.pipeline_model_parallel_size={pp} x parallel.context_parallel_size="
+            f"{parallel.context_parallel_size}; one model replica needs {model_ranks} ranks. "
+            f"Start a multiple of {model_ranks} ranks, or change the layout."
+        )
+
+
+def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
+    """Build Megatron's groups over an initialised process group, replacing earlier ones.
+
+    Collectives: every rank must call.
+    """
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        create_gloo_process_groups=platform.IS_CUDA,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=groups.tp.rank(),
+        tp_size=groups.tp.size(),
+        pp_rank=groups.pp.rank(),
+        pp_size=groups.pp.size(),
+        dp_rank=groups.dp_cp.rank(),
+        dp_size=groups.dp_cp.size(),
+        vpp_size=parallel.virtual_pipeline_model_parallel_size or 1,
+        tp_group=groups.tp,
+        pp_group=groups.pp,
+        dp_group=groups.dp_cp,
+        groups=groups,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process group; safe to call when there is none."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

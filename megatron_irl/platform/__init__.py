@@ -1,0 +1,57 @@
+"""The one door to the hardware: importing this package makes ``megatron.core`` importable here.
+
+With CUDA present nothing is touched. Without it, the CPU retarget is installed, so this package
+must be imported before the first ``megatron.core`` import (every room above does so).
+``MEGATRON_IRL_PLATFORM=cpu`` forces the CPU on a machine with a GPU.
+"""
+
+import logging
+import os
+import warnings
+
+import torch
+
+IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATFORM") != "cpu"
+BACKEND: str = "nccl" if IS_CUDA else "gloo"
+
+if not IS_CUDA:
+    from megatron_irl.platform import retarget
+
+    retarget.install()
+
+# Advice about optional GPU packages and planned changes upstream: nothing a user of this package
+# can act on; true errors still arrive as exceptions.
+for module in (r"megatron\.core.*", r"torch\.utils\.cpp_extension"):
+    warnings.filterwarnings("ignore", module=module)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if IS_CUDA else torch.device("cpu")
+
+
+def select_device(local_rank: int) -> None:
+    """Bind this process to its accelerator; nothing to do on CPU."""
+    if IS_CUDA:
+        torch.cuda.set_device(local_rank)
+
+
+def synchronize() -> None:
+    """Wait for queued device work, before reading a host clock."""
+    if IS_CUDA:
+        torch.cuda.synchronize()
+
+
+def release_cached_memory() -> None:
+    """Give cached device blocks back, so that the next phase can use them."""
+    if IS_CUDA:
+        torch.cuda.empty_cache()
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products run faster than fp32 ones on this device."""
+    if IS_CUDA:
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

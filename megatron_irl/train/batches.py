@@ -1,0 +1,77 @@
+"""Global batches → this rank's packed microbatches."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from megatron_irl.data.packing import assign, pack
+from megatron_irl.data.sampler import OrderedSampler
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.types import Demonstration, PackedBatch, Pair
+
+Sequences = list[tuple[np.ndarray, np.ndarray]]
+Item = Demonstration | Pair
+
+
+def microbatches_for(
+    items: Sequence[Item], topology: Topology, *, micro_batch_size: int, multiple_of: int
+) -> list[PackedBatch]:
+    """This data-parallel rank's microbatches of a global batch, balanced by tokens.
+
+    Every rank computes the same split, so no communication is needed. Pairs become
+    [demonstration, sample] neighbours of one microbatch, because the loss needs both.
+    """
+    lengths = [sum(len(ids) for ids in _flat(item)) for item in items]
+    bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
+    mine = bins[topology.dp_rank :: topology.dp_size]
+    return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
+
+
+def draw(items: Sequence[Item], seed: int, step_in_round: int, size: int) -> list[Item]:
+    """The global batch of a step: the items in one shuffled order per pass, wrapping around.
+
+    A pure function of its arguments, so a resumed run draws what the uninterrupted one would.
+    """
+    sampler = OrderedSampler(len(items), seed)
+    sampler.load_state_dict({"position": step_in_round * size})
+    return [items[i] for i in sampler.take(size)]
+
+
+def token_budget_packs(
+    sequences: Sequences, *, max_tokens: int, multiple_of: int
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Pack sequences for evaluation, longest first, up to ``max_tokens`` a pack.
+
+    Yields the indices of the sequences with their pack. A longer sequence gets its own.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
+    chosen: list[int] = []
+    tokens = 0
+    for index in order:
+        length = sum(map(len, sequences[index]))
+        if chosen and tokens + length > max_tokens:
+            yield chosen, pack([sequences[i] for i in chosen], None, multiple_of=multiple_of)
+            chosen, tokens = [], 0
+        chosen.append(index)
+        tokens += length
+    if chosen:
+        yield chosen, pack([sequences[i] for i in chosen], None, multiple_of=multiple_of)
+
+
+def _flat(item: Item) -> tuple[np.ndarray, ...]:
+    if isinstance(item, Pair):
+        return (item.prompt_ids, item.demo_ids, item.prompt_ids, item.sample_ids)
+    return (item.prompt_ids, item.response_ids)
+
+
+def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
+    sequences: Sequences = []
+    refs: list[float] = []
+    for item in items:
+        if isinstance(item, Pair):
+            assert item.ref_demo_logp is not None and item.ref_sample_logp is not None
+            sequences += [(item.prompt_ids, item.demo_ids), (item.prompt_ids, item.sample_ids)]
+            refs += [item.ref_demo_logp, item.ref_sample_logp]
+        else:
+            sequences.append((item.prompt_ids, item.response_ids))
+    return pack(sequences, refs or None, multiple_of=multiple_of)

@@ -1,0 +1,136 @@
+"""Megatron's optimizer and learning-rate schedule from the recipe."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_irl.config import Recipe, check_field_names
+from megatron_irl.errors import UserError
+from megatron_irl.parallel.topology import Topology
+
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+DEFAULTS: dict[str, Any] = {"lr": 5e-7, "weight_decay": 0.0, "clip_grad": 1.0}
+
+
+def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> OptimizerConfig:
+    """Megatron's OptimizerConfig: our defaults, then the recipe's ``optimizer:`` keys.
+
+    Raises:
+        UserError: An unknown key, or values that Megatron refuses.
+    """
+    allowed = [field.name for field in dataclasses.fields(OptimizerConfig)]
+    check_field_names("optimizer", recipe.optimizer, allowed)
+    fields = DEFAULTS | {
+        "bf16": config.bf16,
+        "params_dtype": config.params_dtype,
+        "use_distributed_optimizer": shards_optimizer(recipe),
+    } | recipe.optimizer
+    known = ("adam", "sgd", "lion")
+    name = fields.get("optimizer", "adam")
+    if name not in known and importlib.util.find_spec("emerging_optimizers") is None:
+        raise UserError(
+            f"optimizer.optimizer={name} is not one of {', '.join(known)}, and the package "
+            "emerging-optimizers, which has others, is not installed. Set one of these."
+        )
+    if not isinstance(fields["lr"], int | float) or fields["lr"] < 0:
+        raise UserError(f"optimizer.lr={fields['lr']!r} is not a number >= 0. Set a learning rate.")
+    fields.setdefault("min_lr", fields["lr"] * recipe.schedule.min_lr_ratio)
+    try:
+        return OptimizerConfig(**fields)
+    except (ValueError, AssertionError, TypeError, ImportError) as error:
+        raise UserError(f"Megatron-Core refuses this optimizer configuration: {error}") from error
+
+
+def shards_optimizer(recipe: Recipe) -> bool:
+    """Whether the optimizer state is split over data parallelism (Megatron: Adam and Lion only).
+
+    Raises:
+        UserError: ``ddp`` and ``optimizer`` say different things, or it cannot be split.
+    """
+    name = recipe.optimizer.get("optimizer", "adam")
+    asked = {
+        section: getattr(recipe, section)["use_distributed_optimizer"]
+        for section in ("optimizer", "ddp")
+        if "use_distributed_optimizer" in getattr(recipe, section)
+    }
+    if len(set(asked.values())) > 1:
+        raise UserError(
+            f"optimizer.use_distributed_optimizer={asked['optimizer']} conflicts with "
+            f"ddp.use_distributed_optimizer={asked['ddp']}. Set one of them only."
+        )
+    possible = name in ("adam", "lion")
+    wanted = next(iter(asked.values()), possible)
+    if wanted and not possible:
+        raise UserError(
+            f"optimizer.optimizer={name} conflicts with use_distributed_optimizer=true; Megatron "
+            "shards the state of adam and lion only. Set use_distributed_optimizer to false."
+        )
+    return wanted
+
+
+def build_optimizer(
+    recipe: Recipe, config: TransformerConfig, chunks: Sequence[Any], topology: Topology
+) -> tuple[Any, OptimizerParamScheduler]:
+    """Build Megatron's optimizer over DDP-wrapped chunks, and its schedule.
+
+    Collectives: every rank must call.
+    """
+    optimizer = get_megatron_optimizer(
+        build_optimizer_config(recipe, config),
+        list(chunks),
+        use_gloo_process_groups=False,
+        pg_collection=topology.groups,
+    )
+    return optimizer, build_schedule(recipe, optimizer)
+
+
+def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
+    """Warmup then decay over the run, or over one round with ``reset_optimizer: round``.
+
+    The schedule stands one step ahead, so that the first update of a warmup already moves.
+    """
+    algorithm, schedule = recipe.algorithm, recipe.schedule
+    assert algorithm.steps_per_round is not None, "the recipe must be resolved"
+    per_round = algorithm.reset_optimizer == "round"
+    steps = algorithm.steps_per_round * (1 if per_round else algorithm.rounds)
+    peak = float(optimizer.config.lr)
+    decay = float(optimizer.config.weight_decay)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=peak,
+        min_lr=float(optimizer.config.min_lr),
+        lr_warmup_steps=min(int(steps * schedule.lr_warmup_fraction), steps),
+        lr_decay_steps=steps + 1,
+        lr_decay_style=schedule.lr_decay_style,
+        start_wd=decay,
+        end_wd=decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)
+    return scheduler
+
+
+def reset_optimizer(optimizer: Any) -> None:
+    """Forget the moments, as at the start of a new stage; parameters stay."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        for state in inner.state.values():
+            for name, value in state.items():
+                if name == "step" and not hasattr(value, "zero_"):
+                    state[name] = 0
+                elif hasattr(value, "zero_") and name != "master_param":
+                    value.zero_()
+        for group in inner.param_groups:
+            if "step" in group:  # fused optimizers keep the count per group
+                group["step"] = group["step"] * 0
+
+
+def current_lr(optimizer: Any) -> float:
+    """The learning rate of the next update."""
+    return float(max(group["lr"] for group in optimizer.param_groups))

@@ -1,0 +1,193 @@
+"""The two logs a run keeps in its folder, one JSON object per line.
+
+``metrics.jsonl`` has a line per optimizer step, ``rounds.jsonl`` a line per round. A line is on
+the disk when the call returns, and a run killed at any instant leaves at worst one torn last line,
+which readers skip and the next append removes.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_irl.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+ROUNDS_FILE = "rounds.jsonl"
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_BLOCK = 4096
+
+
+class RunLog:
+    """Append to and read back the logs of one run folder. For one writing process only."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.metrics_path = self.run_dir / METRICS_FILE
+        self.rounds_path = self.run_dir / ROUNDS_FILE
+
+    def log_metrics(self, record: Mapping[str, Any]) -> None:
+        """Append the line of one optimizer step; ``record`` needs ``step`` and ``round``.
+
+        A number that is not finite becomes null: JSON has no NaN, and a log line must not be what
+        ends a run. Whether the loss is finite is the training step's business.
+
+        Raises:
+            UserError: The line could not be written (disk full, ...); the file is as before.
+        """
+        _append(self.metrics_path, record, needs=("step", "round"))
+
+    def log_round(self, record: Mapping[str, Any]) -> None:
+        """Append the line of one finished round; as ``log_metrics``."""
+        _append(self.rounds_path, record, needs=("step", "round"))
+
+    def truncate(self, step: int, round: int) -> None:
+        """Forget what a resumed run is going to do again.
+
+        Args:
+            step: Last optimizer step the restored checkpoint contains; later steps go.
+            round: Round the run continues in, which is also how many rounds are finished; the
+                line of that round and of every later one goes.
+
+        Raises:
+            UserError: A log cannot be read or rewritten; it is as before.
+        """
+        _keep(self.metrics_path, lambda line: line["step"] <= step)
+        _keep(self.rounds_path, lambda line: line["round"] < round)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the lines of ``metrics.jsonl``, [] where there is no such file."""
+        return _read(self.metrics_path)
+
+    def read_rounds(self) -> list[dict[str, Any]]:
+        """Return the lines of ``rounds.jsonl``, [] where there is no such file."""
+        return _read(self.rounds_path)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` so that a reader sees the old file or the new one.
+
+    Raises:
+        UserError: The file could not be written; the old one is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _write_error(path, error) from error
+
+
+def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> None:
+    missing = [key for key in needs if key not in record]
+    assert not missing, f"a line of {path.name} needs {missing}"
+    line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _write_line(descriptor, line)
+        finally:
+            os.close(descriptor)
+        if path.stat().st_size == len(line):
+            _sync_folder(path.parent)  # the first line: the file's name must be durable as well
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+def _write_line(descriptor: int, line: bytes) -> None:
+    """Write after the last complete line; on failure leave the file ending there."""
+    end = _end_of_last_line(descriptor)
+    try:
+        if os.fstat(descriptor).st_size > end:
+            os.ftruncate(descriptor, end)
+        written = 0
+        while written < len(line):
+            written += os.pwrite(descriptor, line[written:], end + written)
+        os.fsync(descriptor)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, end)
+        raise
+
+
+def _end_of_last_line(descriptor: int) -> int:
+    """Return the offset just after the last newline, 0 without one."""
+    end = os.fstat(descriptor).st_size
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    # What follows the last newline is empty, or a line the writer was killed in.
+    complete = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(path, number, line) for number, line in enumerate(complete, 1) if line.strip()]
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}:{number} is not JSON ({error}); every line of it is an object "
+                        "written by the run. Remove the line.") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{number} is not a JSON object; every line of it is one. "
+                        "Remove the line.")
+    return record
+
+
+def _keep(path: Path, wanted: Any) -> None:
+    if not path.exists():
+        return
+    kept = [record for record in _read(path) if wanted(record)]
+    content = b"".join(json.dumps(record).encode() + b"\n" for record in kept)
+    if content != path.read_bytes():
+        write_atomically(path, content)
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` as JSON types, with null for numbers that are not finite."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_error(path: Path, error: OSError) -> UserError:
+    advice = ("Free space there" if error.errno in _DISK_FULL
+              else "Make the folder writable, or set output_dir")
+    return UserError(f"{path} cannot be written: {error.strerror or error}. {advice} and start "
+                     "the run again on the same folder; it resumes.")

@@ -1,0 +1,66 @@
+"""Log-probabilities of many sequences under the weights as they are: the evaluation-mode pass.
+
+The same packed forward as training gives the reference cache, held-out likelihood, rewards and
+the engine-trainer mismatch.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_irl.errors import TrainingDiverged
+from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_parallel
+from megatron_irl.train.batches import Sequences, token_budget_packs
+from megatron_irl.train.step import Stepper
+
+OnProgress = Callable[[int], None]
+
+
+def score_sequences(
+    stepper: Stepper,
+    sequences: Sequences,
+    *,
+    max_tokens: int = 4096,
+    multiple_of: int = 1,
+    on_progress: OnProgress | None = None,
+) -> list[np.ndarray]:
+    """Token log-probabilities of every response.
+
+    Args:
+        sequences: (prompt ids, response ids), the same list on every rank.
+        max_tokens: Tokens of one packed forward.
+        on_progress: Called with the number of sequences this rank has finished.
+
+    Returns:
+        Per sequence float32 [response tokens], nats, in input order, on every rank.
+
+    Gradient: none. Collectives: every rank of the run must call.
+
+    Raises:
+        TrainingDiverged: A log-probability is NaN or infinite: the weights are no good.
+    """
+    topology = stepper.topology
+    packs = list(token_budget_packs(sequences, max_tokens=max_tokens, multiple_of=multiple_of))
+    mine = packs[topology.dp_rank :: topology.dp_size]
+    scored: dict[int, np.ndarray] = {}
+    group = max(8, 2 * topology.pp_size)  # packs in flight: enough to fill the pipeline
+    for start in range(0, len(mine), group):
+        part = mine[start : start + group]
+        outputs = stepper.token_logprobs([pack for _, pack in part])
+        for (indices, _), parts in zip(part, outputs, strict=False):
+            scored |= {i: t.numpy() for i, t in zip(indices, parts, strict=True)}
+        if on_progress is not None:
+            on_progress(sum(len(indices) for indices, _ in mine[: start + group]))
+    scored = from_last_stage(scored, topology)
+    merged = {i: v for part in gather_over_data_parallel(scored, topology) for i, v in part.items()}
+    bad = sum(not np.isfinite(values).all() for values in merged.values())
+    if bad:
+        raise TrainingDiverged(
+            f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
+        )
+    return [merged[i] for i in range(len(sequences))]
+
+
+def summed(token_logprobs: list[np.ndarray]) -> list[float]:
+    """Sum per sequence in float64, stored as the nearest float32."""
+    return [float(np.float32(values.sum(dtype=np.float64))) for values in token_logprobs]

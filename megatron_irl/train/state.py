@@ -1,0 +1,32 @@
+"""Where a run stands: exactly what a checkpoint must restore besides tensors."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """Position of the run.
+
+    Attributes:
+        step: Optimizer steps done since the run began.
+        round: The round in progress, from 0; equal to ``algorithm.rounds`` when all are done.
+        step_in_round: Optimizer steps done in that round.
+        evaluation: Held-out numbers of the policy at the start of the round.
+        examples: A few prompts with the responses of that policy.
+        seconds: Time spent so far, by phase of the round in progress.
+    """
+
+    step: int = 0
+    round: int = 0
+    step_in_round: int = 0
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunState":
+        return cls(**values)

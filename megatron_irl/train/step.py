@@ -1,0 +1,159 @@
+"""One optimizer step, or one evaluation pass, through Megatron's pipeline schedules.
+
+The only place where an objective's ``LossOutput`` becomes Megatron's (loss, count, report).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_irl import platform
+from megatron_irl.data.packing import lengthen
+from megatron_irl.errors import TrainingDiverged
+from megatron_irl.model.forward import LogprobProcessor, forward_packed
+from megatron_irl.parallel.reduce import reduce_metrics
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.types import LossOutput, Metric, PackedBatch
+
+from megatron.core.distributed import finalize_model_grads  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+from megatron.core.utils import get_model_config  # isort: skip
+
+Objective = Callable[[Tensor, PackedBatch], LossOutput]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did: global loss, gradient norm before clipping, and metrics."""
+
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+
+
+class Stepper:
+    """Drives Megatron's schedule over packed microbatches on this rank's model chunks.
+
+    Args:
+        chunks: DDP-wrapped model chunks for training; bare ones suffice for evaluation.
+        optimizer: Megatron's optimizer, or None for evaluation only.
+        chunk_size: Response rows whose logits exist at one time.
+    """
+
+    def __init__(
+        self, chunks: Sequence[Any], topology: Topology, *, optimizer: Any = None,
+        chunk_size: int = 2048,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.topology = topology
+        self.optimizer = optimizer
+        self.processor = LogprobProcessor(chunk_size)
+        self.config = get_model_config(self.chunks[0])
+        self.config.finalize_model_grads_func = partial(
+            finalize_model_grads, pg_collection=topology.groups
+        )
+        virtual = topology.vpp_size if topology.vpp_size > 1 else None
+        self.schedule = get_forward_backward_func(topology.pp_size, virtual)
+
+    def train_step(
+        self, microbatches: Sequence[PackedBatch], objective: Objective, *, where: str = ""
+    ) -> StepResult:
+        """Forward, backward, one update.
+
+        Args:
+            microbatches: This data-parallel rank's share of the global batch; the number must be
+                the same on every rank.
+            where: Named in the error when the loss is not finite.
+
+        Raises:
+            TrainingDiverged: The loss or gradient norm is NaN or infinite. A bad loss is found
+                before the update, so the weights are still good.
+
+        Collectives: every rank must call.
+        """
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self._run(microbatches, objective, forward_only=False)
+        metrics = reduce_metrics(reports, self.topology, platform.device())
+        loss = metrics.pop("loss")
+        if not _finite(loss):
+            raise TrainingDiverged(f"the loss is {loss} {where}")
+        _, grad_norm, _ = self.optimizer.step()
+        grad_norm = float(grad_norm)
+        if not _finite(grad_norm):
+            raise TrainingDiverged(f"the gradient norm is {grad_norm} {where}")
+        return StepResult(loss, grad_norm, metrics)
+
+    def token_logprobs(self, microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
+        """Per microbatch, per sequence: float32 response log-probabilities on the CPU.
+
+        Evaluation mode, no gradient. Empty except on the last pipeline stage.
+        Collectives: tensor and pipeline parallel ranks of one replica must call together.
+        """
+        padded = self._fill_pipeline(microbatches)
+        outputs = self._run(padded, None, forward_only=True)[: len(microbatches)]
+        return [
+            list(out.cpu().split(batch.lengths_S.tolist()))
+            for out, batch in zip(outputs, microbatches, strict=False)
+        ]
+
+    def _run(
+        self, microbatches: Sequence[PackedBatch], objective: Objective | None, *,
+        forward_only: bool,
+    ) -> list[Any]:
+        longest = max(batch.tokens_T.shape[1] for batch in microbatches)
+        if self.topology.vpp_size > 1:  # the interleaved schedule knows one shape only
+            microbatches = [lengthen(batch, longest) for batch in microbatches]
+        iterators = [iter(microbatches) for _ in self.chunks]
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
+        with torch.set_grad_enabled(not forward_only):
+            return self.schedule(
+                forward_step_func=partial(self._forward_step, objective),
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(iterators) > 1 else self.chunks[0],
+                num_microbatches=len(microbatches),
+                seq_length=longest,
+                micro_batch_size=1,  # one packed row
+                forward_only=forward_only,
+                collect_non_loss_data=objective is None,
+            )
+
+    def _forward_step(
+        self, objective: Objective | None, iterator: Iterator[PackedBatch], chunk: nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(iterator).to(platform.device())
+        output = forward_packed(chunk, batch, self.processor)
+        if objective is None:
+            return output, _keep_output
+        return output, partial(_megatron_loss, objective, batch)
+
+    def _fill_pipeline(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """Repeat the last microbatch until the interleaved schedule accepts the number."""
+        group = self.topology.pp_size if self.topology.vpp_size > 1 else 1
+        missing = -len(microbatches) % group
+        return list(microbatches) + [microbatches[-1]] * missing
+
+
+def _keep_output(output: Tensor, non_loss_data: bool = True) -> Tensor:
+    del non_loss_data
+    return output.detach()
+
+
+def _megatron_loss(
+    objective: Objective, batch: PackedBatch, logprobs_R: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Metric]]:
+    out = objective(logprobs_R, batch)
+    report = dict(out.metrics)
+    report["loss"] = Metric(out.total.detach(), out.weight)
+    return out.total, out.weight.to(torch.int), report
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

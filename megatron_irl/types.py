@@ -1,0 +1,147 @@
+"""Records that pass between the rooms of the house; plain data, no behaviour worth testing.
+
+Shape suffixes used throughout the package:
+
+    T  tokens of one packed microbatch          S  sequences of one packed microbatch
+    R  response rows of one packed microbatch   P  pairs of one packed microbatch
+    H  hidden size                              V  vocabulary (Vp: this rank's shard)
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+Reduction = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One (prompt, good answer) record as token ids.
+
+    Attributes:
+        ordinal: Position among the records kept, 0-based; the identity used by the pair bank.
+        prompt_ids: int32 [prompt tokens], the rendered prompt including the assistant header.
+        response_ids: int32 [response tokens], ending with EOS exactly once.
+        prompt: The prompt as the user wrote it, for reports (messages are kept as a list).
+        response: The response text, for reports.
+        answer: Expected answer for exact-match evaluation, if the record has one.
+        source: ``file:line`` of the record.
+    """
+
+    ordinal: int
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    prompt: str | list[dict[str, str]]
+    response: str
+    answer: str | None
+    source: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One generated response.
+
+    Attributes:
+        token_ids: int32 [n], the sampled ids; ends with EOS if and only if finish_reason is stop.
+        logprobs: float32 [n], nats, log-probability of each id under the untempered policy.
+        finish_reason: ``stop`` when EOS was emitted, ``length`` when the budget ended it.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+
+
+@dataclass
+class Pair:
+    """A demonstration and the policy's own sample for the same prompt.
+
+    Attributes:
+        ordinal: ``Demonstration.ordinal``.
+        prompt_ids, demo_ids, sample_ids: int32 token ids.
+        sample_logprobs: float32 [len(sample_ids)], nats, as the engine reported them.
+        finish_reason: Of the sample.
+        ref_demo_logp, ref_sample_logp: Summed response log-probability in nats under the
+            reference policy; None until the reference pass has run.
+        round: Round in which the sample was drawn.
+    """
+
+    ordinal: int
+    prompt_ids: np.ndarray
+    demo_ids: np.ndarray
+    sample_ids: np.ndarray
+    sample_logprobs: np.ndarray
+    finish_reason: FinishReason
+    round: int = 0
+    ref_demo_logp: float | None = None
+    ref_sample_logp: float | None = None
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """One microbatch of variable-length sequences laid end to end; no padding between them.
+
+    Attributes:
+        tokens_T: int64 [1, T].
+        position_ids_T: int64 [1, T], restarting at 0 in every sequence.
+        cu_seqlens: int32 [S + 1], or [S + 2] when a final masked padding segment aligns T.
+        max_seqlen: Longest segment, padding segment included.
+        rows_R: int64 [R], positions in T whose next token is a response token.
+        targets_R: int64 [R], that next token.
+        segment_R: int64 [R], the sequence (0..S-1) each row belongs to; non-decreasing.
+        num_sequences: S; the padding segment is not counted.
+        lengths_S: int64 [S], response tokens of each sequence.
+        ref_logps_S: float32 [S], cached reference log-probabilities in nats (zeros if unused).
+    """
+
+    tokens_T: Tensor
+    position_ids_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    rows_R: Tensor
+    targets_R: Tensor
+    segment_R: Tensor
+    num_sequences: int
+    lengths_S: Tensor
+    ref_logps_S: Tensor
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """Return the batch on ``device`` (asynchronously where the memory is pinned)."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in vars(self).items()
+        }
+        return PackedBatch(**moved)
+
+
+class Metric(NamedTuple):
+    """A number on its way to the log, with its denominator declared.
+
+    Attributes:
+        total: Scalar tensor: a sum (``mean``) or an extreme (``max``). Detached.
+        weight: What ``total`` is divided by after both are summed over microbatches and ranks.
+        reduction: ``mean`` is total/weight; ``max`` ignores the weight.
+    """
+
+    total: Tensor
+    weight: Tensor | float
+    reduction: Reduction = "mean"
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an objective returns.
+
+    Attributes:
+        total: Scalar float tensor, the *unnormalised* sum; carries the gradient.
+        weight: Scalar integer tensor, the count (pairs or tokens) the global sum is divided by.
+        metrics: Detached numbers by log key.
+    """
+
+    total: Tensor
+    weight: Tensor
+    metrics: dict[str, Metric] = field(default_factory=dict)

@@ -1,0 +1,186 @@
+"""The pure part of conversion: config translation, the name table, split and merge."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_irl.convert.families import canonical, rows
+from megatron_irl.convert.hf_config import architecture
+from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split
+from megatron_irl.errors import UserError
+
+BASE = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 40,
+    "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 5e5,
+}
+
+
+@settings(deadline=None)
+@given(
+    tp=st.sampled_from([1, 2, 4]), groups=st.sampled_from([4, 8]), per_group=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 2, 6]), extra=st.sampled_from([(), (5,)]), seed=st.integers(0, 99),
+)
+def test_qkv_merge_undoes_split(tp, groups, per_group, head_dim, extra, seed):
+    torch.manual_seed(seed)
+    q = torch.randn(groups * per_group * head_dim, *extra)
+    k, v = (torch.randn(groups * head_dim, *extra) for _ in range(2))
+    heads = Heads(groups, head_dim)
+    shards = [Qkv().read([q, k, v], rank, tp, heads) for rank in range(tp)]
+    back = Qkv().write(shards, heads)
+    assert all(torch.equal(a, b) for a, b in zip(back, (q, k, v), strict=True))
+    # Megatron's layout: a group's query rows, then its key, then its value.
+    first = torch.cat([q[: per_group * head_dim], k[:head_dim], v[:head_dim]])
+    assert torch.equal(shards[0][: len(first)], first)
+
+
+@settings(deadline=None)
+@given(tp=st.sampled_from([1, 2, 3, 4]), rows_=st.integers(1, 5), cols=st.integers(1, 5))
+def test_other_transforms_merge_undoes_split(tp, rows_, cols):
+    heads = Heads(1, 1)
+    whole, other = torch.randn(tp * rows_, tp * cols), torch.randn(tp * rows_, tp * cols)
+    for transform, sources in (
+        (Split(0), [whole]), (Split(1), [whole]), (Replicated(), [whole]),
+        (GateUp(), [whole, other]),
+    ):
+        shards = [transform.read(sources, rank, tp, heads) for rank in range(tp)]
+        back = transform.write(shards, heads)
+        assert all(torch.equal(a, b) for a, b in zip(back, sources, strict=True))
+
+
+class Recorder:
+    """Stands for a safetensors slice and adds up what is read from it."""
+
+    def __init__(self, tensor):
+        self.tensor, self.read = tensor, 0
+
+    def get_shape(self):
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index):
+        self.read += self.tensor[index].numel()
+        return self.tensor[index]
+
+
+@pytest.mark.parametrize("transform", [Qkv(), GateUp(), Split(0), Split(1)])
+def test_a_rank_reads_only_what_it_owns(transform):
+    q, k = torch.randn(16, 8), torch.randn(8, 8)
+    whole = {Qkv(): [q, k, k], GateUp(): [q, q]}.get(transform, [q])
+    sources = [Recorder(tensor) for tensor in whole]
+    shard = transform.read(sources, 3, 4, Heads(4, 2))
+    assert sum(s.read for s in sources) == shard.numel() == sum(t.numel() for t in whole) // 4
+
+
+def test_uneven_splits_are_not_cut_silently():
+    with pytest.raises(AssertionError, match="not split by 2"):
+        Split(0).read([torch.zeros(5, 2)], 0, 2, Heads(1, 1))
+    with pytest.raises(AssertionError, match="3 query groups"):
+        Qkv().read([torch.zeros(6, 2)] * 3, 0, 2, Heads(3, 2))
+
+
+def test_table_names_every_parameter_of_transformers():
+    """Names, shapes and completeness, against the models themselves."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for kind in ("llama", "mistral", "qwen2", "qwen3"):
+        config = AutoConfig.for_model(
+            kind, **{k: v for k, v in BASE.items() if k != "architectures"}, head_dim=8,
+            sliding_window=None,
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        arch = architecture(config.to_dict() | {"architectures": [type(model).__name__]})
+        expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        assert {t.name: t.shape(arch) for row in rows(arch) for t in row.hf} == expected
+
+
+def test_fused_norms_have_the_same_canonical_name():
+    layer = "decoder.layers.7."
+    assert canonical(layer + "self_attention.linear_qkv.layer_norm_weight") == (
+        layer + "input_layernorm.weight")
+    assert canonical(layer + "mlp.linear_fc1.layer_norm_weight") == (
+        layer + "pre_mlp_layernorm.weight")
+    assert canonical(layer + "mlp.linear_fc1.weight") == layer + "mlp.linear_fc1.weight"
+
+
+QWEN2, QWEN3 = {"architectures": ["Qwen2ForCausalLM"]}, {"architectures": ["Qwen3ForCausalLM"]}
+MISTRAL = {"architectures": ["MistralForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"sliding_window": 64}, "sliding_window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0},
+          "rope_parameters": {"rope_type": "default"}}, "rope_parameters.*conflicts"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64}, "sliding_window"),
+        (QWEN3, "head_dim is missing"),
+        (QWEN3 | {"head_dim": 8, "attention_bias": True}, "attention_bias"),
+        (MISTRAL | {"max_position_embeddings": 8192}, "sliding_window=4096"),
+        ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
+        ({"hidden_size": "64"}, "hidden_size='64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"num_attention_heads": True}, "num_attention_heads=True"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None"),
+    ],
+)
+def test_unsupported_options_are_refused_by_name(change, named):
+    with pytest.raises(UserError, match=named):
+        architecture(BASE | change)
+
+
+def test_missing_key_is_named():
+    config = {k: v for k, v in BASE.items() if k != "intermediate_size"}
+    with pytest.raises(UserError, match="intermediate_size"):
+        architecture(config)
+
+
+def test_options_that_change_nothing_are_accepted():
+    for change in (
+        QWEN2 | {"use_sliding_window": False, "sliding_window": 64},
+        {"rope_scaling": None, "head_dim": None, "attention_bias": False, "pretraining_tp": 2},
+        MISTRAL | {"sliding_window": None},
+        MISTRAL | {"sliding_window": 128},
+        {"layer_types": ["full_attention"] * 2},
+    ):
+        assert architecture(BASE | change).transformer["kv_channels"] == 8
+    assert architecture(BASE | {"attention_dropout": 0.1}).transformer["attention_dropout"] == 0.0
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 1e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
+         "high_freq_factor": 4.0},
+    ],
+)
+def test_inverse_frequencies_equal_transformers(rope, key):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    plain = {k: v for k, v in BASE.items() if k != "rope_theta"} | {"head_dim": 64}
+    if key == "rope_scaling":  # as transformers 4 wrote it
+        plain["rope_theta"], rope = rope["rope_theta"], {
+            k: v for k, v in rope.items() if k != "rope_theta"}
+    expected = LlamaRotaryEmbedding(LlamaConfig(**plain, **{key: dict(rope)})).inv_freq
+    arch = architecture(plain | {key: rope})
+    assert arch.inv_freq.dtype == torch.float32
+    assert torch.equal(arch.inv_freq, expected)

@@ -1,0 +1,134 @@
+"""What only a GPU can show. Skipped without one; run `pytest tests/gpu` inside the container.
+
+None of these has run yet on the CPU machines this project is developed on.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.convert.tiny import make_tiny_llama
+from tests.dist.jobs import make_pairs, objective, random_sequences
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+VOCAB = 128
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny model whose sizes suit FP8 (multiples of 16), and a one-rank topology."""
+    from megatron_irl.config import ParallelConfig
+    from megatron_irl.parallel.topology import initialize, shutdown
+
+    hf = make_tiny_llama(
+        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=8, kv_heads=4,
+        layers=2, vocab=VOCAB, scale=0.1,
+    )
+    topology = initialize(ParallelConfig())
+    yield hf, topology
+    shutdown()
+
+
+def build(hf: Path, topology, *, precision="fp32", spec="transformer_engine", **overrides):
+    from megatron_irl.config import ParallelConfig
+    from megatron_irl.convert.hf_config import architecture, read_hf_config
+    from megatron_irl.convert.load import load_hf_weights
+    from megatron_irl.model.build import build_chunks, build_config
+
+    arch = architecture(read_hf_config(hf))
+    config = build_config(arch, ParallelConfig(), precision=precision, overrides=overrides)
+    if spec == "local":
+        config = dataclasses.replace(config, apply_rope_fusion=False)
+    chunks = build_chunks(config, arch, topology, spec=spec)
+    load_hf_weights(chunks, arch, hf, tp_rank=0, tp_size=1)
+    return chunks, config
+
+
+def logprobs(chunks, topology, *, multiple_of=1) -> np.ndarray:
+    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.train.step import Stepper
+
+    scores = score_sequences(
+        Stepper(chunks, topology), random_sequences(7, 24, VOCAB), multiple_of=multiple_of
+    )
+    return np.concatenate(scores)
+
+
+def test_transformer_engine_spec_equals_local_spec(setup):
+    hf, topology = setup
+    te, _ = build(hf, topology, precision="bf16")
+    local, _ = build(hf, topology, precision="bf16", spec="local")
+    difference = np.abs(logprobs(te, topology) - logprobs(local, topology))
+    assert difference.mean() < 0.02 and difference.max() < 0.2
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_fp8_logprobs_stay_near_bf16(setup, recipe):
+    major, _ = torch.cuda.get_device_capability()
+    if recipe == "mxfp8" and major < 10:
+        pytest.skip("mxfp8 needs a Blackwell GPU")
+    if recipe == "blockwise" and major != 9:
+        pytest.skip("blockwise scaling needs a Hopper GPU")
+    from megatron_irl.data.packing import alignment
+
+    hf, topology = setup
+    bf16, _ = build(hf, topology, precision="bf16")
+    fp8, config = build(hf, topology, precision="fp8", fp8_recipe=recipe)
+    assert config.fp8 == "hybrid"
+    multiple = alignment(fp8_recipe=recipe)
+    difference = np.abs(
+        logprobs(fp8, topology, multiple_of=multiple) - logprobs(bf16, topology)
+    )
+    assert 0 < difference.mean() < 0.15, f"{recipe}: mean {difference.mean()}"
+
+
+def test_engine_equals_trainer(setup):
+    from megatron_irl.generation.interface import SamplingConfig
+    from megatron_irl.generation.megatron_engine import MegatronGenerator
+    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.train.step import Stepper
+
+    hf, topology = setup
+    chunks, _ = build(hf, topology, precision="bf16")
+    prompts = [prompt for prompt, _ in random_sequences(8, 12, VOCAB)]
+    with MegatronGenerator(
+        chunks, topology, max_sequence_length=256, vocab_size=VOCAB
+    ) as generator:
+        samples = generator.generate(prompts, SamplingConfig(max_new_tokens=24, eos_id=1))
+    pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
+    trainer = np.concatenate(score_sequences(Stepper(chunks, topology), pairs))
+    engine = np.concatenate([s.logprobs for s in samples])
+    assert np.abs(engine - trainer).mean() < 0.02
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_training_lowers_the_loss(setup, precision):
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    from megatron_irl.data.packing import alignment
+    from megatron_irl.model.build import wrap_data_parallel
+    from megatron_irl.train.batches import microbatches_for
+    from megatron_irl.train.step import Stepper
+
+    hf, topology = setup
+    chunks, config = build(hf, topology, precision=precision)
+    wrapped = wrap_data_parallel(chunks, config, topology)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+        ),
+        wrapped, use_gloo_process_groups=False, pg_collection=topology.groups,
+    )
+    stepper = Stepper(wrapped, topology, optimizer=optimizer)
+    multiple = alignment(fp8_recipe=config.fp8_recipe if config.fp8 else None)
+    batches = microbatches_for(
+        make_pairs(3, 8, VOCAB), topology, micro_batch_size=4, multiple_of=multiple
+    )
+    losses = [stepper.train_step(batches, objective).loss for _ in range(8)]
+    assert losses[-1] < losses[0]

@@ -1,0 +1,134 @@
+"""The counted token set, by hand and at random; balanced splits; alignment."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_irl.data.packing import alignment, assign, pack
+
+EOS = 2
+
+
+def test_hand_worked_example():
+    """Two sequences and padding to 8.
+
+    index     0  1  2  3 | 4  5  6 | 7
+    token    10 11 20  2 | 12 21 2 | 0
+    part      p  p  r  r | p  r  r | padding
+    The row before each response token predicts it: 1->20, 2->EOS, 4->21, 5->EOS.
+    """
+    batch = pack([([10, 11], [20, EOS]), ([12], [21, EOS])], [-1.5, -2.5], multiple_of=8)
+    assert batch.tokens_T.tolist() == [[10, 11, 20, 2, 12, 21, 2, 0]]
+    assert batch.position_ids_T.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7, 8]
+    assert batch.max_seqlen == 4
+    assert batch.rows_R.tolist() == [1, 2, 4, 5]
+    assert batch.targets_R.tolist() == [20, 2, 21, 2]
+    assert batch.segment_R.tolist() == [0, 0, 1, 1]
+    assert batch.num_sequences == 2
+    assert batch.lengths_S.tolist() == [2, 2]
+    assert batch.ref_logps_S.tolist() == [-1.5, -2.5]
+
+
+def test_dtypes_no_references_no_padding():
+    batch = pack([(np.array([5], np.int32), np.array([6], np.int32))], None)
+    assert batch.cu_seqlens.tolist() == [0, 2]
+    assert batch.ref_logps_S.tolist() == [0.0]
+    assert batch.cu_seqlens.dtype == torch.int32 and batch.ref_logps_S.dtype == torch.float32
+    for name in ("tokens_T", "position_ids_T", "rows_R", "targets_R", "segment_R", "lengths_S"):
+        assert getattr(batch, name).dtype == torch.int64, name
+
+
+def test_padding_may_be_the_longest_segment():
+    batch = pack([([1], [2])], None, multiple_of=16, pad_id=EOS)
+    assert batch.tokens_T.tolist() == [[1, 2] + [EOS] * 14]
+    assert batch.cu_seqlens.tolist() == [0, 2, 16] and batch.max_seqlen == 14
+    assert batch.rows_R.tolist() == [0]
+
+
+# Ids from {0, EOS} only: pad is EOS is an ordinary token, so masking by id would show.
+ids = st.lists(st.sampled_from([0, EOS]), min_size=1, max_size=6)
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=5), st.sampled_from([1, 2, 8, 16]))
+@settings(max_examples=100, deadline=None)
+def test_invariants(sequences, multiple_of):
+    batch = pack(sequences, None, multiple_of=multiple_of, pad_id=EOS)
+    tokens, positions = batch.tokens_T[0].tolist(), batch.position_ids_T[0].tolist()
+    bounds = batch.cu_seqlens.tolist()
+    total = sum(len(p) + len(r) for p, r in sequences)
+    assert len(tokens) == len(positions) == bounds[-1] == -(-total // multiple_of) * multiple_of
+    assert len(bounds) == len(sequences) + 1 + (total % multiple_of > 0)
+    assert batch.max_seqlen == max(np.diff(bounds))
+    rows, targets = [], []
+    for (prompt, response), start, end in zip(sequences, bounds, bounds[1:], strict=False):
+        assert tokens[start:end] == prompt + response
+        rows += range(start + len(prompt) - 1, end - 1)
+        targets += response
+    assert positions == [i for a, b in zip(bounds, bounds[1:], strict=False) for i in range(b - a)]
+    assert batch.rows_R.tolist() == rows and batch.targets_R.tolist() == targets
+    assert batch.segment_R.tolist() == [
+        s for s, (_, response) in enumerate(sequences) for _ in response]
+
+
+@pytest.mark.parametrize("sequences, refs", [
+    ([], None), ([([], [1])], None), ([([1], [])], None), ([([1], [1])], [0.0, 0.0]),
+])
+def test_pack_refuses(sequences, refs):
+    with pytest.raises(ValueError, match="length|ref_logps"):
+        pack(sequences, refs)
+
+
+def test_assign_by_hand():
+    # Longest first: 9 -> bin 0, 8 -> bin 1, 7 -> bin 1 (8 < 9), 1 -> the only room, bin 0.
+    assert assign([1, 9, 7, 8], num_bins=2, per_bin=2) == [[0, 1], [2, 3]]
+    assert assign([5, 5, 5, 5], num_bins=2, per_bin=2) == [[0, 2], [1, 3]]
+    assert assign([4, 3, 2], num_bins=1, per_bin=3) == [[0, 1, 2]]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_assign_is_a_balanced_partition(num_bins, per_bin, data):
+    size = num_bins * per_bin
+    lengths = data.draw(st.lists(st.integers(1, 1000), min_size=size, max_size=size))
+    bins = assign(lengths, num_bins, per_bin)
+    assert [len(items) for items in bins] == [per_bin] * num_bins
+    assert sorted(i for items in bins for i in items) == list(range(size))
+    totals = [sum(lengths[i] for i in items) for items in bins]
+    assert max(totals) - min(totals) <= max(lengths)
+    assert bins == assign(np.array(lengths), num_bins, per_bin)
+
+
+def test_assign_beats_the_order_of_arrival():
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5, 1, size=256).astype(int)
+    balanced = [lengths[items].sum() for items in assign(lengths, 16, 16)]
+    arrival = lengths.reshape(16, 16).sum(axis=1)
+    assert max(balanced) / np.mean(balanced) < 1.03
+    assert max(arrival) / np.mean(arrival) > 1.3
+
+
+def test_assign_refuses_other_sizes():
+    with pytest.raises(ValueError, match="3 items do not fill num_bins=2"):
+        assign([1, 2, 3], 2, 2)
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ({}, 1),
+    ({"tensor_model_parallel_size": 4}, 1),
+    ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 4),
+    ({"fp8_recipe": "delayed"}, 16),
+    ({"fp8_recipe": "tensorwise"}, 16),
+    ({"fp8_recipe": "mxfp8", "tensor_model_parallel_size": 2}, 32),
+    ({"fp8_recipe": "blockwise", "tensor_model_parallel_size": 2, "sequence_parallel": True}, 256),
+    ({"context_parallel_size": 2}, 4),
+])
+def test_alignment(arguments, expected):
+    assert alignment(**arguments) == expected
+
+
+def test_alignment_refuses_unknown_recipes():
+    with pytest.raises(ValueError, match="fp8_recipe=fp4"):
+        alignment(fp8_recipe="fp4")

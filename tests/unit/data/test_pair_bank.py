@@ -1,0 +1,212 @@
+"""The bank survives kills and full disks, and gives back what was written."""
+
+import errno
+import os
+from dataclasses import replace
+
+import numpy as np
+import pandas
+import pytest
+
+from megatron_irl.data import files
+from megatron_irl.data.pair_bank import PairBank, chunk_seed, usable_pairs
+from megatron_irl.errors import UserError
+from megatron_irl.types import Pair
+
+
+def make_pair(rng, ordinal=0, round=0, references=False):
+    def draw():
+        return rng.integers(0, 100, size=rng.integers(1, 9)).astype(np.int32)
+
+    sample = draw()
+    refs = [float(x) for x in rng.normal(size=2).astype(np.float32)]
+    return Pair(
+        ordinal=ordinal, prompt_ids=draw(), demo_ids=draw(), sample_ids=sample,
+        sample_logprobs=-rng.random(len(sample)).astype(np.float32),
+        finish_reason=["stop", "length"][ordinal % 2], round=round,
+        ref_demo_logp=refs[0] if references else None,
+        ref_sample_logp=refs[1] if references else None)
+
+
+def make_pairs(num, seed=0, round=0, references=False):
+    rng = np.random.default_rng(seed)
+    return [make_pair(rng, i, round, references) for i in range(num)]
+
+
+def assert_same(actual, expected):
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        for name, value in vars(e).items():
+            if isinstance(value, np.ndarray):
+                assert getattr(a, name).dtype == value.dtype
+                assert getattr(a, name).tolist() == value.tolist()
+            else:
+                assert getattr(a, name) == value and type(getattr(a, name)) is type(value)
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_round_trip(tmp_path, references):
+    pairs = make_pairs(5, seed=1, round=3, references=references)
+    pairs[2] = replace(pairs[2], sample_ids=np.array([], np.int32),
+                       sample_logprobs=np.array([], np.float32))
+    bank = PairBank(tmp_path / "pairs", seed=7)
+    bank.write_chunk(3, 0, pairs[:2])
+    bank.write_chunk(3, 1, pairs[2:])
+    assert_same(bank.read_chunk(3, 1), pairs[2:])
+    assert_same(PairBank(tmp_path / "pairs").read_round(3), pairs)
+    assert bank.complete_chunks(3) == [0, 1] and bank.complete_chunks(4) == []
+    assert bank.read_chunk(3, 0)[0].demo_ids.flags.writeable
+
+
+def test_references_are_added_by_rewriting(tmp_path):
+    bank = PairBank(tmp_path)
+    pairs = make_pairs(4)
+    assert not bank.has_references(0)
+    bank.write_chunk(0, 0, pairs[:2])
+    bank.write_chunk(0, 1, pairs[2:])
+    assert not bank.has_references(0)
+    bank.write_chunk(0, 0, [replace(p, ref_demo_logp=-1.5, ref_sample_logp=-2.5)
+                            for p in pairs[:2]])
+    assert not bank.has_references(0)
+    bank.write_chunk(0, 1, [replace(p, ref_demo_logp=-1.5, ref_sample_logp=float("nan"))
+                            for p in pairs[2:]])
+    assert bank.has_references(0)
+    assert [p.ref_demo_logp for p in bank.read_round(0)] == [-1.5] * 4
+    assert np.isnan(bank.read_round(0)[3].ref_sample_logp)
+
+
+def test_readable_by_pandas(tmp_path):
+    pairs = make_pairs(3, round=2)
+    PairBank(tmp_path, seed=7).write_chunk(2, 4, pairs)
+    frame = pandas.read_parquet(tmp_path / "round_0002" / "chunk_00004.parquet")
+    assert frame["ordinal"].tolist() == [0, 1, 2]
+    assert frame["sample_ids"][1].tolist() == pairs[1].sample_ids.tolist()
+    assert frame["truncated"].tolist() == [False, True, False]
+    assert frame["sample_length"].tolist() == [len(p.sample_ids) for p in pairs]
+    assert frame["demo_length"].tolist() == [len(p.demo_ids) for p in pairs]
+    assert frame["ref_demo_logp"].isna().all()
+    assert (frame["round"] == 2).all() and (frame["chunk"] == 4).all()
+    assert len(pandas.read_parquet(tmp_path)) == 3  # the whole bank as one dataset
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours runs after it."""
+
+
+def test_killed_before_the_rename(tmp_path, monkeypatch):
+    bank = PairBank(tmp_path)
+    old, new = make_pairs(2, seed=1), make_pairs(2, seed=2)
+    bank.write_chunk(0, 0, old)
+
+    def kill(source, target):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        patch.setattr(files, "_remove_quietly", lambda path: None)
+        for chunk in (0, 1):
+            with pytest.raises(Killed):
+                bank.write_chunk(0, chunk, new)
+    folder = tmp_path / "round_0000"
+    assert len(list(folder.iterdir())) == 3  # one chunk and two leftovers
+
+    resumed = PairBank(tmp_path)
+    assert resumed.complete_chunks(0) == [0]
+    assert_same(resumed.read_round(0), old)
+    resumed.discard_after(0)
+    assert os.listdir(folder) == ["chunk_00000.parquet"]
+    resumed.write_chunk(0, 1, new)
+    assert_same(resumed.read_round(0), old + new)
+
+
+@pytest.mark.parametrize("failing_call", ["fsync", "write", "open"])
+def test_disk_full(tmp_path, monkeypatch, failing_call):
+    bank = PairBank(tmp_path)
+    old = make_pairs(2, seed=1)
+    bank.write_chunk(0, 0, old)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class FullFile:
+        def __init__(self, *args):
+            self._file = open(*args)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self._file.close()
+
+        def write(self, data):
+            self._file.write(data[:10])
+            full()
+
+    with monkeypatch.context() as patch:
+        if failing_call == "fsync":
+            patch.setattr(os, "fsync", full)
+        else:
+            patch.setattr(files, "open", full if failing_call == "open" else FullFile,
+                          raising=False)
+        for chunk in (0, 1):
+            with pytest.raises(UserError, match="No space left") as raised:
+                bank.write_chunk(0, chunk, make_pairs(2, seed=2))
+            assert str(tmp_path / "round_0000" / f"chunk_0000{chunk}.parquet") in str(raised.value)
+    assert os.listdir(tmp_path / "round_0000") == ["chunk_00000.parquet"]
+    assert_same(bank.read_round(0), old)
+
+
+def test_discard_after(tmp_path):
+    bank = PairBank(tmp_path / "pairs")
+    bank.discard_after(0)  # nothing there yet
+    for round in range(4):
+        bank.write_chunk(round, 0, make_pairs(1, round=round))
+    bank.discard_after(1)
+    assert sorted(os.listdir(bank.root)) == ["round_0000", "round_0001"]
+    bank.discard_after(-1)
+    assert os.listdir(bank.root) == []
+
+
+def test_what_cannot_be_read_is_said(tmp_path):
+    bank = PairBank(tmp_path, seed=7)
+    with pytest.raises(UserError, match="does not exist"):
+        bank.read_chunk(0, 0)
+    for chunk in (0, 2):
+        bank.write_chunk(0, chunk, make_pairs(1))
+    with pytest.raises(UserError, match=r"lacks chunks \[1\]"):
+        bank.read_round(0)
+    with pytest.raises(UserError, match="seed=8 conflicts with seed=7"):
+        PairBank(tmp_path, seed=8).read_chunk(0, 0)
+    path = tmp_path / "round_0000" / "chunk_00000.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match="cannot be read"):
+        bank.read_chunk(0, 0)
+    pandas.DataFrame({"a": [1]}).to_parquet(path)
+    with pytest.raises(UserError, match="not a pair chunk"):
+        bank.read_chunk(0, 0)
+
+
+def test_chunk_seed_is_stable_and_distinct():
+    seeds = {chunk_seed(s, r, c) for s in range(3) for r in range(8) for c in range(40)}
+    assert len(seeds) == 3 * 8 * 40
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert chunk_seed(1234, 0, 0) == 998703023  # recorded: resuming relies on it
+
+
+def test_usable_pairs():
+    def pair(ordinal, sample, finish_reason):
+        return Pair(ordinal, np.array([1]), np.array([5, 2]), np.array(sample),
+                    np.zeros(len(sample)), finish_reason)
+
+    pairs = [
+        pair(0, [5, 2], "stop"),  # the demonstration itself
+        pair(1, [2], "stop"),  # EOS at once
+        pair(2, [], "length"),
+        pair(3, [6, 2], "stop"),
+        pair(4, [5], "length"),  # cut: one token of text, no EOS
+        pair(5, [5, 3], "stop"),  # ended by another stop token
+    ]
+    usable, counts = usable_pairs(pairs)
+    assert [p.ordinal for p in usable] == [3, 4, 5]
+    assert counts == {"duplicates": 1, "empty": 2, "usable": 3}
+    assert usable_pairs([]) == ([], {"duplicates": 0, "empty": 0, "usable": 0})

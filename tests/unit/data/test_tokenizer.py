@@ -1,0 +1,155 @@
+"""Exact ids: what generation sees is what training sees."""
+
+import json
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from megatron_irl.data.records import RecordError
+from megatron_irl.data.tokenizer import load_tokenizer
+from megatron_irl.errors import UserError
+
+IM_START, IM_END, BOS, END_OF_TEXT = 256, 257, 258, 259
+ASK = [{"role": "user", "content": "2+2?"}]
+ASK_IDS = [IM_START, *b"user\n2+2?", IM_END, *b"\n", IM_START, *b"assistant\n"]
+
+
+def test_chatml_prompt_and_response_ids(byte_tokenizer):
+    assert byte_tokenizer.render_prompt(ASK) == ASK_IDS
+    assert byte_tokenizer.response_ids("4") == [*b"4", IM_END]
+    assert byte_tokenizer.vocab_size == 260
+    assert byte_tokenizer.stop_ids == (IM_END,)
+
+
+def test_prompt_ids_equal_the_hf_ones(byte_folder):
+    folder = byte_folder()
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        ASK, add_generation_prompt=True, return_dict=False)
+    assert load_tokenizer(folder).render_prompt(ASK) == expected
+
+
+def test_nothing_is_stripped(byte_tokenizer):
+    text = "  two  spaces \n\n"
+    assert byte_tokenizer.response_ids(text) == [*text.encode(), IM_END]
+    assert byte_tokenizer.decode(byte_tokenizer.response_ids(text)) == text
+    assert byte_tokenizer.render_prompt(" Q:\n") == [*b" Q:\n"]
+
+
+def test_one_eos_even_if_the_text_brings_its_own(byte_tokenizer):
+    assert byte_tokenizer.response_ids("4<|im_end|>") == [*b"4", IM_END]
+    assert byte_tokenizer.response_ids("") == [IM_END]
+    with pytest.raises(RecordError, match="end-of-response token inside"):
+        byte_tokenizer.response_ids("4<|im_end|>\nmore")
+
+
+def test_pad_falls_back_to_eos(byte_folder, byte_tokenizer):
+    assert byte_tokenizer.pad_id == byte_tokenizer.eos_id == IM_END
+
+
+def test_pad_of_its_own(byte_folder):
+    assert load_tokenizer(byte_folder(pad_token="<|eot|>")).pad_id == END_OF_TEXT
+
+
+def test_string_prompt_gets_the_default_bos_once(byte_folder):
+    tokenizer = load_tokenizer(byte_folder(adds_bos=True))
+    assert tokenizer.render_prompt("Q") == [BOS, *b"Q"]
+    assert tokenizer.render_prompt("<|bos|>Q") == [BOS, *b"Q"]
+    assert tokenizer.encode("Q") == [*b"Q"]
+    assert tokenizer.response_ids("A") == [*b"A", IM_END]
+    assert tokenizer.render_prompt(ASK) == ASK_IDS  # the template writes BOS where it wants one
+
+
+def test_missing_chat_template(byte_folder):
+    tokenizer = load_tokenizer(byte_folder(chat_template=None))
+    assert tokenizer.render_prompt("Q") == [*b"Q"]
+    with pytest.raises(UserError, match=r"Set data\.chat_template"):
+        tokenizer.render_prompt(ASK)
+
+
+def test_chat_template_from_text_and_file(byte_folder, tmp_path):
+    template = "{{ bos_token }}{{ messages[0]['content'] }}:"
+    (tmp_path / "my.jinja").write_text(template)
+    folder = byte_folder()
+    for given in (template, str(tmp_path / "my.jinja")):
+        assert load_tokenizer(folder, given).render_prompt(ASK) == [BOS, *b"2+2?:"]
+    with pytest.raises(UserError, match="neither a file nor a Jinja template"):
+        load_tokenizer(folder, "no_such.jinja")
+
+
+def test_template_that_refuses(byte_folder):
+    tokenizer = load_tokenizer(byte_folder("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(RecordError, match="refuses the messages: roles must alternate"):
+        tokenizer.render_prompt(ASK)
+
+
+@pytest.mark.parametrize("listed, stop_ids", [
+    (END_OF_TEXT, (IM_END, END_OF_TEXT)),
+    ([END_OF_TEXT, IM_END], (IM_END, END_OF_TEXT)),
+    (None, (IM_END,)),
+])
+def test_stop_ids_from_generation_config(byte_folder, listed, stop_ids):
+    folder = byte_folder()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.stop_ids == stop_ids
+    assert tokenizer.eos_id == IM_END
+    if len(stop_ids) > 1:
+        with pytest.raises(RecordError):
+            tokenizer.response_ids("4<|eot|>5")
+
+
+def test_eos_is_the_templates_end_of_turn_when_the_model_stops_there(byte_folder):
+    """As Gemma: tokenizer EOS is one token, turns end with another, generation lists both."""
+    folder = byte_folder(eos_token="<|eot|>")
+    assert load_tokenizer(folder).eos_id == END_OF_TEXT  # <|im_end|> is not known to stop
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [END_OF_TEXT, IM_END]}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.stop_ids == (IM_END, END_OF_TEXT)
+    assert tokenizer.response_ids("4") == [*b"4", IM_END]
+
+
+def test_no_eos_and_no_tokenizer(byte_folder, tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_tokenizer(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(tmp_path / "empty")
+    with pytest.raises(UserError, match="no EOS token"):
+        load_tokenizer(byte_folder(eos_token=None))
+
+
+def test_remote_code_is_never_run(byte_folder, tmp_path):
+    folder = byte_folder(tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]})
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Mine: pass\n")
+    try:
+        load_tokenizer(folder)
+    except UserError:
+        pass
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_sentencepiece(tmp_path, sentencepiece_model, as_folder):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(sentencepiece_model)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model)
+    template = "{{ bos_token }}{{ messages[0]['content'] }}</s>"
+    tokenizer = load_tokenizer(tmp_path if as_folder else file, template)
+
+    text = "3 plus 4 is"
+    ids = reference.encode(text)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
+    assert tokenizer.vocab_size == 40
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.render_prompt(text) == [1, *ids]
+    assert tokenizer.render_prompt([{"role": "user", "content": text}]) == [1, *ids, 2]
+    assert tokenizer.response_ids(text) == tokenizer.response_ids(text + "</s>") == [*ids, 2]
+    assert tokenizer.decode([1, *ids, 2]) == text
+
+
+def test_sentencepiece_rejects_other_files(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("not a model")
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)

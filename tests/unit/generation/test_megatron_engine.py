@@ -1,0 +1,200 @@
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import megatron_irl.platform  # noqa: F401
+from megatron_irl.config import ParallelConfig
+from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.convert.load import load_hf_weights
+from megatron_irl.errors import UserError
+from megatron_irl.generation import SamplingConfig
+from megatron_irl.generation.megatron_engine import MegatronGenerator
+from megatron_irl.model.build import build_chunks, build_config
+from megatron_irl.parallel.topology import initialize, shutdown
+from tests.convert.tiny import make_tiny_llama
+
+EOS = 1
+SAMPLED = SamplingConfig(max_new_tokens=12, seed=3, eos_id=EOS)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A tiny model on this process alone: (chunks, topology)."""
+    folder = make_tiny_llama(tmp_path_factory.mktemp("hf") / "tiny", layers=2)
+    parallel = ParallelConfig()
+    topology = initialize(parallel)
+    arch = architecture(read_hf_config(folder))
+    chunks = build_chunks(build_config(arch, parallel), arch, topology)
+    load_hf_weights(chunks, arch, folder, tp_rank=0, tp_size=1)
+    yield chunks, topology
+    shutdown()
+
+
+@pytest.fixture
+def make(model):
+    """Generators on the tiny model, closed afterwards."""
+    made = []
+
+    def build(**options):
+        chunks, topology = model
+        options = {"max_sequence_length": 48, "vocab_size": 128, "max_requests": 4} | options
+        made.append(MegatronGenerator(chunks, topology, **options))
+        return made[-1]
+
+    yield build
+    for generator in made:
+        generator.close()
+
+
+@pytest.fixture
+def prompts():
+    rng = np.random.default_rng(11)
+    return [rng.integers(3, 128, n).astype(np.int32) for n in (5, 1, 17, 9, 30, 2, 8, 3, 12)]
+
+
+def ids(samples):
+    return [s.token_ids.tolist() for s in samples]
+
+
+def test_same_seed_same_samples_and_order_of_input(make, prompts):
+    generator = make()
+    first = ids(generator.generate(prompts, SAMPLED))
+    assert first == ids(generator.generate(prompts, SAMPLED))
+    generator.close()
+    assert first == ids(generator.generate(prompts, SAMPLED)), "usable again after close"
+    swapped = generator.generate(prompts[::-1], SAMPLED, keys=range(len(prompts))[::-1])
+    assert first == ids(swapped)[::-1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_requests": 1},
+        {"max_requests": 64},
+        {"block_tokens": 4},
+    ],
+)
+def test_batching_and_cache_size_do_not_change_samples(make, prompts, options):
+    expected = make().generate(prompts, SAMPLED)
+    got = make(**options).generate(prompts, SAMPLED)
+    assert ids(got) == ids(expected)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_eviction_and_recomputation_do_not_change_samples(make, prompts):
+    expected = make().generate(prompts, SAMPLED)
+    block_bytes = 2 * 2 * 4 * 4 * 8 * 4  # k and v, layers, tokens, key heads, head size, fp32
+    generator = make(block_tokens=4, kv_cache_gb=16 * block_bytes / 2**30)
+    got = generator.generate(prompts, SAMPLED)
+    assert generator._engine.evicted_request_count > 0
+    assert ids(got) == ids(expected)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_a_share_of_the_prompts_gives_the_same_samples(make, prompts):
+    everything = ids(make().generate(prompts, SAMPLED))
+    share = slice(1, None, 2)
+    part = make().generate(prompts[share], SAMPLED, keys=range(len(prompts))[share])
+    assert ids(part) == everything[share]
+
+
+def test_several_stop_ids(make, prompts):
+    free = make().generate(prompts, SamplingConfig(max_new_tokens=12, seed=3, eos_id=10**6))
+    stops = {int(free[0].token_ids[4]), int(free[2].token_ids[2])}
+    eos, *others = stops
+    sampling = SamplingConfig(max_new_tokens=12, seed=3, eos_id=eos, stop_ids=tuple(others))
+    for want, got in zip(free, make().generate(prompts, sampling), strict=True):
+        cut = next((i + 1 for i, t in enumerate(want.token_ids) if int(t) in stops), None)
+        assert got.token_ids.tolist() == want.token_ids[:cut].tolist()
+        assert len(got.logprobs) == len(got.token_ids)
+        assert got.finish_reason == ("length" if cut is None else "stop")
+
+
+def test_budgets_per_prompt_and_progress(make, prompts):
+    budgets = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    seen = []
+    samples = make().generate(
+        prompts, SamplingConfig(eos_id=10**6), lambda *numbers: seen.append(numbers),
+        max_new_tokens=budgets,
+    )
+    assert [len(s.token_ids) for s in samples] == budgets
+    assert {s.finish_reason for s in samples} == {"length"}
+    assert seen[-1] == (len(prompts), sum(budgets))
+    assert seen == sorted(seen)
+
+
+def test_ids_of_vocabulary_padding_are_never_sampled(make, prompts):
+    samples = make(vocab_size=20).generate(prompts, SAMPLED)
+    assert max(int(s.token_ids.max()) for s in samples) < 20
+
+
+def test_prompts_that_do_not_fit_are_the_users_error(make):
+    generator = make()
+    with pytest.raises(UserError, match="prompt 1 has 37 tokens.*max_new_tokens=12"):
+        generator.generate([np.arange(36, dtype=np.int32), np.arange(37, dtype=np.int32)], SAMPLED)
+    with pytest.raises(UserError, match="prompt 0 is empty"):
+        generator.generate([np.zeros(0, np.int32)], SAMPLED)
+    with pytest.raises(UserError, match="kv_cache_gb=1e-06"):
+        make(kv_cache_gb=1e-6).generate([np.arange(3, dtype=np.int32)], SAMPLED)
+    assert generator.generate([], SAMPLED) == []
+
+
+def test_close_frees_the_cache(make, prompts):
+    generator = make()
+    generator.generate(prompts, SAMPLED)
+    cache = weakref.ref(generator._engine.context.memory_buffer)
+    engine = weakref.ref(generator._engine)
+    assert cache() is not None
+    gc.disable()
+    try:
+        generator.close()
+        assert cache() is None, "the cache must not wait for the garbage collector"
+    finally:
+        gc.enable()
+    gc.collect()
+    assert engine() is None
+
+
+def test_an_exception_leaves_module_and_generator_usable(model, make, prompts):
+    from megatron.core.inference.utils import InferenceMode
+
+    (chunk,), _ = model
+    generator = make()
+    expected = ids(generator.generate(prompts, SAMPLED))
+    chunk.train()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(prompts, SAMPLED, interrupt)
+    assert chunk.training and all(m.training for m in chunk.modules())
+    assert not InferenceMode.is_active()
+    assert ids(generator.generate(prompts, SAMPLED)) == expected
+
+
+def test_training_backward_after_generation(model, make, prompts):
+    (chunk,), _ = model
+    chunk.train()
+    tokens, positions = torch.arange(3, 23)[None], torch.arange(20)[None]
+
+    def gradients():
+        chunk.zero_grad()
+        chunk(tokens, positions, None, labels=tokens.roll(-1, 1)).mean().backward()
+        return {name: p.grad.clone() for name, p in chunk.named_parameters()}
+
+    before = gradients()
+    # A sequence length that training has not used: its rotary angles get cached by generation.
+    make(max_sequence_length=20).generate(
+        [np.arange(3, 9, dtype=np.int32)], SamplingConfig(max_new_tokens=3)
+    )
+    after = gradients()
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    assert not any(p.is_inference() for p in chunk.parameters())

@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from megatron_irl.platform.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
+
+HEADS, KEY_HEADS, SIZE = 6, 2, 8
+
+
+class Paged:
+    """Random sequences written into shuffled cache blocks, and attention the slow way."""
+
+    def __init__(self, lengths, block, total, seed=0):
+        rng = torch.Generator().manual_seed(seed)
+        self.keys = [torch.randn(n, KEY_HEADS, SIZE, generator=rng) for n in lengths]
+        self.values = [torch.randn(n, KEY_HEADS, SIZE, generator=rng) for n in lengths]
+        # What no sequence wrote holds large numbers, so that reading it shows.
+        self.k_cache = torch.full((total, block, KEY_HEADS, SIZE), 50.0)
+        self.v_cache = torch.full_like(self.k_cache, 50.0)
+        order = iter(torch.randperm(total, generator=rng).tolist())
+        widest = max(-(-n // block) for n in lengths) + 1
+        self.table = torch.full((len(lengths), widest), -1, dtype=torch.int32)
+        for row, n in enumerate(lengths):
+            for i in range(-(-n // block)):
+                page = slice(i * block, min(n, (i + 1) * block))
+                self.table[row, i] = next(order)
+                width = page.stop - page.start
+                self.k_cache[self.table[row, i], :width] = self.keys[row][page]
+                self.v_cache[self.table[row, i], :width] = self.values[row][page]
+
+    def expected(self, row, q):
+        """q [n, N, D], the last n positions of the sequence."""
+        group = HEADS // KEY_HEADS
+        k = self.keys[row].repeat_interleave(group, 1)
+        v = self.values[row].repeat_interleave(group, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * SIZE**-0.5
+        n, total = len(q), len(k)
+        hidden = torch.arange(total) > torch.arange(total - n, total)[:, None]
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -1e9).softmax(-1), v)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "block", "total"),
+    [
+        ([3, 9, 1, 5], 16, 4),  # one block each, all blocks in use: read in place
+        ([5, 5, 5], 16, 3),  # equal lengths: no mask
+        ([3, 9, 1, 5], 16, 40),  # scattered blocks: gathered
+        ([3, 17, 1, 8, 9], 4, 30),  # several blocks each
+    ],
+)
+def test_decode(lengths, block, total):
+    paged = Paged(lengths, block, total)
+    q = torch.randn(len(lengths), 1, HEADS, SIZE)
+    out = flash_attn_with_kvcache(
+        q, paged.k_cache, paged.v_cache,
+        cache_seqlens=torch.tensor(lengths, dtype=torch.int32), block_table=paged.table,
+    )
+    for row in range(len(lengths)):
+        torch.testing.assert_close(out[row], paged.expected(row, q[row]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("total", [3, 30])
+def test_decode_padding_rows_leave_the_others_alone(total):
+    paged = Paged([4, 7, 2], 8, total)
+    q = torch.randn(5, 1, HEADS, SIZE)
+    table = torch.cat([paged.table, torch.full((2, 2), -1, dtype=torch.int32)])
+    out = flash_attn_with_kvcache(
+        q, paged.k_cache, paged.v_cache,
+        cache_seqlens=torch.tensor([4, 7, 2, 0, 0], dtype=torch.int32), block_table=table,
+    )
+    assert torch.isfinite(out).all()
+    for row in range(3):
+        torch.testing.assert_close(out[row], paged.expected(row, q[row]), atol=1e-5, rtol=1e-5)
+
+
+def test_decode_layout_follows_lengths_changed_in_place():
+    paged = Paged([4, 7], 8, 2)
+    lengths = torch.tensor([4, 7], dtype=torch.int32)
+    q = torch.randn(2, 1, HEADS, SIZE)
+
+    def run():
+        return flash_attn_with_kvcache(
+            q, paged.k_cache, paged.v_cache, cache_seqlens=lengths, block_table=paged.table
+        )
+
+    run()
+    lengths -= 1
+    paged.keys = [k[:-1] for k in paged.keys]
+    paged.values = [v[:-1] for v in paged.values]
+    torch.testing.assert_close(run()[0], paged.expected(0, q[0]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [4, 32])
+@pytest.mark.parametrize(
+    ("queries", "keys"),
+    [
+        ([5, 3, 9], [5, 3, 9]),  # new prompts
+        ([1, 5, 1, 30, 2], [8, 5, 1, 30, 2]),  # decode and prompts of very different lengths
+        ([3, 4], [9, 4]),  # one continues a cached prefix
+    ],
+)
+def test_mixed(block, queries, keys):
+    paged = Paged(keys, block, 40)
+    padding = 3
+    q = torch.randn(sum(queries) + padding, HEADS, SIZE)
+    cu_q = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int()
+    cu_k = torch.tensor([0, *keys], dtype=torch.int32).cumsum(0).int()
+    out = flash_attn_varlen_func(
+        q, paged.k_cache, paged.v_cache, cu_q, cu_k, max(queries), max(keys),
+        block_table=paged.table,
+    )
+    assert torch.equal(out[-padding:], torch.zeros(padding, HEADS, SIZE))
+    for row, (start, stop) in enumerate(zip(cu_q[:-1], cu_q[1:], strict=True)):
+        part = q[start:stop]
+        expected = paged.expected(row, part)
+        torch.testing.assert_close(out[start:stop], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_sliding_windows_are_refused():
+    paged = Paged([4], 8, 1)
+    with pytest.raises(NotImplementedError, match="sliding-window"):
+        flash_attn_with_kvcache(
+            torch.randn(1, 1, HEADS, SIZE), paged.k_cache, paged.v_cache, window_size=(3, 0),
+            cache_seqlens=torch.tensor([4]), block_table=paged.table,
+        )

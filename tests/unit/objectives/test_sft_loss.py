@@ -1,0 +1,43 @@
+"""Negative log-likelihood as a sum with its count."""
+
+import pytest
+import torch
+
+from megatron_irl.objectives import sequence_logprobs, sft_loss
+
+SEGMENTS = torch.tensor([0, 0, 0, 1])
+
+
+def test_hand_worked():
+    """Sequences (-0.5, -1.0, -1.5) and (-2.0): total 3 + 2 = 5 over 4 tokens, 1.25 a token.
+
+    logp/demo = (-3 - 2) / 2 = -2.5, length/demo = 4 / 2 = 2.
+    """
+    logprobs = torch.tensor([-0.5, -1.0, -1.5, -2.0])
+    out = sft_loss(logprobs, sequence_logprobs(logprobs, SEGMENTS, 2))
+    assert out.total.item() == 5.0
+    assert out.weight.item() == 4 and out.weight.dtype == torch.int32
+    means = {key: float(m.total) / float(m.weight) for key, m in out.metrics.items()}
+    assert means == {"logp/demo": -2.5, "logp/demo_per_token": -1.25, "length/demo": 2.0}
+    assert not any(m.total.requires_grad for m in out.metrics.values())
+
+
+def test_gradient_is_minus_one_per_token():
+    logprobs = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    sft_loss(logprobs, sequence_logprobs(logprobs, SEGMENTS, 2)).total.backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [-1.0] * 4
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_split_batch_equals_whole_batch(cut: int):
+    torch.manual_seed(cut)
+    logprobs = torch.randn(4, dtype=torch.float64)
+    whole = sft_loss(logprobs, logprobs)
+    parts = [sft_loss(part, part) for part in (logprobs[:cut], logprobs[cut:])]
+    torch.testing.assert_close(sum(p.total for p in parts), whole.total, rtol=1e-14, atol=0)
+    assert sum(int(p.weight) for p in parts) == int(whole.weight)
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ValueError, match=r"\[R\] and \[S\]"):
+        sft_loss(torch.zeros(1, 4), torch.zeros(2))
