@@ -1,0 +1,172 @@
+"""What the ranks of a distributed test run; importable by name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import megatron_irl.platform  # noqa: F401  (must precede megatron)
+from megatron_irl.config import ParallelConfig
+from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.convert.load import load_hf_weights
+from megatron_irl.data.packing import alignment
+from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.generation import SamplingConfig
+from megatron_irl.generation.megatron_engine import MegatronGenerator
+from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.objectives import irft_loss, sequence_logprobs
+from megatron_irl.parallel.topology import initialize
+from megatron_irl.train.batches import microbatches_for
+from megatron_irl.train.scoring import score_sequences, summed
+from megatron_irl.train.step import Stepper
+from megatron_irl.types import LossOutput, PackedBatch, Pair
+
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+
+Layout = dict[str, Any]
+"""``ParallelConfig`` fields by name; the data-parallel size follows from the number of ranks."""
+
+BETA = 0.1
+
+
+def random_sequences(seed: int, num: int, vocab: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(prompt ids, response ids) of random lengths."""
+    rng = np.random.default_rng(seed)
+
+    def ids(low: int, high: int) -> np.ndarray:
+        return rng.integers(0, vocab, rng.integers(low, high)).astype(np.int32)
+
+    return [(ids(1, 20), ids(1, 16)) for _ in range(num)]
+
+
+def make_pairs(seed: int, num: int, vocab: int) -> list[Pair]:
+    """Random pairs of random lengths; the references are zero until somebody scores them."""
+    demos = random_sequences(seed, num, vocab)
+    samples = random_sequences(seed + 1, num, vocab)
+    return [
+        Pair(i, prompt, demo, sample, np.zeros(len(sample), np.float32), "stop",
+             ref_demo_logp=0.0, ref_sample_logp=0.0)
+        for i, ((prompt, demo), (_, sample)) in enumerate(zip(demos, samples, strict=True))
+    ]
+
+
+def objective(logprobs_R: torch.Tensor, batch: PackedBatch) -> LossOutput:
+    """The product's sigmoid IRFT loss."""
+    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
+    return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, beta=BETA)
+
+
+def build(hf: str, layout: Layout, **options: Any) -> tuple[Any, list[Any], Any, Any]:
+    """(topology, bare chunks with the folder's weights, TransformerConfig, Architecture)."""
+    parallel = ParallelConfig(**layout)
+    topology = initialize(parallel)
+    arch = architecture(read_hf_config(Path(hf)))
+    config = build_config(arch, parallel, **options)
+    chunks = build_chunks(config, arch, topology)
+    load_hf_weights(chunks, arch, Path(hf), tp_rank=topology.tp_rank, tp_size=topology.tp_size)
+    return topology, chunks, config, arch
+
+
+def build_trainer(
+    hf: str, layout: Layout, optimizer: dict[str, Any], *, chunk_size: int = 2048
+) -> Stepper:
+    """A stepper on DDP-wrapped chunks; ``optimizer`` holds Megatron's OptimizerConfig fields."""
+    topology, chunks, config, _ = build(hf, layout)
+    sharded = optimizer.get("optimizer", "adam") == "adam"
+    wrapped: list[Any] = list(
+        wrap_data_parallel(chunks, config, topology, {"use_distributed_optimizer": sharded})
+    )
+    options = OptimizerConfig(
+        params_dtype=torch.float32, weight_decay=0.0, use_distributed_optimizer=sharded, **optimizer
+    )
+    built = get_megatron_optimizer(
+        options, wrapped, use_gloo_process_groups=False, pg_collection=topology.groups
+    )
+    return Stepper(wrapped, topology, optimizer=built, chunk_size=chunk_size)
+
+
+def multiple_of(layout: Layout) -> int:
+    return alignment(
+        layout.get("tensor_model_parallel_size", 1), layout.get("sequence_parallel", False)
+    )
+
+
+def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: float) -> None:
+    """Commit pairs with references: those of the folder's weights, plus noise in nats."""
+    topology, chunks, _, _ = build(hf, {})
+    sequences = [s for p in pairs for s in ((p.prompt_ids, p.demo_ids), (p.prompt_ids, p.sample_ids))]
+    sums = summed(score_sequences(Stepper(chunks, topology), sequences))
+    shift = noise * np.random.default_rng(seed).standard_normal(len(sums))
+    for i, pair in enumerate(pairs):
+        pair.ref_demo_logp = sums[2 * i] + float(shift[2 * i])
+        pair.ref_sample_logp = sums[2 * i + 1] + float(shift[2 * i + 1])
+    PairBank(folder).write_chunk(0, 0, pairs)
+
+
+def train_on_bank(
+    hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int,
+    micro_batch_size: int = 2, chunk_size: int = 2048,
+) -> list[tuple[float, float]]:
+    """Steps on the whole bank at once; (loss, gradient norm) of each, as this rank sees them."""
+    stepper = build_trainer(hf, layout, optimizer, chunk_size=chunk_size)
+    batches = microbatches_for(
+        PairBank(folder).read_round(0), stepper.topology, micro_batch_size=micro_batch_size,
+        multiple_of=multiple_of(layout),
+    )
+    results = [stepper.train_step(batches, objective) for _ in range(steps)]
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def token_logprobs(
+    hf: str, layout: Layout, seed: int, num: int, vocab: int, max_tokens: int = 64
+) -> list[list[float]]:
+    """Response log-probabilities of ``random_sequences``, in several packs."""
+    topology, chunks, _, _ = build(hf, layout)
+    scores = score_sequences(
+        Stepper(chunks, topology, chunk_size=7), random_sequences(seed, num, vocab),
+        max_tokens=max_tokens, multiple_of=multiple_of(layout),
+    )
+    return [score.tolist() for score in scores]
+
+
+def generate(
+    hf: str, layout: Layout, prompts: list[np.ndarray], sampling: dict[str, Any],
+    budgets: list[int] | None = None, vocab: int = 128,
+) -> list[tuple[list[int], list[float], str]]:
+    """(token ids, log-probabilities, finish reason) per prompt, as this rank sees them."""
+    topology, chunks, _, _ = build(hf, layout)
+    options = SamplingConfig(**sampling)
+    longest = max(map(len, prompts)) + max(budgets or [options.max_new_tokens])
+    with MegatronGenerator(
+        chunks, topology, max_sequence_length=longest, vocab_size=vocab, max_requests=4
+    ) as generator:
+        samples = generator.generate(prompts, options, max_new_tokens=budgets)
+    return [(s.token_ids.tolist(), s.logprobs.tolist(), s.finish_reason) for s in samples]
+
+
+def engine_and_trainer(
+    hf: str, layout: Layout, prompts: list[np.ndarray], sampling: dict[str, Any], vocab: int = 128
+) -> tuple[list[float], list[float]]:
+    """Log-probabilities of the same sampled tokens by the engine and by the trainer.
+
+    One module does both, as in a round, with one optimizer step before so that the weights are
+    trained ones.
+    """
+    stepper = build_trainer(hf, layout, {"lr": 1e-3})
+    topology, chunks = stepper.topology, stepper.chunks
+    stepper.train_step(
+        microbatches_for(make_pairs(5, 8, vocab), topology, micro_batch_size=2,
+                         multiple_of=multiple_of(layout)),
+        objective,
+    )
+    options = SamplingConfig(**sampling)
+    longest = max(map(len, prompts)) + options.max_new_tokens
+    with MegatronGenerator(
+        chunks, topology, max_sequence_length=longest, vocab_size=vocab
+    ) as generator:
+        samples = generator.generate(prompts, options)
+    pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
+    trainer = np.concatenate(score_sequences(stepper, pairs, multiple_of=multiple_of(layout)))
+    return np.concatenate([s.logprobs for s in samples]).tolist(), trainer.tolist()

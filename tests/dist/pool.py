@@ -1,0 +1,106 @@
+"""Gloo ranks that stay alive over many tests, so that torch and Megatron are imported once.
+
+Every job gets a process group of its own: ranks 0 .. world_size - 1 of the four workers join it,
+run one importable function, and leave it.
+"""
+
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_WORKERS = 4
+GRACE_SECONDS = 10.0  # for the other ranks, once one has failed: they may wait for it for ever
+
+
+class Pool:
+    """Up to four worker processes, started on demand.
+
+    A job that fails on one rank only, or runs out of time, costs the workers their lives (their
+    peers hang in a collective); the next job starts new ones.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pipes: list[Connection] = []
+
+    def run(
+        self, world_size: int, function: Callable[..., Any], *, timeout: float = 240.0,
+        **arguments: Any,
+    ) -> list[Any]:
+        """Call ``function(**arguments)`` on every rank; returns the results in rank order.
+
+        Raises:
+            RuntimeError: A rank failed; the message holds its traceback.
+        """
+        assert 1 <= world_size <= MAX_WORKERS
+        self._start(world_size)
+        port = _free_port()
+        for rank, pipe in enumerate(self._pipes[:world_size]):
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }
+            name = f"{function.__module__}:{function.__qualname__}"
+            pipe.send_bytes(pickle.dumps((environment, name, arguments)))
+        answers = self._collect(world_size, timeout)
+        failed = {rank: text for rank, (ok, text) in answers.items() if not ok}
+        if failed or len(answers) < world_size:
+            missing = sorted(set(range(world_size)) - set(answers))
+            if missing or len(failed) < world_size:
+                self.close()
+            texts = [f"rank {rank}:\n{text}" for rank, text in sorted(failed.items())]
+            if missing:
+                texts.append(f"ranks {missing} did not answer within {timeout:.0f} s")
+            raise RuntimeError("\n".join(texts))
+        return [answers[rank][1] for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End the workers; ``run`` may be called again."""
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+    def _start(self, count: int) -> None:
+        while len(self._pipes) < count:
+            address = str(Path(self._folder.name) / f"{time.monotonic_ns()}.sock")
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            with Listener(address, "AF_UNIX") as listener:
+                self._processes.append(subprocess.Popen(
+                    [sys.executable, "-m", "tests.dist.worker", address], cwd=ROOT, env=environment
+                ))
+                self._pipes.append(listener.accept())
+
+    def _collect(self, world_size: int, timeout: float) -> dict[int, tuple[bool, Any]]:
+        deadline = time.monotonic() + timeout
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < world_size and time.monotonic() < deadline:
+            for rank in set(range(world_size)) - set(answers):
+                if not self._pipes[rank].poll(0.005):
+                    continue
+                try:
+                    answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
+                except EOFError:
+                    answers[rank] = (False, "the worker process died")
+                if not answers[rank][0]:
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return answers
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

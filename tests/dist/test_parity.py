@@ -1,0 +1,113 @@
+"""The same pair bank gives the same training under every layout."""
+
+import numpy as np
+import pytest
+
+from tests.convert.tiny import make_tiny_llama
+from tests.dist import jobs
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
+VOCAB, NUM_PAIRS = 128, 16
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2_vpp2": (
+        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    ),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+}
+CASES = [(name, False) for name in LAYOUTS] + [("pp2", True), ("tp2_pp2", True)]
+OPTIMIZERS = {
+    # plain: no momentum, no clipping
+    "sgd": {"optimizer": "sgd", "lr": 0.05, "sgd_momentum": 0.0, "clip_grad": 0.0},
+    "adam": {"lr": 1e-3},
+}
+
+
+@pytest.fixture(scope="module")
+def setting(pool, tmp_path_factory):
+    """Folder and bank, by whether the embeddings are tied."""
+    root = tmp_path_factory.mktemp("parity")
+    made = {}
+    for tied in (False, True):
+        hf = make_tiny_llama(root / f"tied_{tied}", tied=tied, seed=SEED, vocab=VOCAB)
+        bank = root / f"bank_{tied}"
+        pool.run(
+            1, jobs.write_bank, hf=str(hf), folder=str(bank), seed=SEED, noise=3.0,
+            pairs=jobs.make_pairs(SEED, NUM_PAIRS, VOCAB),
+        )
+        made[tied] = {"hf": str(hf), "folder": str(bank)}
+    return made
+
+
+@pytest.fixture(scope="module")
+def single(pool, setting):
+    """Trajectories on one process, each computed once."""
+    known = {}
+
+    def trajectory(tied, optimizer):
+        if (tied, optimizer) not in known:
+            (known[tied, optimizer],) = pool.run(
+                1, jobs.train_on_bank, **setting[tied], layout={}, steps=5,
+                optimizer=OPTIMIZERS[optimizer],
+            )
+        return np.array(known[tied, optimizer])
+
+    return trajectory
+
+
+@pytest.mark.parametrize(("name", "tied"), CASES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_trajectory_equals_one_process(pool, setting, single, name, tied, optimizer):
+    world_size, layout = LAYOUTS[name]
+    ranks = pool.run(
+        world_size, jobs.train_on_bank, **setting[tied], layout=layout, steps=5,
+        optimizer=OPTIMIZERS[optimizer],
+    )
+    assert all(rank == ranks[0] for rank in ranks), "ranks report different numbers"
+    got, expected = np.array(ranks[0]), single(tied, optimizer)
+    assert expected[0, 0] != pytest.approx(expected[-1, 0], rel=1e-2), "nothing was learnt"
+    difference = np.abs(got - expected) / expected
+    assert difference[0].max() < 1e-5, f"seed {SEED}, first step: {difference[0]}"
+    # Adam divides by the root of a squared gradient: near zero, rounding noise becomes a step.
+    loss_bound, norm_bound = (1e-5, 1e-5) if optimizer == "sgd" else (3e-4, 5e-3)
+    assert difference[:, 0].max() < loss_bound, f"seed {SEED}: {difference[:, 0]}"
+    assert difference[:, 1].max() < norm_bound, f"seed {SEED}: {difference[:, 1]}"
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
+@pytest.mark.parametrize("chunk_size", [5, 2048])
+def test_splitting_the_batch_changes_nothing(pool, setting, single, micro_batch_size, chunk_size):
+    (got,) = pool.run(
+        1, jobs.train_on_bank, **setting[False], layout={}, steps=1, optimizer=OPTIMIZERS["sgd"],
+        micro_batch_size=micro_batch_size, chunk_size=chunk_size,
+    )
+    np.testing.assert_allclose(got[0], single(False, "sgd")[0], rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["one", *LAYOUTS])
+@pytest.mark.parametrize("tied", [False, True])
+def test_token_logprobs_equal_transformers(pool, setting, name, tied):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    hf = setting[tied]["hf"]
+    ranks = pool.run(
+        world_size, jobs.token_logprobs, hf=hf, layout=layout, seed=SEED, num=12, vocab=VOCAB
+    )
+    assert all(rank == ranks[0] for rank in ranks)
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
+    everything = []
+    for got, (prompt, response) in zip(
+        ranks[0], jobs.random_sequences(SEED, 12, VOCAB), strict=True
+    ):
+        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].log_softmax(-1)
+        expected = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
+        everything += got
+    assert np.std(everything) > 0.3, "flat predictions would hide a wrong model"
