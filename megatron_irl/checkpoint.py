@@ -17,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import platform
+from megatron_irl.adam_state import loadable
 from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.reduce import from_main
@@ -76,7 +77,8 @@ class Checkpointer:
         self.topology.barrier()
         sharded = self._sharded(chunks, optimizer, is_loading=False)
         sharded |= {
-            "scheduler": scheduler.state_dict(), "state": state, "format_version": FORMAT_VERSION,
+            "scheduler": scheduler.state_dict(), "state": state, "layout": self._layout(),
+            "format_version": FORMAT_VERSION,
         }
         with disk_errors(final, cleanup=partial):
             _write(sharded, partial, sum(p.nbytes for c in chunks for p in c.parameters()))
@@ -99,25 +101,35 @@ class Checkpointer:
         path = self.path(step)
         if not path.is_dir():
             raise UserError(f"{path} does not exist; the run has {self.steps()} checkpoints.")
-        sharded = self._sharded(chunks, optimizer, is_loading=True)
-        try:
-            loaded: Any = dist_checkpointing.load(sharded, str(path))
-        except dist_checkpointing.core.CheckpointingException as error:
-            raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
-        if loaded.get("format_version") != FORMAT_VERSION:
-            raise UserError(
-                f"the checkpoint {path} has format {loaded.get('format_version')}, this version "
-                f"reads {FORMAT_VERSION}. Use the megatron_irl version that wrote it."
-            )
+        with loadable(optimizer):
+            loaded = self._read(path, chunks, optimizer)
+            if optimizer is not None:
+                optimizer.load_state_dict(loaded["optimizer"])
+                scheduler.num_steps = 0  # loading counts on from where the schedule stands
+                scheduler.load_state_dict(loaded["scheduler"])
+                self._load_rng(loaded)
         for index, chunk in enumerate(unwrap_model(list(chunks))):
             chunk.load_state_dict(loaded[f"model{index}"], strict=True)
-        if optimizer is not None:
-            if "optimizer" not in loaded:
-                raise UserError(f"the checkpoint {path} holds no optimizer state.")
-            optimizer.load_state_dict(loaded["optimizer"])
-            scheduler.load_state_dict(loaded["scheduler"])
-            self._load_rng(loaded)
         return loaded["state"]
+
+    def _read(self, path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
+        """This rank's part of a checkpoint; tensors are read into model and optimizer in place."""
+        try:
+            common = dist_checkpointing.load_common_state_dict(str(path))
+            if common.get("format_version") != FORMAT_VERSION:
+                raise UserError(
+                    f"the checkpoint {path} has format {common.get('format_version')}, this "
+                    f"version reads {FORMAT_VERSION}. Use the megatron_irl version that wrote it."
+                )
+            sharded = self._sharded(chunks, optimizer, is_loading=True)
+            if common["layout"] != self._layout():
+                sharded.pop("rng", None)
+            loaded: Any = dist_checkpointing.load(sharded, str(path))
+        except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+            raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
+        if optimizer is not None and "optimizer" not in loaded:
+            raise UserError(f"the checkpoint {path} holds no optimizer state.")
+        return loaded
 
     def _sharded(self, chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> Any:
         metadata = {
@@ -137,6 +149,10 @@ class Checkpointer:
             "rng": self._rng(),
         }
 
+    def _layout(self) -> tuple[int, int]:
+        """What the saved random states are split by."""
+        return self.topology.tp_size, self.topology.pp_size
+
     def _rng(self) -> ShardedObject:
         # Saved per (pipeline, tensor) rank. Sampling and data order have seeds of their own, so
         # these matter to dropout only and may be left alone when the layout changes.
@@ -148,8 +164,7 @@ class Checkpointer:
             "device": torch.cuda.get_rng_state() if platform.IS_CUDA else None,
         }
         return ShardedObject(
-            f"rng_tp{t.tp_size}_pp{t.pp_size}", states, (t.pp_size, t.tp_size),
-            (t.pp_rank, t.tp_rank), replica_id=t.dp_rank,
+            "rng", states, (t.pp_size, t.tp_size), (t.pp_rank, t.tp_rank), replica_id=t.dp_rank,
         )
 
     def _load_rng(self, loaded: dict[str, Any]) -> None:

@@ -3,8 +3,10 @@
 The engine runs on the very module that trains: no copy of the weights, no refit.
 """
 
+import faulthandler
 import itertools
 import math
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +31,10 @@ from megatron.core.inference.sampling_params import SamplingParams  # isort: ski
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
     TextGenerationController,
 )
+
+# Importing the engine makes SIGTERM and SIGINT dump a stack; ending a run is no crash.
+for _number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(_number)
 
 GIB = 1024**3
 CUDA_BLOCK_TOKENS = 256  # what flash-attn's paged kernels ask for

@@ -21,7 +21,9 @@ if not IS_CUDA:
 
 # Advice about optional GPU packages and planned changes upstream: nothing a user of this package
 # can act on; true errors still arrive as exceptions.
-for module in (r"megatron\.core.*", r"torch\.utils\.cpp_extension"):
+for module in (
+    r"megatron\.core.*", r"torch\.utils\.cpp_extension", r"torch\.distributed\.(checkpoint|c10d).*"
+):
     warnings.filterwarnings("ignore", module=module)
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)

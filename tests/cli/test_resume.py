@@ -63,19 +63,7 @@ CASES = {
 }
 
 
-# Through the command line the optimizer state of a checkpoint does not load yet (README, Known
-# defects); generation and reference passes resume.
-FROM_CHECKPOINT = ("mid-round", "round end", "initial reference", "optimizer reset")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason="optimizer state does not load"))
-        if n in FROM_CHECKPOINT else n
-        for n in CASES
-    ],
-)
+@pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_equals_uninterrupted(
     name, sections, tmp_path, monkeypatch, no_report
 ):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import megatron_irl.platform  # noqa: F401  (must precede megatron)
+from megatron_irl.checkpoint import Checkpointer
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
@@ -19,6 +20,7 @@ from megatron_irl.model.build import build_chunks, build_config, wrap_data_paral
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.train.batches import microbatches_for
+from megatron_irl.train.optimizer import reset_optimizer
 from megatron_irl.train.scoring import score_sequences, summed
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
@@ -111,12 +113,7 @@ def train_on_bank(
 ) -> list[tuple[float, float]]:
     """Steps on the whole bank at once; (loss, gradient norm) of each, as this rank sees them."""
     stepper = build_trainer(hf, layout, optimizer, chunk_size=chunk_size)
-    batches = microbatches_for(
-        PairBank(folder).read_round(0), stepper.topology, micro_batch_size=micro_batch_size,
-        multiple_of=multiple_of(layout),
-    )
-    results = [stepper.train_step(batches, objective) for _ in range(steps)]
-    return [(result.loss, result.grad_norm) for result in results]
+    return _steps(stepper, folder, layout, steps, micro_batch_size)
 
 
 def token_logprobs(
@@ -170,3 +167,52 @@ def engine_and_trainer(
     pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
     trainer = np.concatenate(score_sequences(stepper, pairs, multiple_of=multiple_of(layout)))
     return np.concatenate([s.logprobs for s in samples]).tolist(), trainer.tolist()
+
+
+class _Schedule:
+    """Stands where the learning-rate schedule goes; these trajectories have a constant one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {}
+
+
+def train_and_save(
+    hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int, out: str
+) -> list[tuple[float, float]]:
+    """Train as ``train_on_bank`` does, then write a checkpoint."""
+    stepper = build_trainer(hf, layout, optimizer)
+    numbers = _steps(stepper, folder, layout, steps)
+    checkpointer = Checkpointer(Path(out), stepper.topology, keep=1)
+    checkpointer.save(steps, stepper.chunks, stepper.optimizer, _Schedule(), {"step": steps})
+    return numbers
+
+
+def resume_and_train(
+    hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int, out: str, at: int,
+    forget: bool = False,
+) -> list[tuple[float, float]]:
+    """Read a checkpoint and train on; ``forget`` leaves the optimizer as it was built."""
+    stepper = build_trainer(hf, layout, optimizer)
+    with torch.no_grad():  # what is not read back would show
+        for parameter in (p for chunk in stepper.chunks for p in chunk.parameters()):
+            parameter.zero_()
+    checkpointer = Checkpointer(Path(out), stepper.topology, keep=1)
+    state = checkpointer.load(at, stepper.chunks, stepper.optimizer, _Schedule())
+    assert state == {"step": at}
+    if forget:
+        reset_optimizer(stepper.optimizer)
+    return _steps(stepper, folder, layout, steps)
+
+
+def _steps(
+    stepper: Stepper, folder: str, layout: Layout, steps: int, micro_batch_size: int = 2
+) -> list[tuple[float, float]]:
+    batches = microbatches_for(
+        PairBank(folder).read_round(0), stepper.topology, micro_batch_size=micro_batch_size,
+        multiple_of=multiple_of(layout),
+    )
+    results = [stepper.train_step(batches, objective) for _ in range(steps)]
+    return [(result.loss, result.grad_norm) for result in results]

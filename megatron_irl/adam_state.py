@@ -1,0 +1,61 @@
+"""Loading torch's Adam under Megatron's distributed optimizer.
+
+Transformer Engine's and Apex's fused Adam keep the step count in the parameter groups; torch's,
+used where neither is installed, keeps a tensor per parameter. Megatron-Core 0.19 saves that well
+and fails to load it. To be removed when ``DistributedOptimizer`` loads a checkpoint it saved over
+``torch.optim.AdamW`` into a fresh optimizer.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def loadable(optimizer: Any) -> Iterator[None]:
+    """Within the block a checkpoint can be read into ``optimizer`` (Megatron's, or None).
+
+    Does nothing for optimizers other than torch's Adam.
+    """
+    with ExitStack() as stack:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            inner = getattr(part, "optimizer", None)
+            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+                stack.enter_context(_loadable(part, inner))
+        yield
+
+
+@contextmanager
+def _loadable(part: Any, inner: torch.optim.Optimizer) -> Iterator[None]:
+    _give_state(inner)
+    copy_in = getattr(part, "_set_main_param_and_optimizer_states", None)
+    if copy_in is None:  # not the distributed optimizer
+        yield
+        return
+
+    def without_step(model_param: Any, tensors: dict[str, Any]) -> None:
+        # The count is read from the parameter groups; here it is asked for and not there.
+        copy_in(model_param, {"step": None} | tensors)
+
+    part._set_main_param_and_optimizer_states = without_step
+    try:
+        yield
+    finally:
+        del part._set_main_param_and_optimizer_states
+    for values in inner.state.values():
+        # One tensor was loaded for all parameters. Adam counts in place: shared, the count would
+        # grow by the number of parameters at every update.
+        values["step"] = values["step"].clone()
+
+
+def _give_state(inner: torch.optim.Optimizer) -> None:
+    """Zero moments and a zero count, which Megatron asks for before it loads others."""
+    for parameter in (p for group in inner.param_groups for p in group["params"]):
+        if not inner.state[parameter]:
+            inner.state[parameter] = {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
