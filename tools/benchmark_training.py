@@ -27,10 +27,11 @@ from megatron_irl.model.build import build_chunks, build_config, wrap_data_paral
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize
 from megatron_irl.train.batches import microbatches_for
+from megatron_irl.train.optimizer import build_megatron_optimizer
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Pair
 
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
 
 BETA, LR = 0.1, 1e-6
 
@@ -57,10 +58,10 @@ def build_ours(model: Path, precision: Precision, topology: Topology, chunk_size
     chunks = build_chunks(config, arch, topology)
     load_hf_weights(chunks, arch, model, tp_rank=0, tp_size=1)
     wrapped: list[Any] = list(wrap_data_parallel(chunks, config, topology))
-    optimizer = get_megatron_optimizer(
+    optimizer = build_megatron_optimizer(
         OptimizerConfig(lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
                         params_dtype=config.params_dtype),
-        wrapped, use_gloo_process_groups=False, pg_collection=topology.groups,
+        wrapped, topology,
     )
     return Stepper(wrapped, topology, optimizer=optimizer, chunk_size=chunk_size)
 

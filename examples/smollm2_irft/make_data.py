@@ -1,10 +1,10 @@
-"""Write demonstrations of a small task with an exact answer: reverse a list of words.
+"""Write demonstrations of a small task with an exact answer: sort three or four numbers.
 
-    python examples/smollm2_irft/make_data.py --out data/word_reversal
+    python examples/smollm2_irft/make_data.py --out data/number_sorting
 
-Items come from the ``word_sequence_reversal`` generator of reasoning-gym (Apache-2.0), which also
-judges every demonstration before it is written. ``--out`` gets ``train.jsonl`` and ``eval.jsonl``;
-the same arguments give the same files.
+Items come from the ``number_sorting`` generator of reasoning-gym (Apache-2.0), which also judges
+every demonstration before it is written. ``--out`` gets ``train.jsonl`` and ``eval.jsonl``; the
+same arguments give the same files.
 """
 
 import argparse
@@ -14,59 +14,63 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-QUESTION = "Reverse the order of these words: "
 # One worked turn, so that the untrained model knows the form of an answer and can sometimes do it.
 SHOWN = [
-    {"role": "system", "content": "Reply with the answer only."},
-    {"role": "user", "content": QUESTION + "red, green, blue"},
-    {"role": "assistant", "content": "blue, green, red"},
+    {"role": "system", "content": "Sort the numbers."},
+    {"role": "user", "content": "31, 7, 52"},
+    {"role": "assistant", "content": "7, 31, 52"},
 ]
-MIN_WORDS, MAX_WORDS = 3, 5
+MIN_NUMBERS, MAX_NUMBERS, MAX_VALUE = 3, 4, 99
 
 
-def build_record(words: list[str], answer: str) -> dict[str, Any]:
+def build_record(numbers: list[int]) -> dict[str, Any]:
     """Return one demonstration; the response is the answer, so exact match is well defined."""
+    answer = _listed(sorted(numbers))
     messages = [
         *SHOWN,
-        {"role": "user", "content": QUESTION + ", ".join(words)},
+        {"role": "user", "content": _listed(numbers)},
         {"role": "assistant", "content": answer},
     ]
     return {"messages": messages, "answer": answer}
 
 
 def build_records(count: int, seed: int) -> list[dict[str, Any]]:
-    """Return ``count`` demonstrations, no two about the same words in whatever order.
+    """Return ``count`` demonstrations, no two about the same numbers in whatever order.
 
-    So a held-out prompt is never a training prompt, nor a training prompt read backwards.
+    So a held-out answer is never a training answer.
     """
     import reasoning_gym
 
-    # Spare items stand in for the repeated ones, which are rare.
-    size = 2 * count + 100
-    dataset = reasoning_gym.create_dataset("word_sequence_reversal", size=size, seed=seed,
-                                           min_words=MIN_WORDS, max_words=MAX_WORDS)
-    records: dict[tuple[str, ...], dict[str, Any]] = {}
+    # Spare items stand in for the repeated ones, which are rare, and for the descending half.
+    size = 3 * count + 100
+    dataset = reasoning_gym.create_dataset(
+        "number_sorting", size=size, seed=seed, min_numbers=MIN_NUMBERS, max_numbers=MAX_NUMBERS,
+        min_decimals=0, max_decimals=0, min_value=0, max_value=MAX_VALUE,
+    )
+    records: dict[str, dict[str, Any]] = {}
     for item in dataset:
-        words, answer = item["metadata"]["words"], item["answer"]
-        if dataset.score_answer(answer, item) != 1.0:
-            raise RuntimeError(f"reasoning-gym refuses its own answer {answer!r}")
-        records.setdefault(_bag_of_words(words), build_record(words, answer))
+        if item["metadata"]["direction"] != "ascending":
+            continue
+        numbers = [int(float(number)) for number in item["metadata"]["original_numbers"]]
+        record = build_record(numbers)
+        judged = str([f"{number}.0" for number in record["answer"].split(", ")])
+        if dataset.score_answer(judged, item) != 1.0:
+            raise RuntimeError(f"reasoning-gym refuses the answer {judged} to {numbers}")
+        records.setdefault(record["answer"], record)
         if len(records) == count:
             return list(records.values())
     raise RuntimeError(f"{len(records)} distinct items among {size}; asked for {count}")
 
 
 def check_disjoint(train: Iterable[dict[str, Any]], heldout: Iterable[dict[str, Any]]) -> None:
-    """Stop if some list of words is in both, in any order."""
-    bags = [{_bag_of_words(record["answer"].split(", ")) for record in part}
-            for part in (train, heldout)]
-    shared = bags[0] & bags[1]
+    """Stop if some set of numbers is in both, in any order."""
+    shared = {r["answer"] for r in train} & {r["answer"] for r in heldout}
     if shared:
         raise RuntimeError(f"{len(shared)} items are in train and eval, such as {min(shared)}")
 
 
-def _bag_of_words(words: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted(words))
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -77,7 +81,7 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=320, help="training demonstrations")
+    parser.add_argument("--train", type=int, default=256, help="training demonstrations")
     parser.add_argument("--eval", type=int, default=200, help="held-out demonstrations")
     parser.add_argument("--seed", type=int, default=2889)
     args = parser.parse_args(argv)

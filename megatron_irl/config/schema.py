@@ -119,7 +119,9 @@ class EvaluationConfig:
     samples: bool = True
     """Generate at the training temperature: exact match, reward margin and lengths."""
     interval: Literal["round", "end", "never"] = "round"
-    """Evaluate before the first and after every round, before and after the run, or never."""
+    """Evaluate after every round, after the last one, or never."""
+    before: bool | None = None
+    """Evaluate the starting model as well; none: unless ``interval`` is never."""
     limit: int | None = None
     """Generate for the first so many records only; log-likelihood still uses all of them."""
 

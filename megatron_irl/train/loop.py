@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.config import Recipe
 from megatron_irl.convert.export import export_hf
 from megatron_irl.data.pair_bank import chunk_seed, usable_pairs
 from megatron_irl.errors import TrainingDiverged
@@ -36,7 +37,7 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     state, algorithm = session.state, session.recipe.algorithm
     steps_per_round = algorithm.steps_per_round or 0  # resolved: never None
     try:
-        if state.step == 0 and session.recipe.evaluation.interval != "never":
+        if state.step == 0 and evaluates_before(session.recipe):
             state.evaluation = evaluate(session, next_round=0)
         while state.round < algorithm.rounds:
             items, opening = open_round(session)
@@ -145,6 +146,12 @@ def finish(session: Session) -> None:
     session.recorder.close()
     session.progress.note(f"done: {session.folder.path / 'report.html'}")
     session.topology.barrier()
+
+
+def evaluates_before(recipe: Recipe) -> bool:
+    """Whether the starting model is evaluated."""
+    options = recipe.evaluation
+    return options.interval != "never" if options.before is None else options.before
 
 
 def examples(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_irl import platform
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import Topology
@@ -79,13 +80,22 @@ def build_optimizer(
 
     Collectives: every rank must call.
     """
-    optimizer = get_megatron_optimizer(
-        build_optimizer_config(recipe, config),
-        list(chunks),
-        use_gloo_process_groups=False,
-        pg_collection=topology.groups,
-    )
+    options = build_optimizer_config(recipe, config)
+    optimizer = build_megatron_optimizer(options, chunks, topology)
     return optimizer, build_schedule(recipe, optimizer)
+
+
+def build_megatron_optimizer(
+    options: OptimizerConfig, chunks: Sequence[Any], topology: Topology
+) -> Any:
+    """Megatron's optimizer over DDP-wrapped chunks. Collective over every rank."""
+    optimizer = get_megatron_optimizer(
+        options, list(chunks), use_gloo_process_groups=False, pg_collection=topology.groups
+    )
+    if platform.BACKEND == "gloo":  # the group itself can gather a checkpoint in host memory
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.data_parallel_group_gloo = topology.dp_group
+    return optimizer
 
 
 def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:

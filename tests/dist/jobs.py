@@ -20,12 +20,12 @@ from megatron_irl.model.build import build_chunks, build_config, wrap_data_paral
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.train.batches import microbatches_for
-from megatron_irl.train.optimizer import reset_optimizer
+from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
 from megatron_irl.train.scoring import score_sequences, summed
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
 
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
 
 Layout = dict[str, Any]
 """``ParallelConfig`` fields by name; the data-parallel size follows from the number of ranks."""
@@ -83,9 +83,7 @@ def build_trainer(
     options = OptimizerConfig(
         params_dtype=torch.float32, weight_decay=0.0, use_distributed_optimizer=sharded, **optimizer
     )
-    built = get_megatron_optimizer(
-        options, wrapped, use_gloo_process_groups=False, pg_collection=topology.groups
-    )
+    built = build_megatron_optimizer(options, wrapped, topology)
     return Stepper(wrapped, topology, optimizer=built, chunk_size=chunk_size)
 
 

@@ -109,21 +109,22 @@ def test_engine_equals_trainer(setup):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_training_lowers_the_loss(setup, precision):
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig
 
     from megatron_irl.data.packing import alignment
     from megatron_irl.model.build import wrap_data_parallel
     from megatron_irl.train.batches import microbatches_for
+    from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper
 
     hf, topology = setup
     chunks, config = build(hf, topology, precision=precision)
     wrapped = wrap_data_parallel(chunks, config, topology)
-    optimizer = get_megatron_optimizer(
+    optimizer = build_megatron_optimizer(
         OptimizerConfig(
             lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
         ),
-        wrapped, use_gloo_process_groups=False, pg_collection=topology.groups,
+        wrapped, topology,
     )
     stepper = Stepper(wrapped, topology, optimizer=optimizer)
     multiple = alignment(fp8_recipe=config.fp8_recipe if config.fp8 else None)
