@@ -1,6 +1,5 @@
 """What the ranks of a distributed test run; importable by name."""
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,32 +170,3 @@ def engine_and_trainer(
     pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
     trainer = np.concatenate(score_sequences(stepper, pairs, multiple_of=multiple_of(layout)))
     return np.concatenate([s.logprobs for s in samples]).tolist(), trainer.tolist()
-
-
-def live_tensor_bytes() -> int:
-    """Bytes of every storage that a tensor Python can reach stands on, each counted once."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and not thing.is_meta:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
-
-
-def memory_of_generation(
-    hf: str, layout: Layout, prompts: list[np.ndarray]
-) -> tuple[int, int, int, int]:
-    """Live tensor bytes before, during and after generation; and the size of the KV cache."""
-    topology, chunks, _, _ = build(hf, layout)
-    options = SamplingConfig(max_new_tokens=4, eos_id=1)
-    generator = MegatronGenerator(
-        chunks, topology, max_sequence_length=256, vocab_size=128, max_requests=16
-    )
-    generator.generate(prompts[:1], options)  # what a process keeps for good: index tables, ...
-    generator.close()
-    before = live_tensor_bytes()
-    generator.generate(prompts, options)
-    during, cache = live_tensor_bytes(), generator._engine.context.memory_buffer.nbytes
-    generator.close()
-    return before, during, live_tensor_bytes(), cache

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.convert.tiny import make_tiny_llama
-from tests.dist import jobs
+from tests.dist import jobs, memory
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
 VOCAB, BUDGET, NO_EOS = 128, 10, 10**6
@@ -148,7 +148,7 @@ def test_engine_logprobs_equal_the_trainers(pool, folder, prompts, name, tied):
 def test_cache_memory_is_released(pool, folder, prompts, name):
     world_size, layout = LAYOUTS[name]
     for before, during, after, cache in pool.run(
-        world_size, jobs.memory_of_generation, hf=folder[False], layout=layout, prompts=prompts
+        world_size, memory.memory_of_generation, hf=folder[False], layout=layout, prompts=prompts
     ):
         assert during - before >= cache > 1_000_000
         assert after - before < 50_000  # index tensors of the last step stay

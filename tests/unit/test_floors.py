@@ -16,7 +16,7 @@ FLOORS = [
     ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
      "convert.hf_config", "convert.hf_folder"),
     ("platform", "parallel", "data"),
-    ("model", "generation", "checkpoint", "convert"),
+    ("model", "generation", "checkpoint", "adam_state", "convert"),
     ("train",),
     ("cli", "__main__"),
 ]
