@@ -1,6 +1,8 @@
 """Commands over several ranks give what one process gives: torchrun, own ranks, every layout."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,9 +62,14 @@ def launched(sections, tmp_path, monkeypatch):
 def test_torchrun(launched, finished, tmp_path):
     command = [sys.executable, *TORCHRUN, "-m", "megatron_irl", "train", str(launched),
                "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path,
-                          env=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    launcher = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                                start_new_session=True)
+    try:
+        _, errors = launcher.communicate(timeout=500)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the ranks too, if they hang
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, errors
     assert_same_run(tmp_path / "run", finished)
 
 
