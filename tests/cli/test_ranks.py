@@ -61,7 +61,7 @@ def launched(sections, tmp_path, monkeypatch):
 
 def test_torchrun(launched, finished, tmp_path):
     command = [sys.executable, *TORCHRUN, "-m", "megatron_irl", "train", str(launched),
-               "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+               "parallel.pipeline_model_parallel_size=2"]
     launcher = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                                 start_new_session=True)
     try:
