@@ -11,6 +11,7 @@ Removal condition: upstream takes its device from the process group or the param
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -105,11 +106,13 @@ class _Loader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         cached = _cache_folder() / (_cache_key(source, path) + ".bin")
         try:
-            return marshal.loads(cached.read_bytes())
+            code = marshal.loads(cached.read_bytes())
         except (OSError, ValueError, EOFError, TypeError):
+            code = None
+        if not isinstance(code, CodeType):  # not there, or damaged
             code = retarget_source(source, path)
             _store(cached, marshal.dumps(code))
-            return code
+        return code
 
 
 def _cache_folder() -> Path:
@@ -131,7 +134,8 @@ def _store(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
