@@ -163,7 +163,7 @@ class Checkpointer:
             "torch": torch.get_rng_state(),
             "numpy": np.random.get_state(),
             "tracker": _tracker().get_states(),
-            "device": torch.cuda.get_rng_state() if platform.IS_CUDA else None,
+            "device": platform.get_rng_state(),
         }
         return ShardedObject(
             "rng", states, (t.pp_size, t.tp_size), (t.pp_rank, t.tp_rank), replica_id=t.dp_rank,
@@ -176,8 +176,7 @@ class Checkpointer:
         torch.set_rng_state(states["torch"])
         np.random.set_state(states["numpy"])
         _tracker().set_states(states["tracker"])
-        if states["device"] is not None and platform.IS_CUDA:
-            torch.cuda.set_rng_state(states["device"])
+        platform.set_rng_state(states["device"])
 
 
 def _write(sharded: dict[str, Any], folder: Path, weight_bytes: int) -> None:

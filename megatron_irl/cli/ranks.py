@@ -1,5 +1,6 @@
 """Processes of a run: taken from torchrun or srun, or started here on this machine."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -55,8 +56,9 @@ def _first_slurm_host() -> str:
 def run_ranks(argv: list[str], world_size: int) -> int:
     """Start ``world_size`` copies of this command on this machine; returns the exit code.
 
-    When one rank fails the others are ended, and its code is returned. Threads are shared out
-    between the ranks unless OMP_NUM_THREADS is set.
+    When one rank fails the others are ended, and its code is returned; so are all of them when this
+    process is interrupted or terminated. Threads are shared out between the ranks unless
+    OMP_NUM_THREADS is set.
     """
     threads = max(1, (os.cpu_count() or 1) // world_size)
     shared = os.environ | {
@@ -65,17 +67,25 @@ def run_ranks(argv: list[str], world_size: int) -> int:
     }
     shared.setdefault("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, "-m", "megatron_irl", *argv]
+    # A session each: the helpers a checkpoint's writer starts end with their rank.
     ranks = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,
+        )
         for rank in range(world_size)
     ]
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _wait(ranks)
     except KeyboardInterrupt:
-        for process in ranks:  # they got the same interrupt; let them say so
-            process.wait(timeout=30)
+        _signal(ranks, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            for process in ranks:  # rank 0 says what to do next
+                process.wait(timeout=10)
         return 1
     finally:
+        signal.signal(signal.SIGTERM, before)
         _end(ranks)
 
 
@@ -93,17 +103,26 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         time.sleep(0.1)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    """Signal every rank and what it started; those that are gone are skipped."""
+    for process in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+
 def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
-    for process in ranks:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
+    _signal(ranks, signal.SIGTERM)
     deadline = time.monotonic() + 5
-    for process in ranks:
-        try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        for process in ranks:
             process.wait(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    _signal(ranks, signal.SIGKILL)
+    for process in ranks:
+        process.wait()
 
 
 def _free_port() -> int:

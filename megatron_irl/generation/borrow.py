@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl.generation.skinny import skinny_products
 from megatron_irl.parallel.scratch import drop_shared_buffers
 
 from megatron.core.inference.utils import InferenceMode  # isort: skip
@@ -31,6 +32,7 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
             stack.enter_context(_without_gather_hooks(chunk))
         for model in models:
             stack.enter_context(_evaluation(model))
+            stack.enter_context(skinny_products(model))
         for config in {id(model.config): model.config for model in models}.values():
             # Each rank of a context-parallel group holds all the weights and generates on its
             # own; interleaved stages are run one after the other by our own forward.

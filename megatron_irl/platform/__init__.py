@@ -52,6 +52,17 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def get_rng_state() -> torch.Tensor | None:
+    """Random state of the device's generator; None on CPU, whose generator is torch's own."""
+    return torch.cuda.get_rng_state() if IS_CUDA else None
+
+
+def set_rng_state(state: torch.Tensor | None) -> None:
+    """Restore what ``get_rng_state`` gave; a state of the other kind of machine is left alone."""
+    if state is not None and IS_CUDA:
+        torch.cuda.set_rng_state(state)
+
+
 def has_fast_bf16() -> bool:
     """Whether bf16 matrix products run faster than fp32 ones on this device."""
     if IS_CUDA:

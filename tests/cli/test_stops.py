@@ -53,11 +53,6 @@ def assert_resumes(stopped: Stopped, finished: Path, patch):
     assert (stopped.folder / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
 
 
-def from_checkpoint(*values):
-    """A case that resumes from a checkpoint, which does not load yet (README, Known defects)."""
-    return pytest.param(*values, marks=pytest.mark.xfail(reason="optimizer state does not load"))
-
-
 # --- a loss that is not finite
 
 
@@ -111,7 +106,7 @@ def test_bad_loss_keeps_the_last_good_state(diverged, value):
     assert len(read_jsonl(stopped.folder / "rounds.jsonl")) == 1
 
 
-@pytest.mark.parametrize("step", [1, from_checkpoint(4)])
+@pytest.mark.parametrize("step", [1, 4])
 def test_run_with_a_bad_loss_resumes(diverged, finished, monkeypatch, step):
     assert_resumes(diverged(NAN, step), finished, monkeypatch)
 
@@ -219,9 +214,7 @@ def test_full_disk(filled, name):
     assert found == expected.get(name, [])
 
 
-@pytest.mark.parametrize(
-    "name", [from_checkpoint(n) if n in ("second checkpoint", "hf") else n for n in FULL]
-)
+@pytest.mark.parametrize("name", FULL)
 def test_run_on_a_full_disk_resumes(filled, finished, monkeypatch, name):
     assert_resumes(filled(name), finished, monkeypatch)
 

@@ -27,8 +27,6 @@ WITHOUT_MEGATRON = [*FLOORS[0], "data"]
 LONG_FUNCTIONS = {
     f"{PACKAGE}/objectives/irft.py::irft_loss": "half of it is the docstring with the formulas",
 }
-# path -> why it may name torch.cuda; to be emptied
-KNOWS_CUDA = {f"{PACKAGE}/checkpoint.py": "saves the random state of the device"}
 
 
 def relative(path: Path) -> str:
@@ -153,7 +151,7 @@ def names_cuda(path: Path) -> bool:
 def test_only_platform_knows_the_device():
     knowing = {relative(p) for p in PRODUCT if names_cuda(p) and not in_room(p, "platform")}
     assert any(names_cuda(p) for p in PRODUCT if in_room(p, "platform"))
-    assert knowing - KNOWS_CUDA.keys() == set()
+    assert knowing == set()
 
 
 BLOCKED = """

@@ -1,0 +1,60 @@
+"""Matrix products of few rows, as decoding has them, in the order that is fast on CPU.
+
+For a weight [N, K] and M <= 64 rows, MKL computes ``W @ x.T`` in about half the time of
+``x @ W.T`` (fp32, AVX2, 32 rows: 85 against 45 GFLOP/s). The numbers are the same up to rounding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_irl import platform
+
+from megatron.core.tensor_parallel.layers import (  # isort: skip
+    ColumnParallelLinear,
+    RowParallelLinear,
+)
+
+MAX_ROWS = 64
+
+
+@contextmanager
+def skinny_products(model: nn.Module) -> Iterator[None]:
+    """Within the block the model's linear layers use the faster order; a no-op on CUDA.
+
+    For inference only: the products have no gradient.
+    """
+    layers: list[Any] = []
+    if platform.BACKEND == "gloo":
+        kinds = (ColumnParallelLinear, RowParallelLinear)
+        layers = [m for m in model.modules() if type(m) in kinds]
+    for layer in layers:
+        layer._forward_impl = _either(layer._forward_impl)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._forward_impl
+
+
+def _either(usual: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Megatron's product, or ours where it pays and nothing is gathered."""
+
+    def product(
+        input: Tensor, weight: Tensor, bias: Tensor | None, *, sequence_parallel: bool, **rest: Any
+    ) -> Tensor:
+        rows = input.numel() // input.shape[-1]
+        if rows > MAX_ROWS or sequence_parallel or weight.dtype != torch.float32:
+            return usual(
+                input=input, weight=weight, bias=bias, sequence_parallel=sequence_parallel, **rest
+            )
+        out_NM = weight @ input.reshape(rows, -1).t()
+        if bias is not None:
+            out_NM += bias[:, None]
+        # A view with the rows innermost: what follows is element-wise, or the next product.
+        return out_NM.t().unflatten(0, input.shape[:-1])
+
+    return product
