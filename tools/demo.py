@@ -2,9 +2,9 @@
 
     python tools/demo.py --out runs/demo
 
-SmolLM2-135M-Instruct learns to reverse a list of words. As in the paper, IRFT starts from an SFT
-model: one pass of SFT, then either a second pass of SFT, or one pass of IRFT in two rounds. Both
-have seen every demonstration twice. Stopped at any time, the same command goes on where it was.
+SmolLM2-135M-Instruct learns to sort numbers. As in the paper, IRFT starts from an SFT model: one
+pass of SFT, then either a second pass of SFT, or one pass of IRFT in two rounds. Both have seen
+every demonstration twice. Stopped at any time, the same command goes on where it was.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from megatron_irl.train.comparison import compare_table
 from megatron_irl.train.runlog import RunLog
@@ -37,11 +38,11 @@ def prepare(model: Path, data: Path, counts: list[str]) -> None:
         run([sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(data), *counts])
 
 
-def train(recipe: str, folder: Path, overrides: list[str]) -> dict:
-    """Run a recipe; returns the last line of its rounds.jsonl."""
+def train(recipe: str, folder: Path, overrides: list[str]) -> list[dict[str, Any]]:
+    """Run a recipe; returns the lines of its rounds.jsonl."""
     run([sys.executable, "-m", "megatron_irl", "train", str(EXAMPLE / recipe),
          f"output_dir={folder}", *overrides])
-    return RunLog(folder).read_rounds()[-1] | {"first": RunLog(folder).read_rounds()[0]}
+    return RunLog(folder).read_rounds()
 
 
 def pick_precision() -> str:
@@ -54,27 +55,31 @@ def pick_precision() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--train", default="256", help="demonstrations")
-    parser.add_argument("--eval", default="200", help="held-out prompts")
+    parser.add_argument("--train", type=int, default=128, help="demonstrations")
+    parser.add_argument("--eval", type=int, default=100, help="held-out prompts")
     options = parser.parse_args()
     started = time.perf_counter()
     out = options.out.resolve()
     model, data = out / "SmolLM2-135M-Instruct", out / "data"
-    prepare(model, data, ["--train", options.train, "--eval", options.eval])
+    prepare(model, data, ["--train", str(options.train), "--eval", str(options.eval)])
     common = [
         f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'eval.jsonl'}",
         f"precision={pick_precision()}",
         f"parallel.data_parallel_size={min(2, os.cpu_count() or 1)}",
     ]
-    first = train("sft.yaml", out / "sft", [f"model.hf={model}", *common])
+    # Nothing is evaluated twice: IRFT evaluates the SFT model it starts from.
+    base = train("sft.yaml", out / "sft", [
+        f"model.hf={model}", *common, "evaluation.before=true", "evaluation.interval=never"])
     start = f"model.hf={out / 'sft' / 'hf'}"
-    second = train("sft.yaml", out / "sft_second_pass", [start, *common])
-    irft = train("irft.yaml", out / "irft", [start, *common])
+    second = train("sft.yaml", out / "sft_second_pass",
+                   [start, *common, "evaluation.before=false"])
+    irft = train("irft.yaml", out / "irft", [
+        start, *common, f"algorithm.prompts_per_round={options.train // 2}"])
     rows = [
-        ("base", first["first"]["evaluation_before"]),
-        ("SFT, 1 pass", first["evaluation"]),
-        ("SFT, 2 passes", second["evaluation"]),
-        ("SFT 1 pass + IRFT 1 pass", irft["evaluation"]),
+        ("base", base[0]["evaluation_before"]),
+        ("SFT, 1 pass", irft[0]["evaluation_before"]),
+        ("SFT, 2 passes", second[-1]["evaluation"]),
+        ("SFT 1 pass + IRFT 1 pass", irft[-1]["evaluation"]),
     ]
     table = compare_table(rows)
     (out / "results.json").write_text(json.dumps(dict(rows), indent=2))

@@ -81,8 +81,8 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=256, help="training demonstrations")
-    parser.add_argument("--eval", type=int, default=200, help="held-out demonstrations")
+    parser.add_argument("--train", type=int, default=128, help="training demonstrations")
+    parser.add_argument("--eval", type=int, default=100, help="held-out demonstrations")
     parser.add_argument("--seed", type=int, default=2889)
     args = parser.parse_args(argv)
     if min(args.train, args.eval) < 1:
