@@ -8,7 +8,7 @@ that property: a TransformerConfig field that is on, or ``untied`` embeddings.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_irl.convert.hf_config import SUPPORTED, Architecture
+from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Transform
 
 
@@ -74,14 +74,56 @@ LLAMA_LIKE = (
     Row("output_layer.weight", Split(0), (_t("lm_head.weight", "vocab", "hidden"),), when="untied"),
 )
 
+_N = "gpt_neox.layers.{}."
+
+# Its fused query_key_value has Megatron's own layout: per head the query, key and value rows.
+GPT_NEOX = (
+    Row("embedding.word_embeddings.weight", Split(0),
+        (_t("gpt_neox.embed_in.weight", "vocab", "hidden"),)),
+    *(Row(f"{_M}input_layernorm.{part}", Replicated(),
+          (_t(f"{_N}input_layernorm.{part}", "hidden"),)) for part in ("weight", "bias")),
+    Row(_M + "self_attention.linear_qkv.weight", Split(0),
+        (_t(_N + "attention.query_key_value.weight", "qkv", "hidden"),)),
+    Row(_M + "self_attention.linear_qkv.bias", Split(0),
+        (_t(_N + "attention.query_key_value.bias", "qkv"),)),
+    Row(_M + "self_attention.linear_proj.weight", Split(1),
+        (_t(_N + "attention.dense.weight", "hidden", "q"),)),
+    Row(_M + "self_attention.linear_proj.bias", Replicated(),
+        (_t(_N + "attention.dense.bias", "hidden"),)),
+    *(Row(f"{_M}pre_mlp_layernorm.{part}", Replicated(),
+          (_t(f"{_N}post_attention_layernorm.{part}", "hidden"),)) for part in ("weight", "bias")),
+    Row(_M + "mlp.linear_fc1.weight", Split(0),
+        (_t(_N + "mlp.dense_h_to_4h.weight", "ffn", "hidden"),)),
+    Row(_M + "mlp.linear_fc1.bias", Split(0), (_t(_N + "mlp.dense_h_to_4h.bias", "ffn"),)),
+    Row(_M + "mlp.linear_fc2.weight", Split(1),
+        (_t(_N + "mlp.dense_4h_to_h.weight", "hidden", "ffn"),)),
+    Row(_M + "mlp.linear_fc2.bias", Replicated(),
+        (_t(_N + "mlp.dense_4h_to_h.bias", "hidden"),)),
+    *(Row(f"decoder.final_layernorm.{part}", Replicated(),
+          (_t(f"gpt_neox.final_layer_norm.{part}", "hidden"),)) for part in ("weight", "bias")),
+    Row("output_layer.weight", Split(0), (_t("embed_out.weight", "vocab", "hidden"),),
+        when="untied"),
+)
+
 # A family with other names or other parameters gets a table of its own.
-FAMILIES: dict[str, tuple[Row, ...]] = dict.fromkeys(SUPPORTED, LLAMA_LIKE)
+FAMILIES: dict[str, tuple[Row, ...]] = {
+    "LlamaForCausalLM": LLAMA_LIKE,
+    "MistralForCausalLM": LLAMA_LIKE,
+    "Qwen2ForCausalLM": LLAMA_LIKE,
+    "Qwen3ForCausalLM": LLAMA_LIKE,
+    "GPTNeoXForCausalLM": GPT_NEOX,
+}
+
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Transformer Engine fuses each norm into the linear layer that follows it.
 FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+
+# Tensors that older versions of transformers saved and that hold no weights.
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
 def rows(arch: Architecture) -> Iterator[Row]:
@@ -102,6 +144,12 @@ def canonical(name: str) -> str:
     for fused, plain in FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name
+
+
+def hf_head(arch: Architecture) -> str:
+    """What the family calls its output head."""
+    (row,) = (row for row in FAMILIES[arch.family] if row.megatron == HEAD)
+    return row.hf[0].name
 
 
 def heads(arch: Architecture) -> Heads:

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_irl.convert.families import HfTensor, rows
+from megatron_irl.convert.families import BUFFERS, HfTensor, hf_head, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 
@@ -135,8 +135,8 @@ def validate_hf_folder(hf_dir: Path, arch: Architecture) -> None:
 
 
 def _redundant(name: str, arch: Architecture) -> bool:
-    tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith("rotary_emb.inv_freq")
+    tied_head = arch.tie_word_embeddings and name == hf_head(arch)
+    return tied_head or name.endswith(BUFFERS)
 
 
 def _some(names: list[str]) -> str:

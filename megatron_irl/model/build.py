@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_irl import platform
 from megatron_irl.config import (
@@ -31,7 +31,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
 from megatron.core.transformer.enums import AttnBackend  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
 
 
 def build_config(
@@ -75,7 +81,8 @@ def build_config(
         "use_cpu_initialization": not platform.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
         "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
-        "bias_activation_fusion": platform.IS_CUDA,
+        # Megatron's fused GELU is the tanh approximation whatever activation_func says.
+        "bias_activation_fusion": platform.IS_CUDA and fields["activation_func"] is F.silu,
         "bias_dropout_fusion": platform.IS_CUDA,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": default_spec() == "transformer_engine",
@@ -145,7 +152,8 @@ def build_chunks(
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(
-                config, name, vp_stage=stage, pp_rank=topology.pp_rank
+                config, name, vp_stage=stage, pp_rank=topology.pp_rank,
+                parallel_residual=architecture.parallel_residual,
             ),
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_sequence_length,
