@@ -32,6 +32,11 @@ class Row:
     hf: tuple[HfTensor, ...]
     when: str | None = None
 
+    def shape(self, arch: Architecture) -> tuple[int, ...]:
+        """Of the whole Megatron parameter, all tensor-parallel shards together."""
+        shapes = [t.shape(arch) for t in self.hf]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
     def at(self, layer: int) -> "Row":
         """The row of one layer."""
         hf = tuple(HfTensor(t.name.format(layer), t.dims) for t in self.hf)
@@ -126,17 +131,20 @@ FUSED_NORMS = {
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 
 
+def row_groups(arch: Architecture) -> Iterator[tuple[str, list[Row]]]:
+    """(what it is, its rows) for the embedding, each layer and the head, in forward order."""
+    table = [r for r in FAMILIES[arch.family] if _applies(r, arch)]
+    single = [r for r in table if "{}" not in r.megatron]
+    yield "embedding", [r for r in single if r.megatron == EMBEDDING]
+    for layer in range(arch.transformer["num_layers"]):
+        yield f"layer {layer}", [r.at(layer) for r in table if "{}" in r.megatron]
+    yield "head", [r for r in single if r.megatron != EMBEDDING]
+
+
 def rows(arch: Architecture) -> Iterator[Row]:
     """Every row of a model, layers spelled out, in the order of the forward pass."""
-    before = [r for r in FAMILIES[arch.family] if _applies(r, arch)]
-    for row in before:
-        if "{}" not in row.megatron and row.megatron.startswith("embedding"):
-            yield row
-    for layer in range(arch.transformer["num_layers"]):
-        yield from (row.at(layer) for row in before if "{}" in row.megatron)
-    for row in before:
-        if "{}" not in row.megatron and not row.megatron.startswith("embedding"):
-            yield row
+    for _, group in row_groups(arch):
+        yield from group
 
 
 def canonical(name: str) -> str:
@@ -144,6 +152,21 @@ def canonical(name: str) -> str:
     for fused, plain in FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name
+
+
+def stored_name(name: str) -> tuple[str, int | None]:
+    """Where a distributed checkpoint keeps a canonical parameter: (name, index) or (name, None).
+
+    Layers of one kind are one tensor there with the layer as its first dimension, and the norms
+    have Transformer Engine's names under either spec.
+    """
+    for fused, plain in FUSED_NORMS.items():
+        name = name.replace("." + plain, "." + fused)
+    head, _, rest = name.partition("decoder.layers.")
+    if head or not rest:
+        return name, None
+    layer, _, parameter = rest.partition(".")
+    return f"decoder.layers.{parameter}", int(layer)
 
 
 def hf_head(arch: Architecture) -> str:

@@ -37,6 +37,13 @@ class HfWeights:
         """A lazily read tensor: index it to read only those bytes."""
         return self._file(self.files[name]).get_slice(name)
 
+    def close(self) -> None:
+        """Unmap the files; the next read opens them again.
+
+        Pages of a mapped file count as this process's memory for as long as it is mapped.
+        """
+        self._open.clear()
+
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
         return self.hf_dir / self.files[name]

@@ -43,12 +43,12 @@ def load_hf_weights(
         sources = [weights.slice(tensor.name) for tensor in row.hf]
         shard = row.transform.read(sources, tp_rank, tp_size, heads(arch))
         if name == EMBEDDING and arch.tie_word_embeddings and hf_head(arch) in weights.files:
-            _check_tied_head(weights, row, shard, tp_rank, tp_size, arch)
+            check_tied_head(weights, row, shard, tp_rank, tp_size, arch)
         shard = shard.to(parameter.dtype)
         # copy_ would broadcast, and so hide a parameter that the table lays out differently.
         assert shard.shape == parameter.shape, f"{name}: {shard.shape} against {parameter.shape}"
         if not torch.isfinite(shard).all():
-            _refuse_not_finite(weights, row, parameter.dtype)
+            refuse_not_finite(weights, row, parameter.dtype)
         with torch.no_grad():
             parameter.copy_(shard)
 
@@ -70,7 +70,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
             yield canonical(".".join(parts)), parameter
 
 
-def _check_tied_head(
+def check_tied_head(
     weights: HfWeights, row: Row, embedding: Tensor, tp_rank: int, tp_size: int, arch: Architecture
 ) -> None:
     """Refuse a folder that says its head is tied but holds another head.
@@ -86,7 +86,7 @@ def _check_tied_head(
         )
 
 
-def _refuse_not_finite(weights: HfWeights, row: Row, dtype: torch.dtype) -> None:
+def refuse_not_finite(weights: HfWeights, row: Row, dtype: torch.dtype) -> None:
     """Name the tensors behind a shard that is not finite; they are read again, whole."""
     names = [t.name for t in row.hf]
     bad = [n for n in names if not torch.isfinite(weights.slice(n)[:].to(dtype)).all()]

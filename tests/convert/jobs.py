@@ -34,13 +34,13 @@ def full_disk(hf: str, out: str) -> str:
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    original, export.save_file = export.save_file, refuse
+    original, export.ShardedWriter.add = export.ShardedWriter.add, refuse
     try:
         round_trip(hf, {}, out)
     except UserError as error:
         return str(error)
     finally:
-        export.save_file = original
+        export.ShardedWriter.add = original
     return "no error"
 
 
