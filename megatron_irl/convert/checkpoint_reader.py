@@ -28,7 +28,7 @@ class CheckpointReader:
     """The model's tensors in a checkpoint; optimizer state and the like are not touched.
 
     Attributes:
-        dtype: Of the weights.
+        prefix: What the model's tensor names begin with.
 
     Raises:
         UserError: It cannot be read, or holds no GPTModel.
@@ -46,7 +46,12 @@ class CheckpointReader:
                 f"the checkpoint {checkpoint} cannot be read: .metadata is missing or damaged "
                 f"({error})."
             ) from error
-        self.prefix, self.dtype = self._find_model()
+        self.prefix = self._find_prefix()
+
+    def stored_as(self, name: str) -> str:
+        """The checkpoint's spelling of a tensor: norms may be fused with a linear layer or not."""
+        plain = canonical(name)
+        return plain if name not in self._entries and plain in self._entries else name
 
     def check(self, arch: Architecture) -> None:
         """Raise UserError unless every tensor of the architecture is there in its shape."""
@@ -90,15 +95,14 @@ class CheckpointReader:
             files = {self._reader.storage_data[i.storage_index].relative_path for i in items}
             raise UserError(
                 f"the checkpoint {self.checkpoint} is damaged: {name} cannot be read from "
-                f"{', '.join(sorted(files))} ({str(error).splitlines()[0]})."
+                f"{', '.join(sorted(files))} ({first_line(error)})."
             ) from error
         return target.view(row.shape(arch))
 
-    def _find_model(self) -> tuple[str, torch.dtype]:
+    def _find_prefix(self) -> str:
         for prefix in PREFIXES:
-            norm = self._entries.get(prefix + FINAL_NORM)
-            if isinstance(norm, TensorStorageMetadata):
-                return prefix, norm.properties.dtype
+            if isinstance(self._entries.get(prefix + FINAL_NORM), TensorStorageMetadata):
+                return prefix
         raise UserError(f"the checkpoint {self.checkpoint} does not hold a GPTModel's weights.")
 
     def _name(self, row: Row) -> str:
@@ -123,6 +127,11 @@ class CheckpointReader:
         if layer is not None and len(entry.size) == len(shape) + 1:
             offsets, shape = (layer, *offsets), (1, *shape)
         return entry, ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 class _Planner(DefaultLoadPlanner):

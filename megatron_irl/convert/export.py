@@ -14,7 +14,7 @@ from megatron_irl.convert.companions import (
     fresh_folder,
     write_config,
 )
-from megatron_irl.convert.families import Row, heads, rows
+from megatron_irl.convert.families import Row, hf_tensors, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
@@ -109,7 +109,7 @@ def _collect(
         shards = [torch.empty_like(shard) for _ in range(topology.tp_size)]
         dist.all_gather(shards, shard, group=topology.tp_group)
         if topology.tp_rank == 0:
-            tensors = [t.contiguous() for t in row.transform.write(shards, heads(arch))]
+            tensors = [t.contiguous() for t in hf_tensors(row, shards, arch)]
     if topology.tp_rank != 0:
         return []
     if stage != 0:

@@ -5,11 +5,21 @@ can be checked from its headers alone. A row with ``when`` applies only where th
 that property: a TransformerConfig field that is on, or ``untied`` embeddings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Transform
+from megatron_irl.convert.tensors import (
+    GateUp,
+    Heads,
+    Qkv,
+    Replicated,
+    Split,
+    Transform,
+    Vocabulary,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ def _t(name: str, *dims: str) -> HfTensor:
 _L, _M = "model.layers.{}.", "decoder.layers.{}."
 
 LLAMA_LIKE = (
-    Row("embedding.word_embeddings.weight", Split(0),
+    Row("embedding.word_embeddings.weight", Vocabulary(),
         (_t("model.embed_tokens.weight", "vocab", "hidden"),)),
     Row(_M + "input_layernorm.weight", Replicated(),
         (_t(_L + "input_layernorm.weight", "hidden"),)),
@@ -76,14 +86,15 @@ LLAMA_LIKE = (
     Row(_M + "mlp.linear_fc2.weight", Split(1),
         (_t(_L + "mlp.down_proj.weight", "hidden", "ffn"),)),
     Row("decoder.final_layernorm.weight", Replicated(), (_t("model.norm.weight", "hidden"),)),
-    Row("output_layer.weight", Split(0), (_t("lm_head.weight", "vocab", "hidden"),), when="untied"),
+    Row("output_layer.weight", Vocabulary(), (_t("lm_head.weight", "vocab", "hidden"),),
+        when="untied"),
 )
 
 _N = "gpt_neox.layers.{}."
 
 # Its fused query_key_value has Megatron's own layout: per head the query, key and value rows.
 GPT_NEOX = (
-    Row("embedding.word_embeddings.weight", Split(0),
+    Row("embedding.word_embeddings.weight", Vocabulary(),
         (_t("gpt_neox.embed_in.weight", "vocab", "hidden"),)),
     *(Row(f"{_M}input_layernorm.{part}", Replicated(),
           (_t(f"{_N}input_layernorm.{part}", "hidden"),)) for part in ("weight", "bias")),
@@ -106,7 +117,7 @@ GPT_NEOX = (
         (_t(_N + "mlp.dense_4h_to_h.bias", "hidden"),)),
     *(Row(f"decoder.final_layernorm.{part}", Replicated(),
           (_t(f"gpt_neox.final_layer_norm.{part}", "hidden"),)) for part in ("weight", "bias")),
-    Row("output_layer.weight", Split(0), (_t("embed_out.weight", "vocab", "hidden"),),
+    Row("output_layer.weight", Vocabulary(), (_t("embed_out.weight", "vocab", "hidden"),),
         when="untied"),
 )
 
@@ -173,6 +184,12 @@ def hf_head(arch: Architecture) -> str:
     """What the family calls its output head."""
     (row,) = (row for row in FAMILIES[arch.family] if row.megatron == HEAD)
     return row.hf[0].name
+
+
+def hf_tensors(row: Row, shards: Sequence[Tensor], arch: Architecture) -> list[Tensor]:
+    """A row's HF tensors from all tensor-parallel shards; a vocabulary's padding is cut off."""
+    whole = row.transform.write(shards, heads(arch))
+    return [t[: hf.shape(arch)[0]] for t, hf in zip(whole, row.hf, strict=True)]
 
 
 def heads(arch: Architecture) -> Heads:

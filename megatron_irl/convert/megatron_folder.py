@@ -5,30 +5,40 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import platform  # noqa: F401  (must precede megatron)
-from megatron_irl.convert.checkpoint_reader import CheckpointReader
+from megatron_irl.convert.checkpoint_reader import CheckpointReader, first_line
+from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import Topology
 
 from megatron.core import dist_checkpointing  # isort: skip  (after the platform)
 
 
-def load_megatron(chunks: Sequence[nn.Module], checkpoint: Path, topology: Topology) -> None:
+def load_megatron(
+    chunks: Sequence[nn.Module], arch: Architecture, checkpoint: Path, topology: Topology
+) -> None:
     """Fill the chunks from a folder that ``find_checkpoint`` returned. Collective.
+
+    Any layout reads what another one wrote, under either spec: Transformer Engine's extra state is
+    left alone, and norms are found whether they were fused or not.
 
     Raises:
         UserError: The checkpoint is damaged, or of another model.
     """
-    prefix = CheckpointReader(checkpoint).prefix
+    reader = CheckpointReader(checkpoint)
+    reader.check(arch)
+    prefix, wanted = reader.prefix, sharded_weights(chunks, topology, reader.prefix)
+    for part in wanted.values():
+        for tensor in part.values():
+            tensor.key = reader.stored_as(tensor.key)
     try:
-        loaded: Any = dist_checkpointing.load(
-            _sharded(chunks, topology, prefix), str(checkpoint)
-        )
-    except (dist_checkpointing.core.CheckpointingException, KeyError) as error:
+        loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
+    except CheckpointException as error:  # torch's; what happened is inside, by rank
+        cause = next(iter(error.failures.values()))[0]
         raise UserError(
-            f"the checkpoint {checkpoint} cannot be read into this model: "
-            f"{str(error).splitlines()[0][:300]}"
+            f"the checkpoint {checkpoint} is damaged: {first_line(cause)}"
         ) from error
     for index, chunk in enumerate(chunks):
         state = {n.removeprefix(prefix): t for n, t in loaded[f"model{index}"].items()}
@@ -37,7 +47,10 @@ def load_megatron(chunks: Sequence[nn.Module], checkpoint: Path, topology: Topol
         chunk.load_state_dict(state, strict=False)
 
 
-def _sharded(chunks: Sequence[Any], topology: Topology, prefix: str = "") -> dict[str, Any]:
+def sharded_weights(
+    chunks: Sequence[Any], topology: Topology, prefix: str = ""
+) -> dict[str, Any]:
+    """The chunks' parameters as Megatron's checkpointing wants them, by chunk and name."""
     metadata = {"singleton_local_shards": False, "dp_cp_group": topology.dp_group}
     parts = [chunk.sharded_state_dict(prefix=prefix, metadata=metadata) for chunk in chunks]
     # FP8 scales and the like: no part of the model, and absent where the layers are not TE's.

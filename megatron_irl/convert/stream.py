@@ -16,10 +16,19 @@ import torch
 from torch import Tensor
 
 import megatron_irl
+from megatron_irl.convert.certificate import NOTE
 from megatron_irl.convert.checkpoint_reader import CheckpointReader
 from megatron_irl.convert.checkpoint_writer import CheckpointWriter
 from megatron_irl.convert.companions import copy_companions, write_config
-from megatron_irl.convert.families import EMBEDDING, Row, heads, hf_head, row_groups, rows
+from megatron_irl.convert.families import (
+    EMBEDDING,
+    Row,
+    heads,
+    hf_head,
+    hf_tensors,
+    row_groups,
+    rows,
+)
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
 from megatron_irl.convert.load import check_tied_head, refuse_not_finite
@@ -31,7 +40,6 @@ from megatron_irl.errors import UserError
 OnProgress = Callable[[str, int], None]
 """Called with what was done (a layer, say) and its bytes."""
 
-NOTE = "conversion.json"  # says that a folder was converted, from what and by which versions
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -138,7 +146,7 @@ def megatron_to_hf(
                 on_progress(label, sizes[index])
             writer.close()
             copy_companions(folder, hf_dir)
-            write_config(folder, hf_config, dtype or reader.dtype)
+            write_config(folder, hf_config, written[EMBEDDING])
             _write_note(folder, checkpoint, dtype)
             journal.unlink()
 
@@ -164,7 +172,7 @@ def _write_hf(writer: ShardedWriter, row: Row, tensor: Tensor, arch: Architectur
             f"NaN or infinite weights: {row.megatron}. The checkpoint is damaged, or its training "
             "diverged; take another one."
         )
-    for hf, value in zip(row.hf, row.transform.write([tensor], heads(arch)), strict=True):
+    for hf, value in zip(row.hf, hf_tensors(row, [tensor], arch), strict=True):
         writer.add(hf.name, value)
 
 
@@ -196,6 +204,7 @@ def _describe(
 
 
 def _write_note(folder: Path, source: Path, dtype: torch.dtype | None) -> None:
+    """Say that the folder was converted, from what and by which versions."""
     note = {
         "converted_from": str(source.resolve()),
         "dtype": "as stored" if dtype is None else str(dtype).removeprefix("torch."),

@@ -48,7 +48,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut evenly along ``dim``: 0 for column-parallel and vocabulary, 1 for row-parallel."""
+    """Cut evenly along ``dim``: 0 for column-parallel, 1 for row-parallel."""
 
     dim: int
 
@@ -62,6 +62,27 @@ class Split:
     def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         del heads
         return [torch.cat(list(shards), dim=self.dim)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows split evenly; where they do not divide, zero rows make up the last rank's share.
+
+    ``write`` returns the padding with the rest: only the caller knows where the vocabulary ends.
+    """
+
+    def read(self, sources: Sequence[Any], tp_rank: int, tp_size: int, heads: Heads) -> Tensor:
+        del heads
+        share = -(-_shape(sources[0])[0] // tp_size)
+        shard = sources[0][tp_rank * share : (tp_rank + 1) * share]
+        missing = share - shard.shape[0]
+        if missing == 0:
+            return shard
+        return torch.cat([shard, shard.new_zeros(missing, *shard.shape[1:])])
+
+    def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        del heads
+        return [torch.cat(list(shards))]
 
 
 @dataclass(frozen=True)

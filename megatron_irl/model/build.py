@@ -15,12 +15,14 @@ from megatron_irl.config import (
     Precision,
     check_field_names,
     check_layout_against_model,
+    padded_vocab_size,
 )
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
 from megatron_irl.model.specs import SpecName, block_spec, default_spec
+from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
 from megatron.core.distributed import (  # isort: skip
@@ -146,6 +148,7 @@ def build_chunks(
     """
     name: Any = spec or os.environ.get("MEGATRON_IRL_SPEC") or default_spec()
     chunks = []
+    rows = padded_vocab_size(architecture.vocab_size, topology.tp_size)
     virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(topology.vpp_size):
         stage = vp_stage if virtual else None
@@ -155,7 +158,7 @@ def build_chunks(
                 config, name, vp_stage=stage, pp_rank=topology.pp_rank,
                 parallel_residual=architecture.parallel_residual,
             ),
-            vocab_size=architecture.vocab_size,
+            vocab_size=rows,
             max_sequence_length=architecture.max_sequence_length,
             pre_process=topology.is_first_stage and vp_stage == 0,
             post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
@@ -167,7 +170,14 @@ def build_chunks(
             vp_stage=stage,
         )
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
-        chunks.append(chunk.to(platform.device()))
+        chunk = chunk.to(platform.device())
+        if chunk.post_process and rows > architecture.vocab_size:
+            tied = chunk.share_embeddings_and_output_weights
+            weight = (
+                chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+            )
+            mark_vocabulary_end(weight, architecture.vocab_size, topology.tp_rank)
+        chunks.append(chunk)
     return chunks
 
 

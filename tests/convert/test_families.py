@@ -8,8 +8,10 @@ from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
-VOCAB = 128
+VOCAB = 131  # odd: padded over two ranks
 MODELS = {
+    "llama": {},
+    "llama_tied": {"tied": True},
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
     "mistral_window": {"family": "mistral", "head_dim": 8, "sliding_window": 7},
     "qwen2_window": {
@@ -83,7 +85,7 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
     prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 6, VOCAB)]
     ranks = pool.run(
         world_size, jobs.generate, hf=str(folder(name)), layout=sizes, prompts=prompts,
-        sampling=GREEDY,
+        sampling=GREEDY, vocab=VOCAB,
     )
     lengths = set()
     for (tokens, _, _), prompt in zip(ranks[0], prompts, strict=True):
@@ -97,12 +99,15 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
     assert max(lengths) > 3, "one repeated token would hide a wrong cache"
 
 
-@pytest.mark.parametrize("layout", ["tp2_sp", "pp2"])
-def test_training_step_equals_one_process(pool, folder, tmp_path, layout):
-    """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks."""
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "tp2_pp2"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
+def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
+    """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary
+    padding has none.
+    """
     world_size, sizes = LAYOUTS[layout]
     setting = {
-        "hf": str(folder("gpt_neox")), "folder": str(tmp_path / "bank"), "steps": 2,
+        "hf": str(folder(name)), "folder": str(tmp_path / "bank"), "steps": 2,
         "optimizer": {"optimizer": "sgd", "lr": 0.05, "sgd_momentum": 0.0, "clip_grad": 0.0},
     }
     pool.run(

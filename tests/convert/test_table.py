@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_irl.convert.families import canonical, rows
 from megatron_irl.convert.hf_config import architecture
-from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split
+from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Vocabulary
 from megatron_irl.errors import UserError
 
 BASE = {
@@ -49,6 +49,16 @@ def test_other_transforms_merge_undoes_split(tp, rows_, cols):
         assert all(torch.equal(a, b) for a, b in zip(back, sources, strict=True))
 
 
+@settings(deadline=None)
+@given(tp=st.integers(1, 8), vocab=st.integers(1, 40))
+def test_a_vocabulary_is_padded_with_zeros(tp, vocab):
+    whole = torch.randn(vocab, 3)
+    shards = [Vocabulary().read([whole], rank, tp, Heads(1, 1)) for rank in range(tp)]
+    assert {tuple(shard.shape) for shard in shards} == {(-(-vocab // tp), 3)}
+    (back,) = Vocabulary().write(shards, Heads(1, 1))
+    assert torch.equal(back[:vocab], whole) and not back[vocab:].any()
+
+
 class Recorder:
     """Stands for a safetensors slice and adds up what is read from it."""
 
@@ -63,7 +73,7 @@ class Recorder:
         return self.tensor[index]
 
 
-@pytest.mark.parametrize("transform", [Qkv(), GateUp(), Split(0), Split(1)])
+@pytest.mark.parametrize("transform", [Qkv(), GateUp(), Split(0), Split(1), Vocabulary()])
 def test_a_rank_reads_only_what_it_owns(transform):
     q, k = torch.randn(16, 8), torch.randn(8, 8)
     whole = {Qkv(): [q, k, k], GateUp(): [q, q]}.get(transform, [q])
