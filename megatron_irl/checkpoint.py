@@ -17,6 +17,8 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import platform
+from megatron_irl.convert.checkpoint_reader import first_line
+from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
 from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.reduce import from_main
@@ -100,8 +102,15 @@ class Checkpointer:
         if not path.is_dir():
             raise UserError(f"{path} does not exist; the run has {self.steps()} checkpoints.")
         sharded = self._sharded(chunks, optimizer, is_loading=True)
+        models = {name: part for name, part in sharded.items() if name.startswith("model")}
+        adapt_to_spec(models, path)
         try:
             loaded: Any = dist_checkpointing.load(sharded, str(path))
+        except CheckpointException as error:  # torch's; what happened is inside, by rank
+            cause = next(iter(error.failures.values()))[0]
+            raise UserError(
+                f"the checkpoint {path} cannot be read: {first_line(cause)}"
+            ) from error
         except dist_checkpointing.core.CheckpointingException as error:
             raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
         if loaded.get("format_version") != FORMAT_VERSION:
@@ -110,7 +119,7 @@ class Checkpointer:
                 f"reads {FORMAT_VERSION}. Use the megatron_irl version that wrote it."
             )
         for index, chunk in enumerate(unwrap_model(list(chunks))):
-            chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+            fill(chunk, loaded[f"model{index}"])
         if optimizer is not None:
             if "optimizer" not in loaded:
                 raise UserError(f"the checkpoint {path} holds no optimizer state.")

@@ -12,15 +12,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_irl.errors import UserError
+import torch
+
+from megatron_irl.cli.conversion import run_conversion, run_tool
+from megatron_irl.convert.stream import hf_to_megatron
 
 
 def convert(options: argparse.Namespace) -> None:
-    import torch
-
-    from megatron_irl.cli.conversion import run_conversion
-    from megatron_irl.convert.stream import hf_to_megatron
-
     dtype = getattr(torch, options.dtype) if options.dtype else None
     conversion = hf_to_megatron(options.hf, options.out, dtype=dtype)
     run_conversion(conversion, dry_run=options.dry_run)
@@ -32,12 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    try:
-        convert(parser.parse_args(argv))
-    except UserError as error:
-        print(f"convert_hf_to_megatron: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    return run_tool("convert_hf_to_megatron", lambda: convert(options))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from megatron_irl.cli.conversion import run_conversion, run_tool
+from megatron_irl.convert.locate import find_checkpoint, find_hf_source
+from megatron_irl.convert.stream import megatron_to_hf
 from megatron_irl.errors import UserError
 
 
 def convert(options: argparse.Namespace) -> None:
-    import torch
-
-    from megatron_irl.cli.conversion import run_conversion
-    from megatron_irl.convert.locate import find_checkpoint, find_hf_source
-    from megatron_irl.convert.stream import megatron_to_hf
-
     if options.max_shard_gb <= 0:
         raise UserError(f"--max-shard-gb {options.max_shard_gb} is not positive.")
     checkpoint = find_checkpoint(options.checkpoint)
@@ -43,12 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help="of the written weights; default: as stored")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weight file")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    try:
-        convert(parser.parse_args(argv))
-    except UserError as error:
-        print(f"convert_megatron_to_hf: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser.parse_args(argv)
+    return run_tool("convert_megatron_to_hf", lambda: convert(options))
 
 
 if __name__ == "__main__":

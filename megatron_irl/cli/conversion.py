@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -31,3 +32,16 @@ def run_conversion(conversion: Conversion, *, dry_run: bool) -> None:
             bar.update(nbytes)
 
         conversion.run(advance)
+
+
+def run_tool(name: str, work: Callable[[], None]) -> int:
+    """Run a tool's work; returns the exit code. One message, no traceback, for what users do."""
+    try:
+        work()
+    except UserError as error:
+        sys.stderr.write(f"{name}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{name}: interrupted; start the same command again to go on\n")
+        return 1
+    return 0

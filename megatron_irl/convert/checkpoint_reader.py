@@ -53,6 +53,10 @@ class CheckpointReader:
         plain = canonical(name)
         return plain if name not in self._entries and plain in self._entries else name
 
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has an entry of exactly this name."""
+        return name in self._entries
+
     def check(self, arch: Architecture) -> None:
         """Raise UserError unless every tensor of the architecture is there in its shape."""
         for row in rows(arch):

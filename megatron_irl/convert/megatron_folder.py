@@ -30,9 +30,7 @@ def load_megatron(
     reader = CheckpointReader(checkpoint)
     reader.check(arch)
     prefix, wanted = reader.prefix, sharded_weights(chunks, topology, reader.prefix)
-    for part in wanted.values():
-        for tensor in part.values():
-            tensor.key = reader.stored_as(tensor.key)
+    adapt_to_spec(wanted, checkpoint)
     try:
         loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
     except CheckpointException as error:  # torch's; what happened is inside, by rank
@@ -42,9 +40,31 @@ def load_megatron(
         ) from error
     for index, chunk in enumerate(chunks):
         state = {n.removeprefix(prefix): t for n, t in loaded[f"model{index}"].items()}
-        missing = {name for name, _ in chunk.named_parameters()} - set(state)
-        assert not missing, f"not in the sharded state: {sorted(missing)}"
-        chunk.load_state_dict(state, strict=False)
+        fill(chunk, state)
+
+
+def fill(chunk: nn.Module, state: dict[str, Any]) -> None:
+    """Load a chunk's state, of which only Transformer Engine's extra state may be missing."""
+    missing = {name for name, _ in chunk.named_parameters()} - set(state)
+    assert not missing, f"not in the sharded state: {sorted(missing)}"
+    chunk.load_state_dict(state, strict=False)
+
+
+def adapt_to_spec(model: dict[str, Any], checkpoint: Path) -> None:
+    """Ask a checkpoint only for what the spec that wrote it keeps. In place.
+
+    Transformer Engine's layers have extra state (FP8 scales) that local ones have not. A norm is
+    looked for by itself where it is not fused with the linear layer after it.
+
+    Args:
+        model: Sharded state by chunk and name.
+    """
+    reader = CheckpointReader(checkpoint)
+    for part in model.values():
+        for name, entry in list(part.items()):
+            entry.key = reader.stored_as(entry.key)
+            if name.endswith("_extra_state") and not reader.holds(entry.unique_key):
+                del part[name]
 
 
 def sharded_weights(

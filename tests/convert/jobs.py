@@ -152,3 +152,39 @@ def load_megatron_message(hf: str, checkpoint: str) -> str:
     except UserError as error:
         return str(error)
     return "no error"
+
+
+class NormWithExtraState(torch.nn.RMSNorm):
+    """A local norm with extra state in the checkpoint, as every layer of Transformer Engine has."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.tensor([7.0])
+
+    def set_extra_state(self, state: Any) -> None:
+        self.restored = state
+
+
+def resume_across_specs(
+    hf: str, folder: str, *, extra_when_saving: bool
+) -> tuple[list[str], bool]:
+    """Save with (or without) extra state, resume without (or with) it.
+
+    Returns:
+        Parameters that differ, and whether extra state was restored.
+    """
+    topology, chunks, _, _ = build(hf, {})
+    checkpointer = Checkpointer(Path(folder), topology, keep=1)
+    norm: Any = chunks[0].decoder.final_layernorm
+    plain = type(norm)
+    norm.__class__ = NormWithExtraState if extra_when_saving else plain
+    sharded = checkpointer._sharded(chunks, None, is_loading=False)
+    path = checkpointer.path(1)
+    path.mkdir(parents=True)
+    dist_checkpointing.save(sharded | {"format_version": 1, "state": {}}, str(path))
+    norm.__class__ = plain if extra_when_saving else NormWithExtraState
+    before = {name: p.detach().clone() for name, p in chunks[0].named_parameters()}
+    for parameter in chunks[0].parameters():
+        parameter.data.zero_()
+    checkpointer.load(1, chunks)
+    differing = [n for n, p in chunks[0].named_parameters() if not torch.equal(p, before[n])]
+    return differing, hasattr(norm, "restored")

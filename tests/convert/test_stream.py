@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_irl.convert.checkpoint_writer import CheckpointWriter
+from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert import jobs
@@ -171,6 +173,16 @@ def test_norms_fused_or_not(pool, folder, converted, tmp_path):
     assert differing == []
 
 
+@pytest.mark.parametrize("extra_when_saving", [True, False])
+def test_runs_resume_across_specs(pool, folder, tmp_path, extra_when_saving):
+    """Extra state that only one of the specs has neither stops a resume nor is made up."""
+    ((differing, restored),) = pool.run(
+        1, jobs.resume_across_specs, hf=str(folder("qwen3")), folder=str(tmp_path),
+        extra_when_saving=extra_when_saving,
+    )
+    assert differing == [] and not restored
+
+
 class Killed(BaseException):
     """Stands for a signal: the code gets no chance to clean up after itself."""
 
@@ -307,3 +319,20 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(folder, tmp_path, m
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match=r"needs 0\.00 GB"):
         hf_to_megatron(folder("qwen3"), tmp_path / "megatron")
+
+
+def test_not_finite_weights_in_a_checkpoint(folder, tmp_path):
+    arch = architecture(read_hf_config(folder("qwen3")))
+    bad = "decoder.layers.1.mlp.linear_fc2.weight"
+
+    def read(row):
+        return torch.full(row.shape(arch), float("nan") if row.megatron == bad else 1.0)
+
+    (tmp_path / "diverged").mkdir()
+    writer = CheckpointWriter(tmp_path / "diverged", arch, lambda row: torch.float32)
+    for group in range(len(writer.groups)):
+        writer.write(group, read)
+    writer.finish()
+    with pytest.raises(UserError, match=f"NaN or infinite weights: {bad}"):
+        back(tmp_path / "diverged", tmp_path / "hf", folder("qwen3"))
+    assert [p.name for p in tmp_path.iterdir()] == ["diverged"]
