@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import platform
 from megatron_irl.adam_state import loadable
+from megatron_irl.convert.checkpoint_reader import first_line
+from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
 from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.reduce import from_main
@@ -109,7 +111,7 @@ class Checkpointer:
                 scheduler.load_state_dict(loaded["scheduler"])
                 self._load_rng(loaded)
         for index, chunk in enumerate(unwrap_model(list(chunks))):
-            chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+            fill(chunk, loaded[f"model{index}"])
         return loaded["state"]
 
     def _read(self, path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
@@ -122,10 +124,17 @@ class Checkpointer:
                     f"version reads {FORMAT_VERSION}. Use the megatron_irl version that wrote it."
                 )
             sharded = self._sharded(chunks, optimizer, is_loading=True)
+            models = {name: part for name, part in sharded.items() if name.startswith("model")}
+            adapt_to_spec(models, path)
             if common["layout"] != self._layout():
                 sharded.pop("rng", None)
             loaded: Any = dist_checkpointing.load(sharded, str(path))
-        except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+        except CheckpointException as error:  # torch's; what happened is inside, by rank
+            cause = next(iter(error.failures.values()))[0]
+            raise UserError(
+                f"the checkpoint {path} cannot be read: {first_line(cause)}"
+            ) from error
+        except dist_checkpointing.core.CheckpointingException as error:
             raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
         if optimizer is not None and "optimizer" not in loaded:
             raise UserError(f"the checkpoint {path} holds no optimizer state.")

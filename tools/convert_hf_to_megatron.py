@@ -2,8 +2,9 @@
 
     python tools/convert_hf_to_megatron.py --hf models/llama --out checkpoints/llama
 
-Training does not need this: a recipe names the HF folder itself. A model too large for one process
-is converted by several: start the tool with torchrun and give the layout.
+Training does not need this: a recipe names the HF folder itself. One process converts a model of
+any size in the memory of a few tensors; any layout reads the result. Started again after an
+interruption, it goes on where it was.
 """
 
 import argparse
@@ -11,52 +12,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_irl.errors import UserError
+import torch
+
+from megatron_irl.cli.conversion import run_conversion, run_tool
+from megatron_irl.convert.stream import hf_to_megatron
 
 
 def convert(options: argparse.Namespace) -> None:
-    """Read the folder slice by slice, write the checkpoint. Collective over every rank."""
-    from megatron_irl.config import ParallelConfig
-    from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
-    from megatron_irl.convert.megatron_folder import save_megatron
-    from megatron_irl.model.build import build_chunks, build_config
-    from megatron_irl.parallel.topology import initialize, shutdown
-
-    hf_config = read_hf_config(options.hf)
-    arch = architecture(hf_config)
-    validate_hf_folder(options.hf, arch)
-    if options.out.exists():  # said before the work, not after it
-        raise UserError(f"--out {options.out} exists. Choose another folder, or remove it.")
-    parallel = ParallelConfig(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-    )
-    source = hf_config.get("dtype") or hf_config.get("torch_dtype")
-    precision = options.precision or ("bf16" if source == "bfloat16" else "fp32")
-    config = build_config(arch, parallel, precision=precision)
-    topology = initialize(parallel)
-    chunks = build_chunks(config, arch, topology)
-    load_hf_weights(
-        chunks, arch, options.hf, tp_rank=topology.tp_rank, tp_size=topology.tp_size
-    )
-    save_megatron(chunks, options.out, hf_dir=options.hf, topology=topology)
-    shutdown()
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    conversion = hf_to_megatron(options.hf, options.out, dtype=dtype)
+    run_conversion(conversion, dry_run=options.dry_run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Hugging Face folder → Megatron checkpoint.")
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="default: as in config.json")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    try:
-        convert(parser.parse_args(argv))
-    except UserError as error:
-        print(f"convert_hf_to_megatron: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: as stored")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+    options = parser.parse_args(argv)
+    return run_tool("convert_hf_to_megatron", lambda: convert(options))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 from megatron_irl.errors import UserError
 
@@ -53,7 +54,9 @@ def _first_slurm_host() -> str:
     return done.stdout.split()[0]
 
 
-def run_ranks(argv: list[str], world_size: int) -> int:
+def run_ranks(
+    argv: list[str], world_size: int, program: Sequence[str] = ("-m", "megatron_irl")
+) -> int:
     """Start ``world_size`` copies of this command on this machine; returns the exit code.
 
     When one rank fails the others are ended, and its code is returned; so are all of them when this
@@ -66,7 +69,7 @@ def run_ranks(argv: list[str], world_size: int) -> int:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
     }
     shared.setdefault("OMP_NUM_THREADS", str(threads))
-    command = [sys.executable, "-m", "megatron_irl", *argv]
+    command = [sys.executable, *program, *argv]
     # A session each: the helpers a checkpoint's writer starts end with their rank.
     ranks = [
         subprocess.Popen(

@@ -2,7 +2,11 @@
 
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import check_field_names, recipe_from_mapping
-from megatron_irl.config.layout import check_layout, check_layout_against_model
+from megatron_irl.config.layout import (
+    check_layout,
+    check_layout_against_model,
+    padded_vocab_size,
+)
 from megatron_irl.config.load import load_recipe
 from megatron_irl.config.resolve import fingerprint, resolve, to_yaml
 from megatron_irl.config.schema import (
@@ -39,6 +43,7 @@ __all__ = [
     "check_recipe",
     "fingerprint",
     "load_recipe",
+    "padded_vocab_size",
     "recipe_from_mapping",
     "resolve",
     "to_yaml",

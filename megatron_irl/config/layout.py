@@ -55,19 +55,18 @@ def check_layout_against_model(
 ) -> None:
     """Check the layout against the model's sizes, before any rank is started.
 
-    Tensor parallelism splits the heads, the KV heads (query groups), the feed-forward width and
-    the vocabulary, none of which is padded or replicated here; pipeline stages are of equal
-    length. With fp8 the matrices must also keep the alignment of FP8 products.
+    Tensor parallelism splits the heads, the KV heads (query groups) and the feed-forward width,
+    none of which is padded or replicated here, and the vocabulary, which is padded; pipeline stages
+    are of equal length. With fp8 the matrices must also keep the alignment of FP8 products.
 
     Raises:
         UserError: A size does not divide; the message lists the parallel sizes that would work.
     """
     tensor = parallel.tensor_model_parallel_size
     split = {"num_attention_heads": num_attention_heads, "num_query_groups": num_query_groups,
-             "vocab_size": vocab_size, "ffn_hidden_size": ffn_hidden_size}
+             "ffn_hidden_size": ffn_hidden_size}
     rules = {"num_attention_heads": "attention heads are split over tensor-parallel ranks",
              "num_query_groups": "KV heads are split over tensor-parallel ranks, not replicated",
-             "vocab_size": "the vocabulary is split over tensor-parallel ranks and not padded",
              "ffn_hidden_size": "the feed-forward width is split over tensor-parallel ranks"}
     for name, size in split.items():
         if size % tensor:
@@ -75,6 +74,13 @@ def check_layout_against_model(
                 f"parallel.tensor_model_parallel_size={tensor} does not divide {name}={size}; "
                 f"{rules[name]}. Set parallel.tensor_model_parallel_size to "
                 f"{_either(_divisors(math.gcd(*split.values())))}.")
+    if padded_vocab_size(vocab_size, tensor) - vocab_size >= padded_vocab_size(
+        vocab_size, tensor
+    ) // tensor:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tensor} conflicts with vocab_size={vocab_size}; "
+            "the last rank would hold nothing but padding. Set "
+            "parallel.tensor_model_parallel_size lower.")
     _check_stages(parallel, num_layers)
     if precision == "fp8":
         for name, size, ranks in (("hidden_size", hidden_size, 1),
@@ -85,6 +91,14 @@ def check_layout_against_model(
                     f"products need multiples of {FP8_MULTIPLE} and each rank holds "
                     f"{size // ranks}. Set precision to bf16"
                     f"{'' if ranks == 1 else ', or parallel.tensor_model_parallel_size lower'}.")
+
+
+def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding with every rank's share equally large; the last rows are padding.
+
+    Padding rows are zero, are left out of the softmax, never sampled, and not exported.
+    """
+    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
 
 
 def _check_options(parallel: ParallelConfig) -> None:

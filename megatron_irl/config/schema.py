@@ -155,7 +155,7 @@ class ParallelConfig:
     """The layout. Under torchrun or srun the data-parallel size follows from the world size."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks a layer's matrices are split over; must divide heads, KV heads and vocabulary."""
+    """Ranks a layer's matrices are split over; must divide heads and KV heads."""
     pipeline_model_parallel_size: int = 1
     """Ranks the layers are split over; must divide their number."""
     virtual_pipeline_model_parallel_size: int | None = None

@@ -1,31 +1,26 @@
 """Megatron chunks → an ordinary HF folder, one tensor at a time."""
 
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from megatron_irl.convert.families import Row, heads, rows
+from megatron_irl.convert.companions import (
+    commit_folder,
+    copy_companions,
+    fresh_folder,
+    write_config,
+)
+from megatron_irl.convert.families import Row, hf_tensors, rows
 from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.convert.hf_folder import INDEX, SINGLE
 from megatron_irl.convert.load import global_parameters
+from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
 from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import Topology
-
-# The licence travels with the weights; the model card does not, it describes the original.
-MODEL_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "additional_chat_templates/*",
-)
 
 
 def export_hf(
@@ -44,7 +39,7 @@ def export_hf(
     """Write weights, config, tokenizer and chat template; the folder appears whole or not at all.
 
     Each tensor is gathered over its stage's tensor-parallel ranks and sent to rank 0, which holds
-    at most one output shard. An ``out_dir`` that exists is replaced.
+    one at a time. An ``out_dir`` that exists is replaced.
 
     Args:
         chunks: This rank's model chunks, wrapped or not.
@@ -71,17 +66,24 @@ def export_hf(
         owners = _owners(mine, topology)
         partial = out_dir.with_name(f".{out_dir.name}.partial")
         with disk_errors(out_dir, cleanup=partial):
-            writer = _ShardWriter(partial, max_shard_bytes) if topology.is_main else None
+            writer = None
+            if topology.is_main:
+                fresh_folder(partial)
+                plan = [
+                    TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron][1])
+                    for row in rows(arch) for tensor in row.hf
+                ]
+                writer = ShardedWriter(partial, plan, max_shard_bytes)
             for row in rows(arch):
                 tensors = _collect(row, mine, owners[row.megatron], arch, topology)
                 if writer is not None:
                     for tensor, value in zip(row.hf, tensors, strict=True):
-                        writer.add(tensor.name, value if dtype is None else value.to(dtype))
+                        writer.add(tensor.name, value)
             if writer is not None:
+                writer.close()
                 copy_companions(partial, Path(source_dir), tokenizer_path, chat_template)
-                _write_config(partial, hf_config, dtype or next(iter(mine.values())).dtype)
-                writer.finish()
-                _commit(partial, out_dir)
+                write_config(partial, hf_config, dtype or next(iter(mine.values())).dtype)
+                commit_folder(partial, out_dir)
     topology.barrier()
 
 
@@ -107,7 +109,7 @@ def _collect(
         shards = [torch.empty_like(shard) for _ in range(topology.tp_size)]
         dist.all_gather(shards, shard, group=topology.tp_group)
         if topology.tp_rank == 0:
-            tensors = [t.contiguous() for t in row.transform.write(shards, heads(arch))]
+            tensors = [t.contiguous() for t in hf_tensors(row, shards, arch)]
     if topology.tp_rank != 0:
         return []
     if stage != 0:
@@ -122,82 +124,3 @@ def _collect(
             for tensor in tensors:
                 dist.recv(tensor, src=sender, group=topology.pp_group)
     return [tensor.cpu() for tensor in tensors] if topology.pp_rank == 0 else []
-
-
-class _ShardWriter:
-    """Collects tensors and writes a shard whenever the limit is reached."""
-
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder, self.max_bytes = folder, max_bytes
-        self.pending: dict[str, Tensor] = {}
-        self.shards: list[list[str]] = []
-        self.pending_bytes = self.total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.max_bytes:
-            self._flush()
-        # A clone: tensors cut from one gathered buffer share memory, which safetensors refuses.
-        self.pending[name] = tensor.clone()
-        self.pending_bytes += size
-        self.total_bytes += size
-
-    def _flush(self) -> None:
-        path = self.folder / f"part-{len(self.shards):05d}"
-        save_file(self.pending, path, metadata={"format": "pt"})
-        self.shards.append(list(self.pending))
-        self.pending, self.pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        """Give the shards their final names, and write the index if there are several."""
-        self._flush()
-        count = len(self.shards)
-        weight_map = {}
-        for number, names in enumerate(self.shards):
-            final = SINGLE if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self.folder / f"part-{number:05d}").rename(self.folder / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
-
-
-def copy_companions(
-    folder: Path, source: Path, tokenizer: Path | None = None, chat_template: str | None = None
-) -> None:
-    """Copy what makes the weights a usable model: tokenizer, template, generation, licence."""
-    tokenizer = source if tokenizer is None else Path(tokenizer)
-    found = [(source, path) for pattern in MODEL_FILES for path in source.glob(pattern)]
-    if tokenizer.is_file():
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
-    else:
-        patterns = TOKENIZER_FILES
-        found += [(tokenizer, path) for pattern in patterns for path in tokenizer.glob(pattern)]
-    for root, path in found:
-        if path.is_file():
-            target = folder / path.relative_to(root)
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, target)
-    if chat_template is not None:  # this file wins over the one in tokenizer_config.json
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-
-
-def _write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
-    keys = [k for k in ("torch_dtype", "dtype") if k in hf_config] or ["dtype"]
-    config = hf_config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def _commit(partial: Path, final: Path) -> None:
-    """Put the finished folder in place, its files on disk first: it must survive a power cut."""
-    for path in partial.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.replace(final)

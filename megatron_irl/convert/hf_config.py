@@ -4,25 +4,17 @@ What is not implemented is refused by name, never approximated. Importable witho
 """
 
 import json
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from megatron_irl.convert.config_values import number, size
+from megatron_irl.convert.rope import inverse_frequencies, rope_settings
+from megatron_irl.convert.windows import window_fields
 from megatron_irl.errors import UserError
-
-# One name table serves these; see families.py.
-SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-# Left out, these take a constant of the HF class instead of following from the other sizes.
-NOT_DERIVED = {
-    "MistralForCausalLM": ("num_key_value_heads",),
-    "Qwen2ForCausalLM": ("num_key_value_heads",),
-    "Qwen3ForCausalLM": ("num_key_value_heads", "head_dim"),
-}
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,7 @@ class Architecture:
         rotary_base, rotary_percent: As Megatron's GPTModel takes them.
         inv_freq: float32 [rotary dims / 2], inverse frequencies after the family's scaling.
         tie_word_embeddings: Whether the output head is the embedding.
+        parallel_residual: Whether attention and MLP of a layer both read the layer's input.
     """
 
     family: str
@@ -47,6 +40,7 @@ class Architecture:
     rotary_percent: float
     inv_freq: Tensor
     tie_word_embeddings: bool
+    parallel_residual: bool = False
 
     @property
     def dims(self) -> dict[str, int]:
@@ -59,6 +53,7 @@ class Architecture:
             "q": t["num_attention_heads"] * t["kv_channels"],
             "kv": t["num_query_groups"] * t["kv_channels"],
             "head": t["kv_channels"],
+            "qkv": (t["num_attention_heads"] + 2 * t["num_query_groups"]) * t["kv_channels"],
         }
 
 
@@ -95,9 +90,26 @@ def architecture(hf_config: dict[str, Any]) -> Architecture:
         UserError: An architecture, or an option in use, that is not implemented; a key that is
             missing or not a number.
     """
-    family = _family(hf_config)
-    _refuse_unsupported(hf_config, family)
-    hidden, heads = _size(hf_config, "hidden_size"), _size(hf_config, "num_attention_heads")
+    names = hf_config.get("architectures")
+    family = names[0] if isinstance(names, list) and names else None
+    if family not in TRANSLATORS:
+        raise UserError(
+            f"config.json: architecture {family} (model_type {hf_config.get('model_type')}) is not "
+            f"supported; supported are {', '.join(TRANSLATORS)}."
+        )
+    for key in ("quantization_config", "compression_config"):
+        _refuse(hf_config, key)
+    return TRANSLATORS[family](hf_config, family)
+
+
+def _llama_like(hf_config: dict[str, Any], family: str) -> Architecture:
+    """RMSNorm, gated MLP, grouped queries, RoPE over the whole head."""
+    activation = hf_config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise UserError(f"config.json: hidden_act {activation} is not supported (silu is).")
+    for key in ("attention_bias", "mlp_bias"):
+        _refuse(hf_config, key)
+    hidden, heads = size(hf_config, "hidden_size"), size(hf_config, "num_attention_heads")
     groups = _optional_size(hf_config, "num_key_value_heads", heads, family)
     if heads % groups or (hf_config.get("head_dim") is None and hidden % heads):
         raise UserError(
@@ -105,135 +117,121 @@ def architecture(hf_config: dict[str, Any]) -> Architecture:
             f"or hidden_size={hidden}; it must be a multiple of the former and divide the latter."
         )
     head_dim = _optional_size(hf_config, "head_dim", hidden // heads, family)
-    rope = _rope(hf_config)
+    rope = rope_settings(hf_config)
+    if rope["partial_rotary_factor"] != 1:
+        raise UserError("config.json: partial_rotary_factor other than 1 is not supported.")
     return Architecture(
         family=family,
-        transformer={
-            "num_layers": _size(hf_config, "num_hidden_layers"),
-            "hidden_size": hidden,
-            "ffn_hidden_size": _size(hf_config, "intermediate_size"),
-            "num_attention_heads": heads,
-            "num_query_groups": groups,
-            "kv_channels": head_dim,
-            "normalization": "RMSNorm",
-            "layernorm_epsilon": _number(hf_config, "rms_norm_eps"),
-            "gated_linear_unit": True,
-            "activation_func": hf_config.get("hidden_act", "silu"),
-            "add_bias_linear": False,
-            "add_qkv_bias": family == "Qwen2ForCausalLM",
-            "qk_layernorm": family == "Qwen3ForCausalLM",
-            "attention_dropout": 0.0,
-            "hidden_dropout": 0.0,
-        },
-        vocab_size=_size(hf_config, "vocab_size"),
-        max_sequence_length=_size(hf_config, "max_position_embeddings"),
-        rotary_base=_number(rope, "rope_theta"),
+        transformer=_transformer(
+            hf_config, groups=groups, head_dim=head_dim,
+            normalization="RMSNorm",
+            layernorm_epsilon=number(hf_config, "rms_norm_eps"),
+            gated_linear_unit=True,
+            activation_func=activation,
+            add_bias_linear=False,
+            add_qkv_bias=family == "Qwen2ForCausalLM",
+            qk_layernorm=family == "Qwen3ForCausalLM",
+            **window_fields(hf_config, family),
+        ),
+        vocab_size=size(hf_config, "vocab_size"),
+        max_sequence_length=size(hf_config, "max_position_embeddings"),
+        rotary_base=number(rope, "rope_theta"),
         rotary_percent=1.0,
         inv_freq=inverse_frequencies(rope, head_dim),
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
     )
 
 
-def inverse_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """RoPE inverse frequencies [head_dim / 2] of rope types default, linear and llama3.
-
-    llama3 keeps wavelengths under ``original / high_freq_factor``, divides those over
-    ``original / low_freq_factor`` by ``factor``, and blends linearly in between.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    plain = 1.0 / (_number(rope, "rope_theta") ** exponent)
-    kind = rope["rope_type"]
-    if kind == "default":
-        return plain
-    factor = _number(rope, "factor")
-    if kind == "linear":
-        return plain / factor
-    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-    original = _number(rope, "original_max_position_embeddings")
-    wavelength = 2 * math.pi / plain
-    blend = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - blend) * plain / factor + blend * plain
-
-
-def _family(config: dict[str, Any]) -> str:
-    names = config.get("architectures")
-    family = names[0] if isinstance(names, list) and names else None
-    if family not in SUPPORTED:
+def _gpt_neox(hf_config: dict[str, Any], family: str) -> Architecture:
+    """LayerNorm and biases everywhere, plain MLP, RoPE over a part of the head."""
+    activation = hf_config.get("hidden_act", "gelu")
+    if activation not in NEOX_ACTIVATIONS:
         raise UserError(
-            f"config.json: architecture {family} (model_type {config.get('model_type')}) is not "
-            f"supported; supported are {', '.join(SUPPORTED)}."
+            f"config.json: hidden_act {activation} is not supported; supported are "
+            f"{', '.join(NEOX_ACTIVATIONS)}."
         )
-    return family
-
-
-def _rope(hf_config: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings in one form; transformers 5 writes rope_parameters, older ones two keys."""
-    new, old = hf_config.get("rope_parameters") or {}, hf_config.get("rope_scaling") or {}
-    if new and old and new != old:
+    if hf_config.get("attention_bias") is False:
         raise UserError(
-            f"config.json: rope_parameters={new} conflicts with rope_scaling={old}; both name the "
-            "same thing. Remove one."
+            "config.json: attention_bias=false is not supported; Megatron has biases in all linear "
+            "layers or in none."
         )
-    rope = dict(new or old)
-    if rope.get("rope_theta") is None:
-        rope["rope_theta"] = hf_config.get("rope_theta") or 10000.0
-    rope.setdefault("rope_type", rope.get("type", "default"))
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
+    hidden, heads = size(hf_config, "hidden_size"), size(hf_config, "num_attention_heads")
+    if hidden % heads:
         raise UserError(
-            f"config.json: rope_type {rope['rope_type']} is not supported; supported are default, "
-            "linear and llama3."
+            f"config.json: num_attention_heads={heads} conflicts with hidden_size={hidden}; it "
+            "must divide it."
         )
-    if rope["rope_type"] == "llama3":
-        key = "original_max_position_embeddings"  # transformers' order of precedence
-        rope[key] = hf_config.get(key) or rope.get(key) or hf_config.get("max_position_embeddings")
-    if (rope.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError("config.json: partial_rotary_factor other than 1 is not supported.")
-    return rope
+    rope = rope_settings(
+        hf_config, theta_key="rotary_emb_base", percent_key="rotary_pct", default_percent=0.25
+    )
+    return Architecture(
+        family=family,
+        transformer=_transformer(
+            hf_config, groups=heads, head_dim=hidden // heads,
+            normalization="LayerNorm",
+            layernorm_epsilon=number({"layer_norm_eps": 1e-5} | hf_config, "layer_norm_eps"),
+            gated_linear_unit=False,
+            activation_func=NEOX_ACTIVATIONS[activation],
+            add_bias_linear=True,
+            add_qkv_bias=True,
+            qk_layernorm=False,
+        ),
+        vocab_size=size(hf_config, "vocab_size"),
+        max_sequence_length=size(hf_config, "max_position_embeddings"),
+        rotary_base=number(rope, "rope_theta"),
+        rotary_percent=rope["partial_rotary_factor"],
+        inv_freq=inverse_frequencies(rope, hidden // heads),
+        tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
+        parallel_residual=bool(hf_config.get("use_parallel_residual", True)),
+    )
 
 
-def _refuse_unsupported(config: dict[str, Any], family: str) -> None:
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"config.json: hidden_act {activation} is not supported (silu is).")
-    for key in ("attention_bias", "mlp_bias", "quantization_config", "compression_config"):
-        if config.get(key):
-            raise UserError(f"config.json: {key}={config[key]} is not supported.")
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    # Qwen states a window but uses it only when asked to; a Mistral config without one has 4096.
-    window = config.get("sliding_window", 4096 if family == "MistralForCausalLM" else None)
-    if family.startswith("Qwen") and not config.get("use_sliding_window"):
-        window = None
-    if layer_types:
-        raise UserError(f"config.json: layer_types {sorted(layer_types)} is not supported.")
-    if window and window < config.get("max_position_embeddings", 0):
-        raise UserError(
-            f"config.json: sliding_window={window} is not supported for sequences longer than it; "
-            f"max_position_embeddings is {config['max_position_embeddings']}. Set it to {window} "
-            "in config.json if your sequences are shorter."
-        )
+# Which function reads which architecture; the name tables are in families.py.
+TRANSLATORS: dict[str, Callable[[dict[str, Any], str], Architecture]] = {
+    "LlamaForCausalLM": _llama_like,
+    "MistralForCausalLM": _llama_like,
+    "Qwen2ForCausalLM": _llama_like,
+    "Qwen3ForCausalLM": _llama_like,
+    "GPTNeoXForCausalLM": _gpt_neox,
+}
+
+# HF's names → ours; gelu is exact, the others are its tanh approximation.
+NEOX_ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}
+
+# Left out, these take a constant of the HF class instead of following from the other sizes.
+NOT_DERIVED = {
+    "MistralForCausalLM": ("num_key_value_heads",),
+    "Qwen2ForCausalLM": ("num_key_value_heads",),
+    "Qwen3ForCausalLM": ("num_key_value_heads", "head_dim"),
+}
 
 
-def _size(config: dict[str, Any], key: str) -> int:
-    """A positive whole number that must be there."""
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"config.json: {_state(config, key)}; it must be a positive whole number.")
-    return value
+def _transformer(
+    hf_config: dict[str, Any], *, groups: int, head_dim: int, **rest: Any
+) -> dict[str, Any]:
+    return {
+        "num_layers": size(hf_config, "num_hidden_layers"),
+        "hidden_size": size(hf_config, "hidden_size"),
+        "ffn_hidden_size": size(hf_config, "intermediate_size"),
+        "num_attention_heads": size(hf_config, "num_attention_heads"),
+        "num_query_groups": groups,
+        "kv_channels": head_dim,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        **rest,
+    }
+
+
+def _refuse(config: dict[str, Any], key: str) -> None:
+    if config.get(key):
+        raise UserError(f"config.json: {key}={config[key]} is not supported.")
 
 
 def _optional_size(config: dict[str, Any], key: str, default: int, family: str) -> int:
     """A size that may be left out where the family derives it."""
     if key not in config and key in NOT_DERIVED.get(family, ()):
         raise UserError(f"config.json: {key} is missing, and {family} does not derive it.")
-    return default if config.get(key) is None else _size(config, key)
-
-
-def _number(config: dict[str, Any], key: str) -> float:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise UserError(f"config.json: {_state(config, key)}; it must be a positive number.")
-    return float(value)
-
-
-def _state(config: dict[str, Any], key: str) -> str:
-    return f"{key}={config[key]!r}" if key in config else f"{key} is missing"
+    return default if config.get(key) is None else size(config, key)

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_irl.convert.families import HfTensor, rows
+from megatron_irl.convert.families import BUFFERS, HfTensor, hf_head, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 
@@ -36,6 +36,13 @@ class HfWeights:
     def slice(self, name: str) -> Any:
         """A lazily read tensor: index it to read only those bytes."""
         return self._file(self.files[name]).get_slice(name)
+
+    def close(self) -> None:
+        """Unmap the files; the next read opens them again.
+
+        Pages of a mapped file count as this process's memory for as long as it is mapped.
+        """
+        self._open.clear()
 
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
@@ -135,8 +142,8 @@ def validate_hf_folder(hf_dir: Path, arch: Architecture) -> None:
 
 
 def _redundant(name: str, arch: Architecture) -> bool:
-    tied_head = arch.tie_word_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith("rotary_emb.inv_freq")
+    tied_head = arch.tie_word_embeddings and name == hf_head(arch)
+    return tied_head or name.endswith(BUFFERS)
 
 
 def _some(names: list[str]) -> str:

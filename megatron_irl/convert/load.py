@@ -7,15 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_irl.convert.families import Row, canonical, heads, rows
+from megatron_irl.convert.families import (
+    EMBEDDING,
+    HEAD,
+    Row,
+    canonical,
+    heads,
+    hf_head,
+    rows,
+)
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
 from megatron_irl.errors import UserError
 
 __all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
-HF_HEAD = "lm_head.weight"
 
 
 def load_hf_weights(
@@ -37,13 +42,13 @@ def load_hf_weights(
         weights.check(row.hf, arch)
         sources = [weights.slice(tensor.name) for tensor in row.hf]
         shard = row.transform.read(sources, tp_rank, tp_size, heads(arch))
-        if name == EMBEDDING and arch.tie_word_embeddings and HF_HEAD in weights.files:
-            _check_tied_head(weights, row, shard, tp_rank, tp_size, arch)
+        if name == EMBEDDING and arch.tie_word_embeddings and hf_head(arch) in weights.files:
+            check_tied_head(weights, row, shard, tp_rank, tp_size, arch)
         shard = shard.to(parameter.dtype)
         # copy_ would broadcast, and so hide a parameter that the table lays out differently.
         assert shard.shape == parameter.shape, f"{name}: {shard.shape} against {parameter.shape}"
         if not torch.isfinite(shard).all():
-            _refuse_not_finite(weights, row, parameter.dtype)
+            refuse_not_finite(weights, row, parameter.dtype)
         with torch.no_grad():
             parameter.copy_(shard)
 
@@ -65,22 +70,23 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
             yield canonical(".".join(parts)), parameter
 
 
-def _check_tied_head(
+def check_tied_head(
     weights: HfWeights, row: Row, embedding: Tensor, tp_rank: int, tp_size: int, arch: Architecture
 ) -> None:
     """Refuse a folder that says its head is tied but holds another head.
 
     Versions of transformers disagree on which one wins, so neither is right.
     """
-    head = row.transform.read([weights.slice(HF_HEAD)], tp_rank, tp_size, heads(arch))
+    name = hf_head(arch)
+    head = row.transform.read([weights.slice(name)], tp_rank, tp_size, heads(arch))
     if head.shape != embedding.shape or not torch.equal(head, embedding):
         raise UserError(
-            f"{weights.where(HF_HEAD)}: {HF_HEAD} differs from {row.hf[0].name}, which conflicts "
+            f"{weights.where(name)}: {name} differs from {row.hf[0].name}, which conflicts "
             "with tie_word_embeddings=true in config.json. Set it to false, or remove the tensor."
         )
 
 
-def _refuse_not_finite(weights: HfWeights, row: Row, dtype: torch.dtype) -> None:
+def refuse_not_finite(weights: HfWeights, row: Row, dtype: torch.dtype) -> None:
     """Name the tensors behind a shard that is not finite; they are read again, whole."""
     names = [t.name for t in row.hf]
     bad = [n for n in names if not torch.isfinite(weights.slice(n)[:].to(dtype)).all()]

@@ -48,7 +48,7 @@ class Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut evenly along ``dim``: 0 for column-parallel and vocabulary, 1 for row-parallel."""
+    """Cut evenly along ``dim``: 0 for column-parallel, 1 for row-parallel."""
 
     dim: int
 
@@ -61,7 +61,28 @@ class Split:
 
     def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         del heads
-        return [torch.cat(list(shards), dim=self.dim)]
+        return [_join(shards, self.dim)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows split evenly; where they do not divide, zero rows make up the last rank's share.
+
+    ``write`` returns the padding with the rest: only the caller knows where the vocabulary ends.
+    """
+
+    def read(self, sources: Sequence[Any], tp_rank: int, tp_size: int, heads: Heads) -> Tensor:
+        del heads
+        share = -(-_shape(sources[0])[0] // tp_size)
+        shard = sources[0][tp_rank * share : (tp_rank + 1) * share]
+        missing = share - shard.shape[0]
+        if missing == 0:
+            return shard
+        return torch.cat([shard, shard.new_zeros(missing, *shard.shape[1:])])
+
+    def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        del heads
+        return [_join(shards, 0)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class GateUp:
     def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
         del heads
         halves = [shard.chunk(2) for shard in shards]
-        return [torch.cat([half[i] for half in halves]) for i in (0, 1)]
+        return [_join([half[i] for half in halves], 0) for i in (0, 1)]
 
 
 @dataclass(frozen=True)
@@ -91,10 +112,15 @@ class Qkv:
         return torch.cat(parts, dim=1).flatten(0, 1)
 
     def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
-        whole = torch.cat(list(shards)).unflatten(0, (heads.groups, -1))
+        whole = _join(shards, 0).unflatten(0, (heads.groups, -1))
         size = heads.head_dim
         q, k, v = whole[:, : -2 * size], whole[:, -2 * size : -size], whole[:, -size:]
         return [part.flatten(0, 1).contiguous() for part in (q, k, v)]
+
+
+def _join(shards: Sequence[Tensor], dim: int) -> Tensor:
+    """Concatenate; a single shard is the whole and is not copied."""
+    return shards[0] if len(shards) == 1 else torch.cat(list(shards), dim=dim)
 
 
 def _shape(source: Any) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_irl import platform
 from megatron_irl.config import (
@@ -15,12 +15,14 @@ from megatron_irl.config import (
     Precision,
     check_field_names,
     check_layout_against_model,
+    padded_vocab_size,
 )
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
 from megatron_irl.model.specs import SpecName, block_spec, default_spec
+from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
 from megatron.core.distributed import (  # isort: skip
@@ -31,7 +33,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
 from megatron.core.transformer.enums import AttnBackend  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The tanh approximation of GELU."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu}
 
 
 def build_config(
@@ -75,7 +83,8 @@ def build_config(
         "use_cpu_initialization": not platform.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
         "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
-        "bias_activation_fusion": platform.IS_CUDA,
+        # Megatron's fused GELU is the tanh approximation whatever activation_func says.
+        "bias_activation_fusion": platform.IS_CUDA and fields["activation_func"] is F.silu,
         "bias_dropout_fusion": platform.IS_CUDA,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": default_spec() == "transformer_engine",
@@ -139,15 +148,17 @@ def build_chunks(
     """
     name: Any = spec or os.environ.get("MEGATRON_IRL_SPEC") or default_spec()
     chunks = []
+    rows = padded_vocab_size(architecture.vocab_size, topology.tp_size)
     virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(topology.vpp_size):
         stage = vp_stage if virtual else None
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(
-                config, name, vp_stage=stage, pp_rank=topology.pp_rank
+                config, name, vp_stage=stage, pp_rank=topology.pp_rank,
+                parallel_residual=architecture.parallel_residual,
             ),
-            vocab_size=architecture.vocab_size,
+            vocab_size=rows,
             max_sequence_length=architecture.max_sequence_length,
             pre_process=topology.is_first_stage and vp_stage == 0,
             post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
@@ -159,7 +170,14 @@ def build_chunks(
             vp_stage=stage,
         )
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
-        chunks.append(chunk.to(platform.device()))
+        chunk = chunk.to(platform.device())
+        if chunk.post_process and rows > architecture.vocab_size:
+            tied = chunk.share_embeddings_and_output_weights
+            weight = (
+                chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
+            )
+            mark_vocabulary_end(weight, architecture.vocab_size, topology.tp_rank)
+        chunks.append(chunk)
     return chunks
 
 

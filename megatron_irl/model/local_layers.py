@@ -15,13 +15,15 @@ from megatron_irl import platform  # noqa: F401  (must precede megatron)
 from megatron.core.models.common.embeddings import RotaryEmbedding  # isort: skip
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+from megatron.core.transformer.utils import is_layer_window_attention  # isort: skip
 
 
 class PackedSdpaAttention(nn.Module):
     """Causal self-attention over packed sequences by ``scaled_dot_product_attention``.
 
     Sequences of a pack attend within themselves. They are laid out as one right-padded batch:
-    with a causal mask a padded key is only ever visible to padded queries, so no mask is built.
+    with a causal mask a padded key is only ever visible to padded queries, so no mask is built
+    unless a sliding window is shorter than the sequences.
     """
 
     def __init__(
@@ -36,7 +38,11 @@ class PackedSdpaAttention(nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        del layer_number, attn_mask_type, attention_type, cp_comm_type, pg_collection
+        del attn_mask_type, attention_type, cp_comm_type, pg_collection
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        self.window = config.window_size[0] + 1 if windowed and config.window_size else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
 
@@ -72,8 +78,13 @@ class PackedSdpaAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         grouped = q.shape[1] != k.shape[1]
+        mask, length = None, q.shape[2]
+        if self.window is not None and self.window < length:
+            mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril_()
+            mask = mask.triu_(1 - self.window)  # a token sees itself and window - 1 before it
         return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, dropout_p=dropout, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, dropout_p=dropout,
+            enable_gqa=grouped,
         )
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from megatron_irl import platform
 from megatron_irl.errors import UserError
 from megatron_irl.model.local_layers import LocalNorm, PackedSdpaAttention
+from megatron_irl.model.parallel_residual import ParallelResidualLayer
 
 from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
     get_gpt_layer_local_submodules,
@@ -28,9 +29,13 @@ def default_spec() -> SpecName:
 
 
 def block_spec(
-    config: TransformerConfig, name: SpecName, *, vp_stage: int | None, pp_rank: int
+    config: TransformerConfig, name: SpecName, *, vp_stage: int | None, pp_rank: int,
+    parallel_residual: bool = False,
 ) -> Any:
     """The transformer block spec of one pipeline stage.
+
+    Args:
+        parallel_residual: Attention and MLP of a layer both read the layer's input.
 
     Raises:
         UserError: Transformer Engine is asked for where it cannot run.
@@ -43,8 +48,13 @@ def block_spec(
                 f"the Transformer Engine spec cannot be used: {error}. Install transformer-engine "
                 "(NVIDIA's PyTorch container has it), or set MEGATRON_IRL_SPEC=local."
             ) from error
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    layer = _local_layer_spec(config)
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        layer = _local_layer_spec(config)
+    if parallel_residual:
+        layer.module = ParallelResidualLayer
+    if name == "transformer_engine":
+        return layer
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalNorm)
 

@@ -18,6 +18,9 @@ from megatron.core.tensor_parallel import (  # isort: skip
 )
 
 
+ROWS = "vocabulary_rows"  # the attribute that mark_vocabulary_end sets
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target], chunk by chunk; backward recomputes all but one.
 
@@ -106,6 +109,15 @@ def _chunk_forward(
     return target_logit - normaliser.log(), probs
 
 
+def mark_vocabulary_end(weight_VpH: Tensor, vocab_size: int, tp_rank: int) -> None:
+    """Say on an output embedding where the vocabulary ends and padding begins.
+
+    ``response_logprobs`` leaves the rows after it out of the softmax; their gradient is zero.
+    """
+    rows = weight_VpH.shape[0]
+    setattr(weight_VpH, ROWS, min(rows, vocab_size - tp_rank * rows))
+
+
 def response_logprobs(
     hidden_SBH: Tensor,
     weight_VpH: Tensor,
@@ -121,7 +133,7 @@ def response_logprobs(
     Args:
         hidden_SBH: [T, 1, H] hidden states after the final norm; [T / tp, 1, H] under sequence
             parallelism. Any float dtype.
-        weight_VpH: [Vp, H], this rank's rows of the output embedding.
+        weight_VpH: [Vp, H], this rank's rows of the output embedding, padding included.
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
         chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time.
 
@@ -141,6 +153,7 @@ def response_logprobs(
     if not sequence_parallel:
         hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
     vocab_start = weight_VpH.shape[0] * tp_group.rank()
+    weight_VpH = weight_VpH[: getattr(weight_VpH, ROWS, None)]
     return _ChunkedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group
     )

@@ -56,20 +56,21 @@ class _Mixed:
 
 
 class _LastStep:
-    """Remembers the layout of the last step, compared by content: every layer asks for the same."""
+    """Remembers the layouts of the last step, compared by content: layers ask for the same.
+
+    There are as many layouts in a step as kinds of layers: two where only some have a window.
+    """
 
     def __init__(self, build: Callable[..., Any]) -> None:
-        self._build, self._key, self._value = build, None, None
+        self._build = build
+        self._known: dict[tuple[Any, ...], tuple[tuple[Tensor, ...], Any]] = {}
 
     def __call__(self, tensors: tuple[Tensor, ...], *rest: Any) -> Any:
-        if self._key is not None:
-            old, old_rest = self._key
-            same = old_rest == rest and all(map(_equal, old, tensors))
-            if same:
-                return self._value
-        self._value = self._build(*tensors, *rest)
-        self._key = (tuple(t.clone() for t in tensors), rest)
-        return self._value
+        old, value = self._known.get(rest, ((), None))
+        if not old or not all(map(_equal, old, tensors)):
+            value = self._build(*tensors, *rest)
+            self._known[rest] = (tuple(t.clone() for t in tensors), value)
+        return value
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -99,13 +100,13 @@ def flash_attn_with_kvcache(
         [B, 1, N, D]; rows of length 0 hold arbitrary finite numbers. No gradient.
 
     Raises:
-        NotImplementedError: Windows, attention sinks, several tokens per request.
+        NotImplementedError: Attention sinks, several tokens per request.
     """
     del causal, num_splits
-    _refuse(window_size, return_softmax_lse)
+    window = _window(window_size, return_softmax_lse)
     if q.shape[1] != 1:
         raise NotImplementedError("speculative decoding needs flash-attn")
-    layout = _decode_layout((cache_seqlens, block_table), k_cache.shape[1], q.dtype)
+    layout = _decode_layout((cache_seqlens, block_table), k_cache.shape[1], q.dtype, window)
     return _decode(q[:, 0], k_cache, v_cache, layout, softmax_scale)[:, None]
 
 
@@ -134,12 +135,12 @@ def flash_attn_varlen_func(
         [T, N, D], zero in padding rows. No gradient.
 
     Raises:
-        NotImplementedError: Windows or attention sinks.
+        NotImplementedError: Attention sinks.
     """
     del causal, max_seqlen_q, max_seqlen_k
-    _refuse(window_size, return_attn_probs)
+    window = _window(window_size, return_attn_probs)
     layout = _mixed_layout(
-        (cu_seqlens_q, cu_seqlens_k, block_table), k_cache.shape[1], q.dtype
+        (cu_seqlens_q, cu_seqlens_k, block_table), k_cache.shape[1], q.dtype, window
     )
     out = torch.zeros_like(q)
     if layout.decode is not None:
@@ -156,11 +157,11 @@ def flash_attn_varlen_func(
     return out
 
 
-def _refuse(window_size: tuple[int, int], wants_lse: bool) -> None:
-    if tuple(window_size) != FULL_ATTENTION or wants_lse:
-        raise NotImplementedError(
-            "generation with sliding-window attention or attention sinks needs flash-attn"
-        )
+def _window(window_size: tuple[int, int], wants_lse: bool) -> int | None:
+    """Keys a query sees, itself included; None: all before it."""
+    if wants_lse:
+        raise NotImplementedError("generation with attention sinks needs flash-attn")
+    return None if window_size[0] < 0 else window_size[0] + 1
 
 
 def _decode(
@@ -189,9 +190,14 @@ def _gather(cache: Tensor, blocks: Tensor, longest: int) -> Tensor:
     return rows.flatten(1, 2)[:, :longest].transpose(1, 2)
 
 
-def _visible(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive mask [n, 1, 1, longest], or None when every row is that long."""
-    hidden = torch.arange(longest, device=lengths.device) >= lengths[:, None]
+def _visible(
+    lengths: Tensor, longest: int, dtype: torch.dtype, window: int | None
+) -> Tensor | None:
+    """Additive mask [n, 1, 1, longest], or None when every row sees all of it."""
+    places = torch.arange(longest, device=lengths.device)
+    hidden = places >= lengths[:, None]
+    if window is not None:
+        hidden |= places < lengths[:, None] - window
     if not bool(hidden.any()):
         return None
     zeros = torch.zeros(hidden.shape, dtype=dtype, device=lengths.device)
@@ -199,7 +205,8 @@ def _visible(lengths: Tensor, longest: int, dtype: torch.dtype) -> Tensor | None
 
 
 def _build_decode(
-    lengths: Tensor, block_table: Tensor, block_length: int, dtype: torch.dtype
+    lengths: Tensor, block_table: Tensor, block_length: int, dtype: torch.dtype,
+    window: int | None = None,
 ) -> _Decode:
     lengths = lengths.long()
     longest = max(1, int(lengths.max()))
@@ -217,14 +224,15 @@ def _build_decode(
             spans = torch.ones(span, dtype=torch.long, device=lengths.device)
             rows[slots[live]] = live.nonzero()[:, 0]
             spans[slots[live]] = lengths[live]
-            mask = _visible(spans, longest, dtype)
+            mask = _visible(spans, longest, dtype, window)
             return _Decode(longest, mask, slice(first, last + 1), rows, slots, None)
-    mask = _visible(lengths_or_1, longest, dtype)
+    mask = _visible(lengths_or_1, longest, dtype, window)
     return _Decode(longest, mask, None, None, None, blocks)
 
 
 def _build_mixed(
-    cu_q: Tensor, cu_k: Tensor, block_table: Tensor, block_length: int, dtype: torch.dtype
+    cu_q: Tensor, cu_k: Tensor, block_table: Tensor, block_length: int, dtype: torch.dtype,
+    window: int | None = None,
 ) -> _Mixed:
     queries, keys = cu_q.diff().tolist(), cu_k.diff().tolist()
     single = [i for i, n in enumerate(queries) if n == 1]
@@ -232,7 +240,7 @@ def _build_mixed(
     if single:
         index = torch.tensor(single, device=cu_q.device)
         lengths = cu_k.diff()[index]
-        layout = _build_decode(lengths, block_table[index], block_length, dtype)
+        layout = _build_decode(lengths, block_table[index], block_length, dtype, window)
         decode = (cu_q.long()[index], layout)
     prompts = sorted((i for i, n in enumerate(queries) if n > 1), key=lambda i: -keys[i])
     groups: list[list[int]] = []
@@ -242,7 +250,7 @@ def _build_mixed(
             groups.append([])
         groups[-1].append(request)
     prefill = tuple(
-        _build_prefill(group, cu_q, queries, keys, block_table, block_length, dtype)
+        _build_prefill(group, cu_q, queries, keys, block_table, block_length, dtype, window)
         for group in groups
     )
     return _Mixed(decode, prefill)
@@ -250,7 +258,7 @@ def _build_mixed(
 
 def _build_prefill(
     group: list[int], cu_q: Tensor, queries: list[int], keys: list[int], block_table: Tensor,
-    block_length: int, dtype: torch.dtype,
+    block_length: int, dtype: torch.dtype, window: int | None,
 ) -> _Prefill:
     device = cu_q.device
     index = torch.tensor(group, device=device)
@@ -262,9 +270,14 @@ def _build_prefill(
     real = offsets < n_queries[:, None]
     tokens = torch.where(real, starts[:, None] + offsets, starts[:, None])
     mask = None
-    if any(queries[i] != keys[i] for i in group):  # a cached prefix: align ends, not beginnings
-        last_visible = (n_keys - n_queries)[:, None] + offsets  # [b, Q]
-        hidden = torch.arange(longest, device=device) > last_visible[..., None]
+    narrow = window is not None and window < longest
+    # A cached prefix: ends are aligned, not beginnings.
+    if narrow or any(queries[i] != keys[i] for i in group):
+        last_visible = ((n_keys - n_queries)[:, None] + offsets)[..., None]  # [b, Q, 1]
+        places = torch.arange(longest, device=device)
+        hidden = places > last_visible
+        if window is not None:
+            hidden |= places <= last_visible - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
         mask = mask.masked_fill_(hidden, float("-inf"))[:, None]
     per_request = -(-longest // block_length)

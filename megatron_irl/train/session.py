@@ -10,6 +10,7 @@ from typing import Any
 from megatron_irl import platform
 from megatron_irl.checkpoint import Checkpointer
 from megatron_irl.config import Recipe, resolve
+from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.data.demonstrations import load_demonstrations
@@ -131,7 +132,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
         "overlong": recipe.data.overlong,
     }
     demonstrations, report = load_demonstrations(recipe.data.train, tokenizer, **limits)
-    notes = [f"data.train: {report.summary()}"]
+    notes = [*certificate_notes(hf_dir), f"data.train: {report.summary()}"]
     heldout: list[Demonstration] = []
     if recipe.data.eval:
         heldout, eval_report = load_demonstrations(

@@ -66,7 +66,6 @@ def test_missing_recipe(tmp_path):
     [
         ({}, {"tensor": 3}, 3, ("tensor_model_parallel_size=3", "num_attention_heads=4", "1 or 2")),
         ({}, {"tensor": 4}, 4, ("tensor_model_parallel_size=4", "num_query_groups=2", "1 or 2")),
-        ({"vocab_size": 129}, {"tensor": 2}, 2, ("vocab_size=129", "not padded", "to 1")),
         ({"intermediate_size": 65}, {"tensor": 2}, 2, ("ffn_hidden_size=65",)),
         ({}, {"pipeline": 3}, 3, ("pipeline_model_parallel_size=3", "num_layers=2", "1 or 2")),
         ({}, {"tensor": 2}, 3, ("world_size=3", "tensor_model_parallel_size=2", "2 or 4")),

@@ -20,6 +20,7 @@ MODELS = {
     "untied": {},
     "tied": {"tied": True},
     "mha": {"kv_heads": 8},
+    "odd_vocab": {"vocab": 131},
     "mqa_odd_vocab": {"kv_heads": 1, "vocab": 131},
     "wide_heads": {"head_dim": 24},
     "linear_rope": {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}},
@@ -27,6 +28,13 @@ MODELS = {
     "mistral": {"family": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2_tied": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 24},
+    "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
+    "gpt_neox_tied_sequential": {
+        "family": "gpt_neox", "tied": True, "use_parallel_residual": False,
+        "hidden_act": "gelu_new",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0,
+                            "partial_rotary_factor": 0.5},
+    },
 }
 LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
@@ -83,7 +91,7 @@ def test_one_process_is_bitwise(pool, folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["tied", "qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("name", ["tied", "odd_vocab", "qwen3", "gpt_neox"])
 def test_every_layout_is_bitwise(pool, folder, tmp_path, name, layout):
     world_size, sizes = LAYOUTS[layout]
     source, out = folder(name), tmp_path / "hf"

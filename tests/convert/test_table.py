@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_irl.convert.families import canonical, rows
 from megatron_irl.convert.hf_config import architecture
-from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split
+from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Vocabulary
 from megatron_irl.errors import UserError
 
 BASE = {
@@ -49,6 +49,16 @@ def test_other_transforms_merge_undoes_split(tp, rows_, cols):
         assert all(torch.equal(a, b) for a, b in zip(back, sources, strict=True))
 
 
+@settings(deadline=None)
+@given(tp=st.integers(1, 8), vocab=st.integers(1, 40))
+def test_a_vocabulary_is_padded_with_zeros(tp, vocab):
+    whole = torch.randn(vocab, 3)
+    shards = [Vocabulary().read([whole], rank, tp, Heads(1, 1)) for rank in range(tp)]
+    assert {tuple(shard.shape) for shard in shards} == {(-(-vocab // tp), 3)}
+    (back,) = Vocabulary().write(shards, Heads(1, 1))
+    assert torch.equal(back[:vocab], whole) and not back[vocab:].any()
+
+
 class Recorder:
     """Stands for a safetensors slice and adds up what is read from it."""
 
@@ -63,7 +73,7 @@ class Recorder:
         return self.tensor[index]
 
 
-@pytest.mark.parametrize("transform", [Qkv(), GateUp(), Split(0), Split(1)])
+@pytest.mark.parametrize("transform", [Qkv(), GateUp(), Split(0), Split(1), Vocabulary()])
 def test_a_rank_reads_only_what_it_owns(transform):
     q, k = torch.randn(16, 8), torch.randn(8, 8)
     whole = {Qkv(): [q, k, k], GateUp(): [q, q]}.get(transform, [q])
@@ -83,15 +93,17 @@ def test_table_names_every_parameter_of_transformers():
     """Names, shapes and completeness, against the models themselves."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for kind in ("llama", "mistral", "qwen2", "qwen3"):
-        config = AutoConfig.for_model(
-            kind, **{k: v for k, v in BASE.items() if k != "architectures"}, head_dim=8,
-            sliding_window=None,
-        )
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "gpt_neox"):
+        keys = {k: v for k, v in BASE.items() if k != "architectures"}
+        if kind != "gpt_neox":
+            keys |= {"head_dim": 8, "sliding_window": None}
+        config = AutoConfig.for_model(kind, **keys)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         arch = architecture(config.to_dict() | {"architectures": [type(model).__name__]})
         expected = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        if kind == "gpt_neox":  # renamed on loading; files have kept the old name
+            expected["embed_out.weight"] = expected.pop("lm_head.weight")
         assert {t.name: t.shape(arch) for row in rows(arch) for t in row.hf} == expected
 
 
@@ -106,6 +118,7 @@ def test_fused_norms_have_the_same_canonical_name():
 
 QWEN2, QWEN3 = {"architectures": ["Qwen2ForCausalLM"]}, {"architectures": ["Qwen3ForCausalLM"]}
 MISTRAL = {"architectures": ["MistralForCausalLM"]}
+NEOX = {"architectures": ["GPTNeoXForCausalLM"]}
 
 
 @pytest.mark.parametrize(
@@ -125,10 +138,18 @@ MISTRAL = {"architectures": ["MistralForCausalLM"]}
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0},
           "rope_parameters": {"rope_type": "default"}}, "rope_parameters.*conflicts"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64}, "sliding_window"),
+        (QWEN2 | {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        (QWEN2 | {"use_sliding_window": True, "layer_types": ["chunked_attention"]}, "chunked"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64,
+                  "layer_types": ["sliding_attention"]}, "layer_types has 1"),
+        (MISTRAL | {"sliding_window": 64, "layer_types": ["full_attention"] * 2}, "full_attention"),
+        (MISTRAL | {"sliding_window": "64"}, "sliding_window='64'"),
         (QWEN3, "head_dim is missing"),
         (QWEN3 | {"head_dim": 8, "attention_bias": True}, "attention_bias"),
-        (MISTRAL | {"max_position_embeddings": 8192}, "sliding_window=4096"),
+        (NEOX | {"attention_bias": False}, "attention_bias"),
+        (NEOX | {"hidden_act": "quick_gelu"}, "quick_gelu"),
+        (NEOX | {"rotary_pct": 1.5}, "rotary_pct=1.5"),
+        (NEOX | {"num_attention_heads": 7}, "num_attention_heads=7"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"hidden_size": "64"}, "hidden_size='64'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
@@ -158,6 +179,35 @@ def test_options_that_change_nothing_are_accepted():
     ):
         assert architecture(BASE | change).transformer["kv_channels"] == 8
     assert architecture(BASE | {"attention_dropout": 0.1}).transformer["attention_dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "window", "layers"),
+    [
+        (MISTRAL | {"max_position_embeddings": 8192}, 4096, None),
+        (MISTRAL | {"sliding_window": 64}, 64, None),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, 64,
+         [0, 1]),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 64, "head_dim": 8,
+                  "layer_types": ["sliding_attention", "full_attention"]}, 64, [1, 0]),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 64}, None, None),
+    ],
+)
+def test_windows(change, window, layers):
+    transformer = architecture(BASE | change).transformer
+    assert transformer.get("window_size") == (window and (window - 1, 0))
+    assert transformer.get("window_attn_skip_freq") == layers
+
+
+def test_old_gpt_neox_configs_are_read():
+    """Before transformers 5 the rotary keys had names of their own."""
+    old = {k: v for k, v in BASE.items() if k != "rope_theta"} | NEOX | {
+        "rotary_pct": 0.5, "rotary_emb_base": 2e4, "layer_norm_eps": 1e-5}
+    arch = architecture(old)
+    assert arch.parallel_residual and arch.rotary_percent == 0.5
+    torch.testing.assert_close(arch.inv_freq, 2e4 ** -torch.tensor([0.0, 0.5]))
+    assert architecture(BASE | NEOX).rotary_percent == 0.25
+    assert not architecture(old | {"use_parallel_residual": False}).parallel_residual
 
 
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])

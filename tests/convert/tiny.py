@@ -30,16 +30,18 @@ def make_tiny_llama(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
+    if family != "gpt_neox":
+        config["num_key_value_heads"] = kv_heads
     hf_config = AutoConfig.for_model(
         family, vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        num_hidden_layers=layers, num_attention_heads=heads,
         max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=None, eos_token_id=1,
         pad_token_id=1, **config,
     )
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name and name.endswith("weight"):
                 parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
             else:  # large enough that the distribution is not flat
                 parameter.copy_(scale * torch.randn_like(parameter) / hidden**0.25)

@@ -14,6 +14,7 @@ from megatron_irl.config import (
     TrainConfig,
     check_layout,
     check_layout_against_model,
+    padded_vocab_size,
 )
 from megatron_irl.errors import UserError
 
@@ -70,10 +71,17 @@ def test_layouts_that_fit_the_model(parallel: ParallelConfig):
     check_layout_against_model(parallel, **SMOLLM)
 
 
+@pytest.mark.parametrize("vocab_size", [50257, 50259, 5])
+def test_vocabularies_are_padded(vocab_size: int):
+    check_layout_against_model(layout(3), **SMOLLM | {"vocab_size": vocab_size})
+    padded = padded_vocab_size(vocab_size, 3)
+    assert padded % 3 == 0 and 0 <= padded - vocab_size < 3
+
+
 @pytest.mark.parametrize(("parallel", "changes", "message"), [
     (layout(2), {}, r"size=2 does not divide num_attention_heads=9; .* to 1 or 3\."),
     (layout(9), {}, r"size=9 does not divide num_query_groups=3; .* to 1 or 3\."),
-    (layout(3), {"vocab_size": 50257}, r"size=3 does not divide vocab_size=50257; .* to 1\."),
+    (layout(3), {"vocab_size": 4}, r"size=3 conflicts with vocab_size=4; .* nothing but padding"),
     (layout(3), {"ffn_hidden_size": 1000}, r"does not divide ffn_hidden_size=1000; .* to 1\."),
     (layout(1, 4), {}, r"=4 does not divide num_layers=30; .* to 1, 2, 3, 5, 6, 10, 15 or 30\."),
     (layout(1, 2, 2), {}, r"size=2 x .*virtual.*=2 does not divide num_layers=30; .* 3, 5 or 15"),

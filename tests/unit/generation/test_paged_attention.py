@@ -27,14 +27,17 @@ class Paged:
                 self.k_cache[self.table[row, i], :width] = self.keys[row][page]
                 self.v_cache[self.table[row, i], :width] = self.values[row][page]
 
-    def expected(self, row, q):
+    def expected(self, row, q, window=None):
         """q [n, N, D], the last n positions of the sequence."""
         group = HEADS // KEY_HEADS
         k = self.keys[row].repeat_interleave(group, 1)
         v = self.values[row].repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * SIZE**-0.5
         n, total = len(q), len(k)
-        hidden = torch.arange(total) > torch.arange(total - n, total)[:, None]
+        places = torch.arange(total - n, total)[:, None]
+        hidden = torch.arange(total) > places
+        if window is not None:
+            hidden |= places - torch.arange(total) >= window
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -1e9).softmax(-1), v)
 
 
@@ -115,10 +118,40 @@ def test_mixed(block, queries, keys):
         torch.testing.assert_close(out[start:stop], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_sliding_windows_are_refused():
+@pytest.mark.parametrize("total", [4, 40])
+@pytest.mark.parametrize("window", [1, 3, 5, 100])
+def test_windows_hide_what_lies_before(window, total):
+    queries, keys = [1, 5, 1, 3], [8, 5, 1, 9]
+    paged, decode = Paged(keys, 16, total), torch.randn(4, 1, HEADS, SIZE)
+    q = torch.randn(sum(queries), HEADS, SIZE)
+    cu_q = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0).int()
+    cu_k = torch.tensor([0, *keys], dtype=torch.int32).cumsum(0).int()
+
+    def run(size):
+        mixed = flash_attn_varlen_func(
+            q, paged.k_cache, paged.v_cache, cu_q, cu_k, 5, 9, block_table=paged.table,
+            window_size=size,
+        )
+        single = flash_attn_with_kvcache(
+            decode, paged.k_cache, paged.v_cache, block_table=paged.table, window_size=size,
+            cache_seqlens=torch.tensor(keys, dtype=torch.int32),
+        )
+        return mixed, single
+
+    run((-1, -1))  # as in a model where only some layers have a window
+    mixed, single = run((window - 1, 0))
+    for row in range(4):
+        part = slice(cu_q[row], cu_q[row + 1])
+        expected = paged.expected(row, q[part], window)
+        torch.testing.assert_close(mixed[part], expected, atol=1e-5, rtol=1e-5)
+        expected = paged.expected(row, decode[row], window)
+        torch.testing.assert_close(single[row], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_sinks_are_refused():
     paged = Paged([4], 8, 1)
-    with pytest.raises(NotImplementedError, match="sliding-window"):
+    with pytest.raises(NotImplementedError, match="sinks"):
         flash_attn_with_kvcache(
-            torch.randn(1, 1, HEADS, SIZE), paged.k_cache, paged.v_cache, window_size=(3, 0),
+            torch.randn(1, 1, HEADS, SIZE), paged.k_cache, paged.v_cache, return_softmax_lse=True,
             cache_seqlens=torch.tensor([4]), block_table=paged.table,
         )

@@ -1,0 +1,157 @@
+"""A Megatron distributed checkpoint read tensor by tensor, without a model or a process group.
+
+What a run saved under any layout, or a converter wrote, is a set of global tensors; a piece of one
+is assembled from however many pieces it was saved in.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_irl.convert.families import EMBEDDING, HEAD, Row, canonical, rows, stored_name
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.errors import UserError
+
+PREFIXES = ("", "module.")  # bare, and as saved from inside the data-parallel wrapper
+FINAL_NORM = "decoder.final_layernorm.weight"
+
+
+class CheckpointReader:
+    """The model's tensors in a checkpoint; optimizer state and the like are not touched.
+
+    Attributes:
+        prefix: What the model's tensor names begin with.
+
+    Raises:
+        UserError: It cannot be read, or holds no GPTModel.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        self._reader = FileSystemReader(checkpoint)
+        try:
+            metadata = self._reader.read_metadata()
+            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+            self._entries: dict[str, Any] = metadata.state_dict_metadata
+        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+            raise UserError(
+                f"the checkpoint {checkpoint} cannot be read: .metadata is missing or damaged "
+                f"({error})."
+            ) from error
+        self.prefix = self._find_prefix()
+
+    def stored_as(self, name: str) -> str:
+        """The checkpoint's spelling of a tensor: norms may be fused with a linear layer or not."""
+        plain = canonical(name)
+        return plain if name not in self._entries and plain in self._entries else name
+
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has an entry of exactly this name."""
+        return name in self._entries
+
+    def check(self, arch: Architecture) -> None:
+        """Raise UserError unless every tensor of the architecture is there in its shape."""
+        for row in rows(arch):
+            entry, chunk = self._locate(row, arch)
+            end = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
+            have = list(entry.size)
+            # A vocabulary may have been padded for the layout that saved it.
+            padded = row.megatron in (EMBEDDING, HEAD) and have[1:] == end[1:] and have[0] > end[0]
+            layers = arch.transformer["num_layers"]
+            stacked = len(have) > len(row.shape(arch))
+            if len(have) != len(end) or (have[stacked:] != end[stacked:] and not padded) or (
+                stacked and have[0] != layers
+            ):
+                raise UserError(
+                    f"the checkpoint {self.checkpoint} is of another model: {row.megatron} has "
+                    f"shape {have} there, config.json implies {list(row.shape(arch))}"
+                    f"{f' in {layers} layers' if stacked else ''}."
+                )
+
+    def dtype_of(self, row: Row, arch: Architecture) -> torch.dtype:
+        """The dtype a row is stored in."""
+        return self._locate(row, arch)[0].properties.dtype
+
+    def read(self, row: Row, arch: Architecture) -> Tensor:
+        """A row's whole parameter, as on one tensor-parallel rank.
+
+        Raises:
+            UserError: Its file is missing or damaged.
+        """
+        entry, chunk = self._locate(row, arch)
+        name = self._name(row)
+        target = torch.empty(tuple(chunk.sizes), dtype=entry.properties.dtype)
+        items = create_read_items_for_chunk_list(name, entry, [chunk])
+        if sum(torch.Size(item.lengths).numel() for item in items) != target.numel():
+            raise UserError(f"the checkpoint {self.checkpoint} holds only a part of {name}.")
+        try:
+            self._reader.read_data(LoadPlan(items), _Planner(target))
+        except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError,
+                AssertionError) as error:
+            files = {self._reader.storage_data[i.storage_index].relative_path for i in items}
+            raise UserError(
+                f"the checkpoint {self.checkpoint} is damaged: {name} cannot be read from "
+                f"{', '.join(sorted(files))} ({first_line(error)})."
+            ) from error
+        return target.view(row.shape(arch))
+
+    def _find_prefix(self) -> str:
+        for prefix in PREFIXES:
+            if isinstance(self._entries.get(prefix + FINAL_NORM), TensorStorageMetadata):
+                return prefix
+        raise UserError(f"the checkpoint {self.checkpoint} does not hold a GPTModel's weights.")
+
+    def _name(self, row: Row) -> str:
+        """The checkpoint's name of a row: norms may be fused or not, layers stacked or not."""
+        stacked, layer = stored_name(row.megatron)
+        names = [stacked]
+        if layer is not None:
+            plain = canonical(stacked)
+            numbered = [n.replace("layers.", f"layers.{layer}.", 1) for n in (stacked, plain)]
+            names = [stacked, plain, *numbered]
+        for name in (self.prefix + name for name in names):
+            if isinstance(self._entries.get(name), TensorStorageMetadata):
+                return name
+        raise UserError(
+            f"the checkpoint {self.checkpoint} lacks {row.megatron}, which config.json implies."
+        )
+
+    def _locate(self, row: Row, arch: Architecture) -> tuple[Any, ChunkStorageMetadata]:
+        name, shape = self._name(row), row.shape(arch)
+        entry, layer = self._entries[name], stored_name(row.megatron)[1]
+        offsets = (0,) * len(shape)
+        if layer is not None and len(entry.size) == len(shape) + 1:
+            offsets, shape = (layer, *offsets), (1, *shape)
+        return entry, ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an error's message, or its kind where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+class _Planner(DefaultLoadPlanner):
+    """Everything read goes into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        view = self._target
+        for dim, (start, length) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            view = view.narrow(dim, start, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass

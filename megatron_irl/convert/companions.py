@@ -1,0 +1,62 @@
+"""The files of a model folder that are no weights, and the folder's way onto the disk."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The licence travels with the weights; the model card does not, it describes the original.
+MODEL_FILES = ("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*", "additional_chat_templates/*",
+)
+
+
+def copy_companions(
+    folder: Path, source: Path, tokenizer: Path | None = None, chat_template: str | None = None
+) -> None:
+    """Copy what makes the weights a usable model: tokenizer, template, generation, licence."""
+    tokenizer = source if tokenizer is None else Path(tokenizer)
+    found = [(source, path) for pattern in MODEL_FILES for path in source.glob(pattern)]
+    if tokenizer.is_file():
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    else:
+        patterns = TOKENIZER_FILES
+        found += [(tokenizer, path) for pattern in patterns for path in tokenizer.glob(pattern)]
+    for root, path in found:
+        if path.is_file():
+            target = folder / path.relative_to(root)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+    if chat_template is not None:  # this file wins over the one in tokenizer_config.json
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write ``config.json`` with the dtype the weights were written in."""
+    keys = [k for k in ("torch_dtype", "dtype") if k in hf_config] or ["dtype"]
+    config = hf_config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make an empty folder, in the place of whatever an earlier attempt left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def commit_folder(partial: Path, final: Path) -> None:
+    """Put the finished folder in place, its files on disk first: it must survive a power cut."""
+    for path in partial.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.replace(final)

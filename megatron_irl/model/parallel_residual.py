@@ -1,0 +1,49 @@
+"""GPT-NeoX's transformer layer: ``x + attention(norm1(x)) + mlp(norm2(x))``.
+
+Megatron-Core's layer feeds the MLP what attention added to. Here the two only share their input,
+so the layer works with either spec: Transformer Engine's fused norms are part of the linear layers
+whose input is ``x`` all the same.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from megatron_irl import platform  # noqa: F401  (must precede megatron)
+
+from megatron.core.transformer.transformer_layer import TransformerLayer  # isort: skip
+from megatron.core.utils import make_viewless_tensor  # isort: skip
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """A layer whose attention and MLP read the same input.
+
+    Norms, attention, MLP, dropout and checkpoint names are upstream's.
+    """
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """[s, b, h] (or [s / tp, b, h] under sequence parallelism) → the same, and no context.
+
+        ``options`` are those of ``TransformerLayer.forward`` that self-attention takes.
+        """
+        residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
+        attention = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=options.get("attention_mask"),
+            inference_context=options.get("inference_context"),
+            rotary_pos_emb=options.get("rotary_pos_emb"),
+            rotary_pos_cos=options.get("rotary_pos_cos"),
+            rotary_pos_sin=options.get("rotary_pos_sin"),
+            rotary_pos_cos_sin=options.get("rotary_pos_cos_sin"),
+            attention_bias=options.get("attention_bias"),
+            packed_seq_params=options.get("packed_seq_params"),
+            sequence_len_offset=options.get("sequence_len_offset"),
+        )
+        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        fused = self.config.bias_dropout_fusion
+        with self.bias_dropout_add_exec_handler():
+            added = self.self_attn_bda(self.training, fused)(
+                attention, residual, self.hidden_dropout
+            )
+            added = self.mlp_bda(self.training, fused)(mlp, added, self.hidden_dropout)
+        return make_viewless_tensor(added, added.requires_grad, keep_graph=True), None

@@ -1,0 +1,120 @@
+"""Families with layers of their own: equal to transformers under every layout, and trainable."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.convert.tiny import make_tiny_llama
+from tests.dist import jobs
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
+VOCAB = 131  # odd: padded over two ranks
+MODELS = {
+    "llama": {},
+    "llama_tied": {"tied": True},
+    "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
+    "mistral_window": {"family": "mistral", "head_dim": 8, "sliding_window": 7},
+    "qwen2_window": {
+        "family": "qwen2", "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2,
+    },
+}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+LAYOUTS = {
+    "one": (1, {}), "tp2": (2, TP2), "tp2_sp": (2, TP2 | {"sequence_parallel": True}),
+    "pp2": (2, PP2), "tp2_pp2": (4, TP2 | PP2),
+}
+GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "eos_id": 1, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tiny models by name, each made once."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def make(name):
+        if name not in made:
+            made[name] = make_tiny_llama(root / name, seed=SEED, vocab=VOCAB, **MODELS[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    """The same folders in transformers."""
+    from transformers import AutoModelForCausalLM
+
+    made = {}
+
+    def load(name):
+        if name not in made:
+            made[name] = AutoModelForCausalLM.from_pretrained(
+                folder(name), dtype=torch.float32
+            ).eval()
+        return made[name]
+
+    return load
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout):
+    world_size, sizes = LAYOUTS[layout]
+    ranks = pool.run(
+        world_size, jobs.token_logprobs, hf=str(folder(name)), layout=sizes, seed=SEED, num=8,
+        vocab=VOCAB,
+    )
+    assert all(rank == ranks[0] for rank in ranks)
+    everything = []
+    for got, (prompt, response) in zip(
+        ranks[0], jobs.random_sequences(SEED, 8, VOCAB), strict=True
+    ):
+        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+        with torch.no_grad():
+            logprobs = reference(name)(ids).logits[0].log_softmax(-1)
+        expected = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, err_msg=f"seed {SEED}")
+        everything += got
+    assert np.std(everything) > 0.3, "flat predictions would hide a wrong model"
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_generation_equals_transformers(pool, folder, reference, name, layout):
+    world_size, sizes = LAYOUTS[layout]
+    prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 6, VOCAB)]
+    ranks = pool.run(
+        world_size, jobs.generate, hf=str(folder(name)), layout=sizes, prompts=prompts,
+        sampling=GREEDY, vocab=VOCAB,
+    )
+    lengths = set()
+    for (tokens, _, _), prompt in zip(ranks[0], prompts, strict=True):
+        ids = torch.tensor(prompt)[None].long()
+        expected = reference(name).generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+            eos_token_id=1, pad_token_id=1,
+        )[0, len(prompt) :].tolist()
+        assert tokens == expected, f"seed {SEED}"
+        lengths.add(len(set(tokens)))
+    assert max(lengths) > 3, "one repeated token would hide a wrong cache"
+
+
+@pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "tp2_pp2"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
+def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
+    """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary
+    padding has none.
+    """
+    world_size, sizes = LAYOUTS[layout]
+    setting = {
+        "hf": str(folder(name)), "folder": str(tmp_path / "bank"), "steps": 2,
+        "optimizer": {"optimizer": "sgd", "lr": 0.05, "sgd_momentum": 0.0, "clip_grad": 0.0},
+    }
+    pool.run(
+        1, jobs.write_bank, hf=setting["hf"], folder=setting["folder"], seed=SEED, noise=3.0,
+        pairs=jobs.make_pairs(SEED, 8, VOCAB),
+    )
+    (expected,) = pool.run(1, jobs.train_on_bank, layout={}, **setting)
+    ranks = pool.run(world_size, jobs.train_on_bank, layout=sizes, **setting)
+    np.testing.assert_allclose(ranks[0], expected, rtol=1e-5, err_msg=f"seed {SEED}")
+    assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-2), "nothing was learnt"
