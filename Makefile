@@ -18,8 +18,9 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	$(BIN)/python tools/demo.py --out runs/demo
 
+# Two files at a time, one thread each: the suite is made of many small runs.
 test: setup
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 check: setup
 	$(BIN)/ruff check .

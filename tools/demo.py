@@ -71,8 +71,8 @@ def main() -> int:
     base = train("sft.yaml", out / "sft", [
         f"model.hf={model}", *common, "evaluation.before=true", "evaluation.interval=never"])
     start = f"model.hf={out / 'sft' / 'hf'}"
-    second = train("sft.yaml", out / "sft_second_pass",
-                   [start, *common, "evaluation.before=false"])
+    second = train("sft.yaml", out / "sft_second_pass", [
+        start, *common, "evaluation.before=false", "optimizer.lr=3e-5"])  # the rate of irft.yaml
     irft = train("irft.yaml", out / "irft", [
         start, *common, f"algorithm.prompts_per_round={options.train // 2}"])
     rows = [
