@@ -23,6 +23,9 @@ LAYOUTS = {
     "one": (1, {}), "tp2": (2, TP2), "tp2_sp": (2, TP2 | {"sequence_parallel": True}),
     "pp2": (2, PP2), "tp2_pp2": (4, TP2 | PP2),
 }
+ALL = ("gpt_neox", "llama_tied")  # every layout; the others differ in what a layout leaves alone
+CASES = [(name, layout) for name in MODELS for layout in LAYOUTS
+         if name in ALL or layout in ("one", "tp2")]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "eos_id": 1, "seed": 3}
 
 
@@ -56,8 +59,7 @@ def reference(folder):
     return load
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout):
     world_size, sizes = LAYOUTS[layout]
     ranks = pool.run(
@@ -78,8 +80,9 @@ def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout
     assert np.std(everything) > 0.3, "flat predictions would hide a wrong model"
 
 
-@pytest.mark.parametrize("layout", ["one", "tp2", "pp2"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "layout"), [c for c in CASES if c[1] in ("one", "tp2", "pp2") and c[0] != "llama"]
+)
 def test_greedy_generation_equals_transformers(pool, folder, reference, name, layout):
     world_size, sizes = LAYOUTS[layout]
     prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 6, VOCAB)]

@@ -68,6 +68,21 @@ def test_transformer_engine_spec_equals_local_spec(setup):
     assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
+@pytest.mark.parametrize(
+    "model", [{"family": "gpt_neox"}, {"family": "mistral", "sliding_window": 8}]
+)
+def test_specs_are_equal_for_other_families(setup, tmp_path, model):
+    """The parallel residual over fused norms, and windows in Transformer Engine's attention."""
+    hf = make_tiny_llama(
+        tmp_path / "hf", hidden=256, intermediate=512, heads=8, kv_heads=4, layers=2, vocab=VOCAB,
+        scale=0.1, **model,
+    )
+    te, _ = build(hf, setup[1], precision="bf16")
+    local, _ = build(hf, setup[1], precision="bf16", spec="local")
+    difference = np.abs(logprobs(te, setup[1]) - logprobs(local, setup[1]))
+    assert difference.mean() < 0.02 and difference.max() < 0.2
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_logprobs_stay_near_bf16(setup, recipe):
     major, _ = torch.cuda.get_device_capability()
