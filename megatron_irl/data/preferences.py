@@ -88,12 +88,12 @@ def load_preferences(
     counts: Counter[str] = Counter()
 
     def build(record: dict[str, Any], source: str) -> Preference | None:
-        prompt, chosen, rejected = _sides(record)
+        prompt, *texts = _sides(record)
         if not isinstance(prompt, str):
             tokenizer.require_chat_template()
         prompt_ids = tokenizer.render_prompt(prompt)
         answers = [_answer_ids(tokenizer, key, text)
-                   for key, text in (("chosen", chosen), ("rejected", rejected))]
+                   for key, text in zip(("chosen", "rejected"), texts, strict=True)]
         if not prompt_ids:
             raise RecordError("the prompt has no tokens")
         if len(prompt_ids) > max_prompt_length:
@@ -103,7 +103,8 @@ def load_preferences(
         elif answers[0] == answers[1]:
             counts["equal"] += 1
         else:
-            return Preference(*(np.array(ids, np.int32) for ids in (prompt_ids, *answers)), source)
+            ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
+            return Preference(ids[0], ids[1], ids[2], source)
         return None
 
     preferences = Preferences(collect(paths, build))
