@@ -16,6 +16,7 @@ __all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_HEAD = "lm_head.weight"
+REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
 
 
 def load_hf_weights(
@@ -52,6 +53,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
     """Yield this rank's parameters by their canonical name with the global layer number.
 
     A stage numbers its layers from 0; Megatron's ``layer_number`` counts them globally from 1.
+    The reward head is none of them: it is in no HF folder of a language model.
     """
     for wrapped in chunks:
         chunk: Any = wrapped
@@ -60,6 +62,8 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
         numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
+            if parts[0] == REWARD_HEAD:
+                continue
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(numbers[int(parts[2])])
             yield canonical(".".join(parts)), parameter

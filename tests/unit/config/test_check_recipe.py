@@ -86,5 +86,5 @@ def test_sft_refuses_keys_about_samples(key: str, value: object):
 
 def test_sft_refuses_them_even_at_their_default():
     with pytest.raises(UserError, match="algorithm.beta conflicts with algorithm.name=sft"):
-        check_given_keys("sft", {"name": "sft", "beta": 0.1})
-    check_given_keys("irft", {"name": "irft", "beta": 0.1})
+        check_given_keys("sft", {"algorithm": {"name": "sft", "beta": 0.1}})
+    check_given_keys("irft", {"algorithm": {"name": "irft", "beta": 0.1}})
