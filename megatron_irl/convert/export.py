@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,53 @@ def export_hf(
     Raises:
         UserError: ``out_dir`` is ``source_dir``; the disk is full (nothing is left behind).
     """
+    mine = dict(global_parameters(chunks))
+    written = dtype or next(iter(mine.values())).dtype
+
+    def complete(folder: Path) -> None:
+        copy_companions(folder, Path(source_dir), tokenizer_path, chat_template)
+        write_config(folder, hf_config, written)
+
+    export_rows(
+        [(row, dtype) for row in rows(arch)], mine, arch, out_dir, complete,
+        source_dir=source_dir, topology=topology, max_shard_bytes=max_shard_bytes,
+    )
+
+
+def export_rows(
+    table: Sequence[tuple[Row, torch.dtype | None]],
+    mine: dict[str, Tensor],
+    arch: Architecture,
+    out_dir: Path,
+    complete: Callable[[Path], None],
+    *,
+    source_dir: Path,
+    topology: Topology,
+    max_shard_bytes: int,
+) -> None:
+    """Stream the tensors of ``table`` into a folder that appears whole or not at all.
+
+    Args:
+        table: What to write, each row with the dtype it is cast to (None: as it is).
+        mine: This rank's parameters by their canonical name.
+        complete: Called on the main rank with the folder, to add everything but the weights.
+
+    Collectives and errors: as ``export_hf``.
+    """
     if out_dir.resolve() == Path(source_dir).resolve():
         raise UserError(f"{out_dir} is the folder of the starting model. Choose another one.")
     if topology.dp_rank == 0:
-        mine = dict(global_parameters(chunks))
         owners = _owners(mine, topology)
         partial = out_dir.with_name(f".{out_dir.name}.partial")
         with disk_errors(out_dir, cleanup=partial):
             writer = _ShardWriter(partial, max_shard_bytes) if topology.is_main else None
-            for row in rows(arch):
+            for row, dtype in table:
                 tensors = _collect(row, mine, owners[row.megatron], arch, topology)
                 if writer is not None:
                     for tensor, value in zip(row.hf, tensors, strict=True):
                         writer.add(tensor.name, value if dtype is None else value.to(dtype))
             if writer is not None:
-                copy_companions(partial, Path(source_dir), tokenizer_path, chat_template)
-                _write_config(partial, hf_config, dtype or next(iter(mine.values())).dtype)
+                complete(partial)
                 writer.finish()
                 _commit(partial, out_dir)
     topology.barrier()
@@ -184,7 +215,8 @@ def copy_companions(
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
 
-def _write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+def write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write ``config.json`` with the dtype of the weights beside it."""
     keys = [k for k in ("torch_dtype", "dtype") if k in hf_config] or ["dtype"]
     config = hf_config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
