@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.convert.export import export_hf
+from megatron_irl.convert.reward_export import export_hf_reward
 from megatron_irl.data.pair_bank import chunk_seed, usable_pairs
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.model.reward_head import reward_head
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.train.batches import Item, draw, microbatches_for, num_tokens
 from megatron_irl.train.evaluate import evaluate, evaluate_reward, heldout_pairs
@@ -157,15 +159,22 @@ def close_round(session: Session, summary: dict[str, Any]) -> None:
 
 
 def finish(session: Session) -> None:
-    """Leave an HF folder and mark the run finished."""
-    data = session.recipe.data
-    session.progress.note(f"writing {session.folder.hf}")
-    export_hf(
-        session.chunks, session.architecture, session.hf_config, session.folder.hf,
-        source_dir=session.hf_dir, topology=session.topology,
-        tokenizer_path=Path(data.tokenizer) if data.tokenizer else None,
-        chat_template=session.tokenizer.chat_template if data.chat_template else None,
-    )
+    """Leave the policy, and an explicit reward, as HF folders; mark the run finished."""
+    data, folder = session.recipe.data, session.folder
+    companions: dict[str, Any] = {
+        "source_dir": session.hf_dir, "topology": session.topology,
+        "tokenizer_path": Path(data.tokenizer) if data.tokenizer else None,
+        "chat_template": session.tokenizer.chat_template if data.chat_template else None,
+    }
+    session.progress.note(f"writing {folder.hf}")
+    export_hf(session.chunks, session.architecture, session.hf_config, folder.hf, **companions)
+    if session.recipe.algorithm.name == "rft":
+        session.progress.note(f"writing {folder.hf_reward}")
+        head = reward_head(session.chunks)
+        export_hf_reward(
+            session.chunks, head.weight if head is not None else None, session.architecture,
+            session.hf_config, folder.hf_reward, **companions,
+        )
     if session.topology.is_main:
         session.folder.finish()
     session.recorder.close()
