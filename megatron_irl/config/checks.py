@@ -169,6 +169,10 @@ def _check_reward(recipe: Recipe) -> None:
         raise UserError(f"policy.samples_per_prompt={policy.samples_per_prompt} is below 2; a "
                         "sample's baseline is the mean of the others. Set "
                         "policy.samples_per_prompt to 2 or more.")
+    if recipe.generation.temperature == 0:
+        raise UserError("generation.temperature=0.0 conflicts with algorithm.name=rft; the samples "
+                        "of a prompt would all be the same. Set generation.temperature above 0 "
+                        "(the theory's is 1).")
     _check_range("policy.clip_low", policy.clip_low, "(0, 1]", 0 < policy.clip_low <= 1)
     _check_range("policy.clip_high", policy.clip_high, "(0, inf)", policy.clip_high > 0)
     if reward.bound is not None:

@@ -134,7 +134,11 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """rft only: policy optimisation of E[r] - beta * KL(pi || pi_ref)."""
+    """rft only: policy optimisation of E[r] - beta * KL(pi || pi_ref).
+
+    Ratios and the KL are those of the policy at temperature 1: where ``generation`` samples
+    otherwise (temperature, top_p, top_k), they are off by that much.
+    """
 
     samples_per_prompt: int = 4
     """Samples of each prompt, 2 or more: each one's baseline is the mean of the others."""

@@ -196,6 +196,31 @@ def test_unfinished_run_scores_from_its_checkpoint(sections, tmp_path, monkeypat
     ledger = [row.reward for row in read_ledger(tmp_path / "run" / "ledger", 0)]
     np.testing.assert_allclose(scored, ledger, atol=1e-5)
     assert np.std(scored) > 0
+    prompts = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "1+1"}])
+    result = run("generate", "--model", tmp_path / "run", "--prompts", prompts, "--out", out,
+                 "--max-new-tokens", 2)
+    assert result.code == 0, result.err  # a model without the head reads the checkpoint too
+
+
+def test_implicit_rewards_are_judged_on_preferences_too(
+    model, data, preferences, tmp_path, no_report
+):
+    """What the last round reports is what ``score`` says of the same file."""
+    mapping = small_recipe(model, data, tmp_path / "run")
+    mapping["data"]["eval_preferences"] = preferences["eval"]
+    mapping["algorithm"]["rounds"] = 1
+    result = run("train", write_recipe(tmp_path / "r.yaml", **mapping))
+    assert result.code == 0, result.err
+    records = read_jsonl(Path(preferences["eval"]))
+    pairs = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]]} for r in records]
+    result = run("score", "--model", tmp_path / "run", "--pairs",
+                 write_jsonl(tmp_path / "p.jsonl", pairs), "--out", tmp_path / "o.jsonl")
+    assert result.code == 0, result.err
+    margins = [np.subtract(*line["rewards"]) for line in read_jsonl(tmp_path / "o.jsonl")]
+    (line,) = read_jsonl(tmp_path / "run" / "rounds.jsonl")
+    assert line["evaluation"]["preference_margin"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert line["evaluation"]["preference_accuracy"] == np.mean(np.array(margins) > 0)
+    assert np.abs(margins).max() > 1e-4
 
 
 def test_detached_reward_steps_leave_the_policy_alone(sections, tmp_path, no_report):

@@ -156,3 +156,22 @@ def moved(
     stepper.train_step(batches, objective, heads=heads, frozen=frozen)  # type: ignore[arg-type]
     trunk, head = (not np.array_equal(a, b) for a, b in zip(before, snapshot(), strict=True))
     return trunk, head
+
+
+def half_precision(hf: str, layout: Layout, seed: int) -> dict[str, Any]:
+    """Dtypes of trunk and head in a bf16 model, and two reward steps of it."""
+    stepper = build_rft(hf, layout, seed, {}, precision="bf16")
+    batches = microbatches_for(make_pairs(seed, 4, 128), stepper.topology, micro_batch_size=2,
+                               multiple_of=multiple_of(layout))
+    objective, heads = reward_objective(rft_recipe())
+    losses = [stepper.train_step(batches, objective, heads=heads).loss for _ in range(2)]
+    head = reward_head(stepper.chunks)
+    named = [(n, p) for c in stepper.chunks for n, p in c.named_parameters()]
+    return {
+        "losses": losses,
+        "trunk": {str(p.dtype) for n, p in named if "reward_head" not in n},
+        "head": None if head is None else str(head.weight.dtype),
+        "moved": None if head is None else float(
+            (head.weight - torch.from_numpy(head_weight(seed, head.weight.shape[1]))).abs().max()
+        ),
+    }

@@ -133,3 +133,13 @@ def test_frozen_parameters_stand_still_under_momentum(
     )
     assert {trunk for trunk, _ in ranks} == {expected[0]}
     assert any(head for _, head in ranks) == expected[1]
+
+
+def test_the_head_stays_fp32_in_a_bf16_model(pool, models):
+    """A step of 0.02 on a weight of 0.1 would be rounded in bf16, and 1e-4 lost."""
+    layout = {"pipeline_model_parallel_size": 2}
+    first, last = pool.run(2, rft_jobs.half_precision, hf=models[True], layout=layout, seed=SEED)
+    assert first["trunk"] == last["trunk"] == {"torch.bfloat16"}
+    assert first["head"] is None and last["head"] == "torch.float32"
+    assert last["moved"] == pytest.approx(2 * rft_jobs.HEAD_LR, rel=0.3)
+    assert first["losses"] == last["losses"] and np.isfinite(first["losses"]).all()

@@ -120,6 +120,7 @@ def test_rft_refuses_keys_of_the_implicit_reward(key: str, value: object):
 
 @pytest.mark.parametrize(("changes", "words"), [
     ({"policy.samples_per_prompt": 1}, ["policy.samples_per_prompt=1", "2 or more"]),
+    ({"generation.temperature": 0}, ["generation.temperature=0.0", "rft", "above 0"]),
     ({"policy.clip_low": 1.5}, ["policy.clip_low=1.5", "(0, 1]"]),
     ({"policy.clip_high": 0}, ["policy.clip_high=0.0", "(0, inf)"]),
     ({"reward.bound": 2}, ["reward.bound=2.0", "reward.loss=logistic"]),
