@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+Heads = Literal["logprobs", "rewards", "both"]
+"""Which heads of the last stage run; decides what an objective is given."""
 Reduction = Literal["mean", "max"]
 
 
@@ -68,6 +70,8 @@ class Pair:
         ref_demo_logp, ref_sample_logp: Summed response log-probability in nats under the
             reference policy; None until the reference pass has run.
         round: Round in which the sample was drawn.
+        reward_demo, reward_sample: Explicit rewards after the round's reward learning (rft); None
+            until then, and for the other algorithms.
     """
 
     ordinal: int
@@ -79,6 +83,26 @@ class Pair:
     round: int = 0
     ref_demo_logp: float | None = None
     ref_sample_logp: float | None = None
+    reward_demo: float | None = None
+    reward_sample: float | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A sample with its advantage: what a policy step trains on.
+
+    Attributes:
+        prompt_ids, sample_ids: int32 token ids.
+        sample_logprobs: float32 [len(sample_ids)], nats, when it was sampled.
+        ref_logp: Summed response log-probability in nats under the reference policy.
+        advantage: Of the whole response over the other samples of its prompt.
+    """
+
+    prompt_ids: np.ndarray
+    sample_ids: np.ndarray
+    sample_logprobs: np.ndarray
+    ref_logp: float
+    advantage: float
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,10 @@ class PackedBatch:
         num_sequences: S; the padding segment is not counted.
         lengths_S: int64 [S], response tokens of each sequence.
         ref_logps_S: float32 [S], cached reference log-probabilities in nats (zeros if unused).
+        final_S: int64 [S], position in T of each response's last token (EOS where there is one).
+        sampled_logprobs_R: float32 [R], nats, of each response token when it was sampled, and
+        advantages_S: float32 [S]; both only where a policy step needs them.
+        is_preference: The pairs are (chosen, rejected) ones of the preference stream.
     """
 
     tokens_T: Tensor
@@ -108,6 +136,10 @@ class PackedBatch:
     num_sequences: int
     lengths_S: Tensor
     ref_logps_S: Tensor
+    final_S: Tensor
+    sampled_logprobs_R: Tensor | None = None
+    advantages_S: Tensor | None = None
+    is_preference: bool = False
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on ``device`` (asynchronously where the memory is pinned)."""
@@ -116,6 +148,18 @@ class PackedBatch:
             for k, v in vars(self).items()
         }
         return PackedBatch(**moved)
+
+
+class HeadOutputs(NamedTuple):
+    """What both heads of the last pipeline stage say about one microbatch.
+
+    Attributes:
+        logprobs_R: float32 [R] response log-probabilities in nats (the language-model head).
+        rewards_S: float32 [S] rewards of the whole responses (the reward head).
+    """
+
+    logprobs_R: Tensor
+    rewards_S: Tensor
 
 
 class Metric(NamedTuple):

@@ -64,8 +64,17 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--out", type=Path, required=True)
     score.add_argument("--reference", type=Path, help="HF folder of the reference policy (default: "
                        "the model the run started from)")
-    score.add_argument("--beta", type=float, help="reward scale (default: the run's last)")
+    score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
+                       "last)")
     score.set_defaults(run=_score)
+
+    keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
+    keep.add_argument("run_folder", type=Path, metavar="RUN", help="run folder with a ledger (rft)")
+    keep.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    keep.add_argument("--min-reward", type=float, help="keep rewards of at least this")
+    keep.add_argument("--top-quantile", type=float, help="keep the best share, in (0, 1]")
+    keep.add_argument("--round", type=int, help="round of the ledger (default: the newest)")
+    keep.set_defaults(run=_filter)
 
     report = commands.add_parser("report", help="rewrite report.html of a run folder")
     report.add_argument("folder", type=Path)
@@ -127,6 +136,17 @@ def _score(options: argparse.Namespace, argv: list[str]) -> int:
     from megatron_irl.cli.inference import run_score
 
     return run_score(options, argv)
+
+
+def _filter(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.cli.filter import filter_demonstrations
+
+    del argv
+    _say(filter_demonstrations(
+        options.run_folder, options.out, min_reward=options.min_reward,
+        top_quantile=options.top_quantile, round=options.round,
+    ))
+    return 0
 
 
 def _report(options: argparse.Namespace, argv: list[str]) -> int:

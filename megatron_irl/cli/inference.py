@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from megatron_irl import platform
@@ -18,6 +19,7 @@ from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
+from megatron_irl.convert.reward_export import read_reward_head
 from megatron_irl.data.demonstrations import load_prompts, load_score_records
 from megatron_irl.data.files import write_jsonl_atomically
 from megatron_irl.data.records import RecordError
@@ -26,10 +28,11 @@ from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
+from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.parallel.reduce import gather_over_data_parallel
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.train.progress import Progress
-from megatron_irl.train.scoring import score_sequences, summed
+from megatron_irl.train.scoring import score_rewards, score_sequences, summed
 from megatron_irl.train.session import check_vocabulary
 from megatron_irl.train.step import Stepper
 
@@ -43,6 +46,12 @@ class Source:
     chat_template: str | None = None
     checkpoints: Path | None = None
     recipe: Recipe | None = None
+    hf_reward: Path | None = None
+
+    @property
+    def has_explicit_reward(self) -> bool:
+        """Whether it is a run that learns a reward head."""
+        return self.recipe is not None and self.recipe.algorithm.name == "rft"
 
 
 @dataclass
@@ -67,7 +76,7 @@ def find_source(folder: Path) -> Source:
         tokenizer = Path(recipe.data.tokenizer or recipe.model.hf)
         template = recipe.data.chat_template
         if (folder / "hf").is_dir():  # whole, with tokenizer and template
-            return Source(folder / "hf", folder / "hf", None, None, recipe)
+            return Source(folder / "hf", folder / "hf", None, None, recipe, folder / "hf_reward")
         if any((folder / "checkpoints").glob("step_*")):
             return Source(
                 Path(recipe.model.hf), tokenizer, template, folder / "checkpoints", recipe
@@ -78,10 +87,15 @@ def find_source(folder: Path) -> Source:
             f"--model {folder} is neither an HF folder (config.json) nor a run folder "
             "(recipe.yaml). Give one of these."
         )
+    if "ForSequenceClassification" in str(read_hf_config(folder).get("architectures")):
+        raise UserError(
+            f"--model {folder} is a reward model without a language-model head. Give the run "
+            "folder it came from, or load it with AutoModelForSequenceClassification."
+        )
     return Source(folder, folder)
 
 
-def open_model(options: argparse.Namespace) -> OpenModel:
+def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -> OpenModel:
     """Build the model on this rank and load its weights. Collective over every rank."""
     source = find_source(options.model)
     parallel = ParallelConfig(
@@ -103,8 +117,12 @@ def open_model(options: argparse.Namespace) -> OpenModel:
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
     model = OpenModel(source, topology, arch, tokenizer, chunks)
+    if with_reward_head:
+        attach_reward_head(chunks, topology)
     if source.checkpoints is None:
         load_weights(model, source.hf_dir)
+        if with_reward_head and source.hf_reward is not None:
+            _load_reward_head(model, source.hf_reward)
     else:
         checkpointer = Checkpointer(source.checkpoints, topology, keep=1)
         step = checkpointer.latest()
@@ -121,6 +139,14 @@ def load_weights(model: OpenModel, hf_dir: Path) -> None:
     )
 
 
+def _load_reward_head(model: OpenModel, hf_reward: Path) -> None:
+    weight = read_reward_head(hf_reward)
+    head = reward_head(model.chunks)
+    if head is not None:
+        with torch.no_grad():
+            head.weight.copy_(weight)
+
+
 def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
     """``megatron-irl generate``: one output line per prompt, in input order."""
     if options.max_new_tokens < 1:
@@ -135,9 +161,15 @@ def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_score(options: argparse.Namespace, argv: list[str]) -> int:
-    """``megatron-irl score``: beta * (log pi - log pi_ref) of every response."""
+    """``megatron-irl score``: the reward of every response.
+
+    Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise.
+    """
     records = load_score_records(options.pairs)
     source = find_source(options.model)
+    if source.has_explicit_reward:
+        _check_explicit(options, source)
+        return _with_ranks(options, argv, lambda: _score_explicit(options, records))
     reference, beta = _reward_terms(options, source)
     if not (reference / "config.json").exists():
         raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
@@ -214,11 +246,41 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     return options.reference, options.beta if options.beta is not None else 1.0
 
 
+def _check_explicit(options: argparse.Namespace, source: Source) -> None:
+    for name in ("reference", "beta"):
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name} {getattr(options, name)} conflicts with --model {options.model}, a run "
+                f"of rft, whose reward is explicit. Remove --{name}, or give {options.model}/hf as "
+                "--model for an implicit reward."
+            )
+    if source.hf_reward is not None and not source.hf_reward.is_dir():
+        raise UserError(
+            f"{source.hf_reward} does not exist; the run's reward head was in it. Restore it."
+        )
+
+
+def _score_explicit(options: argparse.Namespace, records: list[Any]) -> None:
+    model = open_model(options, with_reward_head=True)
+    sequences = _sequences(model, records)
+    rewards = score_rewards(Stepper(model.chunks, model.topology), sequences)
+    _write_rewards(options, model, records, rewards)
+
+
 def _score(
     options: argparse.Namespace, records: list[Any], reference: Path, beta: float
 ) -> None:
     model = open_model(options)
     _check_reference(reference, model.architecture)
+    sequences = _sequences(model, records)
+    stepper = Stepper(model.chunks, model.topology)
+    policy = np.array(summed(score_sequences(stepper, sequences)))
+    load_weights(model, reference)
+    rewards = beta * (policy - np.array(summed(score_sequences(stepper, sequences))))
+    _write_rewards(options, model, records, rewards.tolist())
+
+
+def _sequences(model: OpenModel, records: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
     sequences = []
     for record in records:
         prompt = _ids(record, model.tokenizer.render_prompt, record.prompt)
@@ -231,12 +293,14 @@ def _score(
                     f"model's {limit} positions. Shorten them."
                 )
             sequences.append((prompt, response))
-    stepper = Stepper(model.chunks, model.topology)
-    policy = np.array(summed(score_sequences(stepper, sequences)))
-    load_weights(model, reference)
-    rewards = beta * (policy - np.array(summed(score_sequences(stepper, sequences))))
+    return sequences
+
+
+def _write_rewards(
+    options: argparse.Namespace, model: OpenModel, records: list[Any], rewards: list[float]
+) -> None:
     if model.topology.is_main:
-        left = iter(rewards.tolist())
+        left = iter(rewards)
         write_jsonl_atomically(options.out, (
             record.record | {"rewards": [next(left) for _ in record.responses]}
             for record in records

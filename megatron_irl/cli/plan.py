@@ -36,15 +36,22 @@ def _work(inputs: Inputs) -> list[str]:
     recipe = inputs.recipe
     algorithm, batch = recipe.algorithm, recipe.train.global_batch_size
     unit = "pairs" if algorithm.is_pairwise else "sequences"
+    steps = f"{algorithm.steps_per_round} steps of {batch} {unit}"
+    times = ""
+    if algorithm.name == "rft":
+        steps = (f"{algorithm.reward_steps} reward steps of {batch} pairs and "
+                 f"{algorithm.policy_steps} policy steps of {batch} samples")
+        times = f" {recipe.policy.samples_per_prompt} times"
     lines = [
-        f"{algorithm.name}: {algorithm.rounds} rounds of {algorithm.steps_per_round} steps of "
-        f"{batch} {unit}, {len(inputs.demonstrations)} demonstrations"
+        f"{algorithm.name}: {algorithm.rounds} rounds of {steps}, {len(inputs.demonstrations)} "
+        "demonstrations"
     ]
     if algorithm.is_pairwise:
         prompts = algorithm.prompts_per_round or 0
         lines.append(
-            f"each round samples {prompts} prompts, up to {recipe.generation.max_new_tokens} new "
-            f"tokens each, in {-(-prompts // recipe.generation.chunk_size)} committed chunks"
+            f"each round samples {prompts} prompts{times}, up to "
+            f"{recipe.generation.max_new_tokens} new tokens each, in "
+            f"{-(-prompts // recipe.generation.chunk_size)} committed chunks"
         )
         passes = algorithm.rounds * prompts / len(inputs.demonstrations)
     else:

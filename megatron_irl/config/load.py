@@ -29,8 +29,8 @@ def load_recipe(
     Args:
         path: YAML file of nested sections.
         overrides: ``section.key=value`` each, the value read as YAML; later ones win.
-        check_files: Expand the patterns of ``data.train`` and ``data.eval`` and require the
-            files; False keeps the patterns, for checking a recipe away from its data.
+        check_files: Expand the patterns of ``data`` and ``reward`` and require the files; False
+            keeps the patterns, for checking a recipe away from its data.
 
     Returns:
         The recipe as written, with values still to be derived as None (see ``resolve``).
@@ -46,13 +46,19 @@ def load_recipe(
     for override in overrides:
         _apply_override(mapping, override)
     recipe = recipe_from_mapping(mapping)
-    check_given_keys(recipe.algorithm.name, mapping["algorithm"])
+    check_given_keys(recipe.algorithm.name, mapping)
     check_recipe(recipe)
     if not check_files:
         return recipe
-    data = dataclasses.replace(recipe.data, train=_expand("data.train", recipe.data.train),
-                               eval=_expand("data.eval", recipe.data.eval))
-    return dataclasses.replace(recipe, data=data)
+    data = dataclasses.replace(
+        recipe.data, train=_expand("data.train", recipe.data.train),
+        eval=_expand("data.eval", recipe.data.eval),
+        eval_preferences=_expand("data.eval_preferences", recipe.data.eval_preferences))
+    reward = dataclasses.replace(
+        recipe.reward, preferences=_expand("reward.preferences", recipe.reward.preferences))
+    recipe = dataclasses.replace(recipe, data=data, reward=reward)
+    check_recipe(recipe)  # again: patterns may have met in one file
+    return recipe
 
 
 class _Loader(yaml.SafeLoader):

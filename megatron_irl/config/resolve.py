@@ -10,15 +10,23 @@ from typing import Any
 
 import yaml
 
-from megatron_irl.config.checks import PAIR_ONLY_KEYS
+from megatron_irl.config.checks import (
+    NOT_RFT_KEYS,
+    PAIR_ONLY_KEYS,
+    RFT_ONLY_KEYS,
+    RFT_ONLY_SECTIONS,
+)
 from megatron_irl.config.schema import AlgorithmConfig, Recipe
 from megatron_irl.errors import UserError
 
 # Sections and keys that change where, how fast or how closely watched a run is, not what it is.
 _NOT_THE_EXPERIMENT = ("output_dir", "logging", "checkpoint", "evaluation", "parallel", "ddp",
-                       "data.eval", "data.eval_limit", "train.micro_batch_size",
-                       "train.logprob_chunk_size", "generation.max_requests",
-                       "generation.kv_cache_gb")
+                       "data.eval", "data.eval_limit", "data.eval_preferences",
+                       "train.micro_batch_size", "train.logprob_chunk_size",
+                       "generation.max_requests", "generation.kv_cache_gb")
+
+
+LINEAR_BOUND = 5.0  # of rft's linear reward loss, where the recipe gives none
 
 
 def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
@@ -41,16 +49,20 @@ def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
         raise UserError(f"data.train={', '.join(recipe.data.train)} has no usable demonstration; "
                         "at least 1 is needed. Set data.train to a file that has some.")
     algorithm = recipe.algorithm
-    steps, prompts = _round_size(algorithm, num_demonstrations, recipe.train.global_batch_size)
+    steps, prompts = _round_size(recipe, num_demonstrations)
     if algorithm.name == "spin":
         _check_spin(algorithm, steps, prompts)
     algorithm = replace(algorithm, steps_per_round=steps)
     if algorithm.is_pairwise:
         beta = algorithm.beta * algorithm.rounds if len(algorithm.beta) == 1 else algorithm.beta
-        algorithm = replace(algorithm, prompts_per_round=prompts, beta=beta)
+        reference = algorithm.reference or ("initial" if algorithm.name == "rft" else "round_start")
+        algorithm = replace(algorithm, prompts_per_round=prompts, beta=beta, reference=reference)
     max_new_tokens = recipe.generation.max_new_tokens or recipe.data.max_response_length
     generation = replace(recipe.generation, max_new_tokens=max_new_tokens)
-    return replace(recipe, algorithm=algorithm, generation=generation)
+    reward = recipe.reward
+    if reward.loss == "linear" and reward.bound is None:
+        reward = replace(reward, bound=LINEAR_BOUND)
+    return replace(recipe, algorithm=algorithm, generation=generation, reward=reward)
 
 
 def to_yaml(recipe: Recipe, comments: Sequence[str] = ()) -> str:
@@ -84,17 +96,20 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _round_size(
-    algorithm: AlgorithmConfig, num_demonstrations: int, global_batch_size: int
-) -> tuple[int, int]:
+def _round_size(recipe: Recipe, num_demonstrations: int) -> tuple[int, int]:
     """Steps and prompts of a round: what is given decides what is not."""
+    algorithm, batch = recipe.algorithm, recipe.train.global_batch_size
     steps, prompts = algorithm.steps_per_round, algorithm.prompts_per_round
     if algorithm.name == "spin":
-        return -(-num_demonstrations // global_batch_size), num_demonstrations
+        return -(-num_demonstrations // batch), num_demonstrations
+    if algorithm.name == "rft":
+        samples = max(algorithm.reward_steps, algorithm.policy_steps) * batch
+        steps = algorithm.reward_steps + algorithm.policy_steps
+        return steps, prompts or -(-samples // recipe.policy.samples_per_prompt)
     if steps is None:
         prompts = prompts or num_demonstrations
-        return -(-prompts // global_batch_size), prompts
-    return steps, prompts or steps * global_batch_size
+        return -(-prompts // batch), prompts
+    return steps, prompts or steps * batch
 
 
 def _check_spin(algorithm: AlgorithmConfig, steps: int, prompts: int) -> None:
@@ -108,12 +123,18 @@ def _check_spin(algorithm: AlgorithmConfig, steps: int, prompts: int) -> None:
 
 
 def _to_mapping(recipe: Recipe) -> dict[str, Any]:
-    """The nested mapping of the YAML file; keys that sft does not have are left out."""
+    """The nested mapping of the YAML file; keys that the algorithm does not have are left out."""
     mapping = dataclasses.asdict(recipe)
     mapping["model"] = {"hf": recipe.model.hf, **recipe.model.overrides}
     mapping["data"] |= {"train": list(recipe.data.train), "eval": list(recipe.data.eval)}
     mapping["algorithm"]["beta"] = list(recipe.algorithm.beta)
-    if not recipe.algorithm.is_pairwise:
-        for key in PAIR_ONLY_KEYS:
-            del mapping["algorithm"][key]
+    mapping["data"]["eval_preferences"] = list(recipe.data.eval_preferences)
+    mapping["reward"]["preferences"] = list(recipe.reward.preferences)
+    idle = list(NOT_RFT_KEYS)
+    if recipe.algorithm.name != "rft":
+        idle = [*RFT_ONLY_KEYS, *(() if recipe.algorithm.is_pairwise else PAIR_ONLY_KEYS)]
+        for section in RFT_ONLY_SECTIONS:
+            del mapping[section]
+    for key in idle:
+        del mapping["algorithm"][key]
     return mapping

@@ -11,7 +11,7 @@ Relative paths are relative to the working directory the command is started in, 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-AlgorithmName = Literal["sft", "irft", "spin"]
+AlgorithmName = Literal["sft", "irft", "spin", "rft"]
 LossName = Literal["sigmoid", "hinge", "linear"]
 ReferenceName = Literal["round_start", "initial"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -50,6 +50,9 @@ class DataConfig:
     A response is never cut, since that would teach the model to stop nowhere."""
     eval_limit: int | None = None
     """Use the first so many records of ``data.eval``; none: all of them."""
+    eval_preferences: tuple[str, ...] = ()
+    """Held-out preference files ({"prompt", "chosen", "rejected"} records) the run never trains
+    on; each round reports how often the reward prefers ``chosen``. Not for sft."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +61,34 @@ class AlgorithmConfig:
 
     name: AlgorithmName
     """``sft``; ``irft``: rounds of generation and optimisation on the implicit reward;
-    ``spin``: irft with one generation per pass over the data."""
+    ``spin``: irft with one generation per pass over the data; ``rft``: rounds of generation,
+    learning of an explicit reward (section ``reward``) and policy optimisation (``policy``)."""
     rounds: int = 1
     """Number of rounds T. For spin a round is a pass over the data."""
     steps_per_round: int | None = None
     """Optimizer steps K per round; none: one pass over the round's prompts (sft: over the
-    demonstrations)."""
+    demonstrations). Not for rft, which has the next two."""
+    reward_steps: int = 8
+    """rft only: optimizer steps a round on the reward. They are taken on frozen samples, so keep
+    them few."""
+    policy_steps: int = 8
+    """rft only: optimizer steps a round on the policy; 0 learns a reward and leaves the policy."""
     prompts_per_round: int | None = None
-    """Prompts sampled for at the start of a round (irft, spin); none: ``steps_per_round *
-    train.global_batch_size``, or every demonstration where ``steps_per_round`` is none too."""
+    """Prompts sampled for at the start of a round (all but sft); none: ``steps_per_round *
+    train.global_batch_size``, or every demonstration where ``steps_per_round`` is none too. For
+    rft none means so many that neither phase sees a sample twice."""
     beta: tuple[float, ...] = (0.1,)
-    """Scale of the implicit reward r = beta * log(pi / pi_ref); a number, or one per round."""
+    """Scale of the implicit reward r = beta * log(pi / pi_ref), or for rft the weight of the KL to
+    the reference in E[r] - beta * KL; a number, or one per round."""
     loss: LossName = "sigmoid"
     """h in h(beta * g): -log sigmoid, hinge max(0, 1 - .), or linear -(.)."""
-    reference: ReferenceName = "round_start"
-    """Reference policy: the weights at the start of each round, or those the run began with."""
+    reference: ReferenceName | None = None
+    """Reference policy: the weights at the start of each round (``round_start``), or those the run
+    began with (``initial``); none: ``round_start``, for rft ``initial``. Under ``round_start`` the
+    samples of rft come from the reference itself, and its KL penalty is zero."""
     nll_coefficient: float = 0.0
-    """Weight of the anchor: mean per-token negative log-likelihood of the demonstration."""
+    """Weight of the anchor: mean per-token negative log-likelihood of the demonstration. For rft
+    it is added to the reward steps, where the demonstrations pass by anyway."""
     length_normalize: bool = False
     """Divide each log-ratio by its length in tokens (not in the paper)."""
     reset_optimizer: Literal["never", "round"] = "never"
@@ -87,6 +101,59 @@ class AlgorithmConfig:
     def is_pairwise(self) -> bool:
         """True where the algorithm generates and trains on (demonstration, sample) pairs."""
         return self.name != "sft"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """rft only: the explicit reward, a scalar head on the policy's backbone."""
+
+    loss: Literal["logistic", "linear"] = "logistic"
+    """-log sigmoid(r(demo) - r(sample)), or the theory's r(sample) - r(demo), which on frozen
+    samples has no minimum and so needs ``bound``."""
+    bound: float | None = None
+    """linear only: a demonstration is not pushed above +bound nor a sample below -bound; none:
+    5."""
+    lr: float = 1e-4
+    """Peak learning rate of the head, on the same schedule as ``optimizer.lr``."""
+    trunk: Literal["joint", "detached"] = "joint"
+    """``joint``: the reward's gradient also trains the backbone, which is the policy's, at
+    ``optimizer.lr``. ``detached``: only the head learns, on features that the policy steps make;
+    the policy is left alone by the reward steps."""
+    trunk_scale: float = 1.0
+    """joint only: factor on the gradient into the backbone. Adam rescales gradients by their
+    recent size, so this weighs reward steps against policy steps (and the anchor), and not
+    against ``optimizer.lr``."""
+    mix_rounds: int = 0
+    """Samples of so many earlier rounds are told from demonstrations as well."""
+    preferences: tuple[str, ...] = ()
+    """Preference files ({"prompt", "chosen", "rejected"} records) as a second stream: every reward
+    step takes ``train.global_batch_size`` of its pairs too."""
+    preference_weight: float = 1.0
+    """Weight of the preference stream's mean loss against the demonstrations' mean loss."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """rft only: policy optimisation of E[r] - beta * KL(pi || pi_ref).
+
+    Ratios and the KL are those of the policy at temperature 1: where ``generation`` samples
+    otherwise (temperature, top_p, top_k), they are off by that much.
+    """
+
+    samples_per_prompt: int = 4
+    """Samples of each prompt, 2 or more: each one's baseline is the mean of the others."""
+    clip_low: float = 0.2
+    """A token's probability ratio against the sampling policy earns nothing below 1 - clip_low."""
+    clip_high: float = 0.2
+    """Nor above 1 + clip_high."""
+    normalize: Literal["round", "none"] = "round"
+    """``round``: rewards are divided by their standard deviation over the round's samples before
+    the KL penalty is taken off, so that ``beta`` is in standard deviations per nat. ``none``: the
+    rewards as the head gives them, as in the theory."""
+    truncated: Literal["cap", "keep"] = "cap"
+    """A sample that the length budget ended is not a response the reward was made for. ``cap``: it
+    earns its own reward, but no more than the round's worst sample that ended by itself; ``keep``:
+    its own reward."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +195,8 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Batch sizes: in pairs for irft and spin, in sequences for sft."""
+    """Batch sizes: in pairs for irft, spin and rft's reward steps, in sequences for sft and rft's
+    policy steps."""
 
     micro_batch_size: int = 1
     """Packed into one row of a forward pass; does not change the gradient."""
@@ -214,6 +282,10 @@ class Recipe:
     """What is learnt, and when samples and reference are renewed."""
     output_dir: str
     """The run folder; started again on the same folder, a run resumes."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """The explicit reward of rft."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Policy optimisation of rft."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How samples are drawn."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

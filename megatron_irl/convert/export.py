@@ -1,6 +1,6 @@
 """Megatron chunks → an ordinary HF folder, one tensor at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,42 @@ def export_hf(
     Raises:
         UserError: ``out_dir`` is ``source_dir``; the disk is full (nothing is left behind).
     """
+    mine = dict(global_parameters(chunks))
+    written = dtype or next(iter(mine.values())).dtype
+
+    def complete(folder: Path) -> None:
+        copy_companions(folder, Path(source_dir), tokenizer_path, chat_template)
+        write_config(folder, hf_config, written)
+
+    export_rows(
+        [(row, dtype) for row in rows(arch)], mine, arch, out_dir, complete,
+        source_dir=source_dir, topology=topology, max_shard_bytes=max_shard_bytes,
+    )
+
+
+def export_rows(
+    table: Sequence[tuple[Row, torch.dtype | None]],
+    mine: dict[str, Tensor],
+    arch: Architecture,
+    out_dir: Path,
+    complete: Callable[[Path], None],
+    *,
+    source_dir: Path,
+    topology: Topology,
+    max_shard_bytes: int,
+) -> None:
+    """Stream the tensors of ``table`` into a folder that appears whole or not at all.
+
+    Args:
+        table: What to write, each row with the dtype it is cast to (None: as it is).
+        mine: This rank's parameters by their canonical name.
+        complete: Called on the main rank with the folder, to add everything but the weights.
+
+    Collectives and errors: as ``export_hf``.
+    """
     if out_dir.resolve() == Path(source_dir).resolve():
         raise UserError(f"{out_dir} is the folder of the starting model. Choose another one.")
     if topology.dp_rank == 0:
-        mine = dict(global_parameters(chunks))
         owners = _owners(mine, topology)
         partial = out_dir.with_name(f".{out_dir.name}.partial")
         with disk_errors(out_dir, cleanup=partial):
@@ -71,18 +103,17 @@ def export_hf(
                 fresh_folder(partial)
                 plan = [
                     TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron][1])
-                    for row in rows(arch) for tensor in row.hf
+                    for row, dtype in table for tensor in row.hf
                 ]
                 writer = ShardedWriter(partial, plan, max_shard_bytes)
-            for row in rows(arch):
+            for row, _ in table:
                 tensors = _collect(row, mine, owners[row.megatron], arch, topology)
                 if writer is not None:
                     for tensor, value in zip(row.hf, tensors, strict=True):
                         writer.add(tensor.name, value)
             if writer is not None:
                 writer.close()
-                copy_companions(partial, Path(source_dir), tokenizer_path, chat_template)
-                write_config(partial, hf_config, dtype or next(iter(mine.values())).dtype)
+                complete(partial)
                 commit_folder(partial, out_dir)
     topology.barrier()
 

@@ -22,6 +22,8 @@ from megatron_irl.errors import UserError
 
 __all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
 
+REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
+
 
 def load_hf_weights(
     chunks: Sequence[nn.Module], arch: Architecture, hf_dir: Path, *, tp_rank: int, tp_size: int
@@ -57,6 +59,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
     """Yield this rank's parameters by their canonical name with the global layer number.
 
     A stage numbers its layers from 0; Megatron's ``layer_number`` counts them globally from 1.
+    The reward head is none of them: it is in no HF folder of a language model.
     """
     for wrapped in chunks:
         chunk: Any = wrapped
@@ -65,6 +68,8 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
         numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
+            if parts[0] == REWARD_HEAD:
+                continue
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(numbers[int(parts[2])])
             yield canonical(".".join(parts)), parameter

@@ -112,7 +112,7 @@ def load_demonstrations(
     counts: Counter[str] = Counter()
 
     def build(record: dict[str, Any], source: str) -> Demonstration | None:
-        prompt, response = _conversation(record)
+        prompt, response = conversation(record)
         if not isinstance(prompt, str):
             tokenizer.require_chat_template()
         prompt_ids = tokenizer.render_prompt(prompt)
@@ -161,7 +161,8 @@ def load_score_records(path: str | Path) -> list[ScoreRecord]:
         checked_prompt(record), checked_texts(record, "responses"), record, source))
 
 
-def _conversation(record: dict[str, Any]) -> tuple[str | Messages, str]:
+def conversation(record: dict[str, Any]) -> tuple[str | Messages, str]:
+    """Return the prompt and the response of a demonstration record, or raise RecordError."""
     if record.get("messages") is None:
         if record.get("prompt") is None and record.get("response") is None:
             raise RecordError('neither "messages" nor "prompt" and "response"')

@@ -22,6 +22,9 @@ def pack(
     *,
     multiple_of: int = 1,
     pad_id: int = 0,
+    sampled_logprobs: Sequence[np.ndarray] | None = None,
+    advantages: Sequence[float] | None = None,
+    is_preference: bool = False,
 ) -> PackedBatch:
     """Lay (prompt ids, response ids) sequences end to end in one row.
 
@@ -35,6 +38,9 @@ def pack(
         multiple_of: T is padded up to a multiple of this with one more segment, which no row
             belongs to.
         pad_id: What that segment is filled with.
+        sampled_logprobs: [S] float32 arrays as long as the responses, and
+        advantages: [S]; for policy steps only.
+        is_preference: Passed on to the batch.
 
     Raises:
         ValueError: No sequence, an empty prompt (nothing would predict the first response
@@ -47,6 +53,9 @@ def pack(
                          f"{response_S.tolist()} must all be positive, and there must be some")
     if ref_logps is not None and len(ref_logps) != len(sequences):
         raise ValueError(f"{len(ref_logps)} ref_logps for {len(sequences)} sequences")
+    if sampled_logprobs is not None and list(map(len, sampled_logprobs)) != response_S.tolist():
+        raise ValueError(f"sampled_logprobs of lengths {list(map(len, sampled_logprobs))} for "
+                         f"responses of {response_S.tolist()} tokens")
     segment_lengths = prompt_S + response_S
     num_tokens = int(segment_lengths.sum())
     num_padding = -num_tokens % multiple_of
@@ -70,6 +79,12 @@ def pack(
         num_sequences=len(sequences),
         lengths_S=torch.from_numpy(response_S),
         ref_logps_S=torch.from_numpy(ref.astype(np.float32)),
+        final_S=torch.from_numpy(starts[: len(sequences)] + prompt_S + response_S - 1),
+        sampled_logprobs_R=None if sampled_logprobs is None else torch.from_numpy(
+            np.concatenate(sampled_logprobs).astype(np.float32)),
+        advantages_S=None if advantages is None else torch.tensor(
+            advantages, dtype=torch.float32),
+        is_preference=is_preference,
     )
 
 

@@ -14,7 +14,7 @@ from megatron_irl.data.files import TEMPORARY_PATTERN, replacing
 from megatron_irl.errors import UserError
 from megatron_irl.types import Pair
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _TOKEN_IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema({
@@ -31,8 +31,16 @@ SCHEMA = pa.schema({
     "sample_length": pa.int32(),
     "ref_demo_logp": pa.float32(),
     "ref_sample_logp": pa.float32(),
+    "reward_demo": pa.float32(),
+    "reward_sample": pa.float32(),
 })
 _REFERENCES = ["ref_demo_logp", "ref_sample_logp"]
+_REWARDS = ["reward_demo", "reward_sample"]
+# Columns by format version. Version 1 had no explicit rewards; they are read as not computed.
+_COLUMNS = {
+    1: [name for name in SCHEMA.names if name not in _REWARDS],
+    2: SCHEMA.names,
+}
 
 
 class PairBank:
@@ -54,7 +62,7 @@ class PairBank:
         self.seed = seed
 
     def write_chunk(self, round: int, chunk: int, pairs: Sequence[Pair]) -> None:
-        """Commit a chunk, replacing an earlier version (to add reference log-probabilities).
+        """Commit a chunk, replacing an earlier version (to add references or rewards).
 
         Raises:
             UserError: The disk is full or the folder cannot be written; nothing is left behind.
@@ -138,9 +146,10 @@ class PairBank:
     def _check(self, path: Path, schema: pa.Schema) -> None:
         metadata = schema.metadata or {}
         version, seed = metadata.get(b"format_version"), metadata.get(b"seed")
-        if version != str(FORMAT_VERSION).encode() or schema.names != SCHEMA.names:
-            raise UserError(f"{path} is not a pair chunk of format_version={FORMAT_VERSION}; it "
-                            "was written by another version. Start a new output_dir.")
+        if schema.names != _COLUMNS.get(int(version) if version and version.isdigit() else 0):
+            raise UserError(f"{path} is not a pair chunk of format_version="
+                            f"{' or '.join(map(str, _COLUMNS))}; it was written by another "
+                            "version. Start a new output_dir.")
         if self.seed is not None and seed is not None and int(seed) != self.seed:
             raise UserError(f"seed={self.seed} conflicts with seed={int(seed)} of {path}; a run "
                             "goes on with the seed it began with. Set seed back, or start a new "
@@ -206,7 +215,8 @@ def _to_pairs(table: pa.Table) -> Iterator[Pair]:
         lists = {name: np.array(columns[name][i].values)
                  for name in ("prompt_ids", "demo_ids", "sample_ids", "sample_logprobs")}
         scalars = {name: columns[name][i].as_py()
-                   for name in ("ordinal", "finish_reason", "round", *_REFERENCES)}
+                   for name in ("ordinal", "finish_reason", "round", *_REFERENCES, *_REWARDS)
+                   if name in columns}
         yield Pair(**lists, **scalars)
 
 

@@ -1,23 +1,34 @@
-"""One packed microbatch through a model chunk: response log-probabilities out of one hook.
+"""One packed microbatch through a model chunk: what its heads say, out of one hook.
 
 ``GPTModel.forward(output_processor=...)`` hands over the hidden states of the last stage, so the
-prompt rows never reach the language-model head and no logits are gathered.
+prompt rows never reach the language-model head, no logits are gathered, and the reward head reads
+the same hidden states.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from megatron_irl.convert.load import REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.model.local_layers import PackedRotaryEmbedding, padded_layout
+from megatron_irl.model.reward_head import RewardHead
 from megatron_irl.parallel.logprobs import response_logprobs
-from megatron_irl.types import PackedBatch
+from megatron_irl.types import HeadOutputs, Heads, PackedBatch
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
 
-class LogprobProcessor:
-    """The output processor: hidden states → log-probabilities of the response tokens.
+class HeadRequest(NamedTuple):
+    """What the last stage is asked for: the batch, the heads, and its reward head if it has one."""
+
+    batch: PackedBatch
+    heads: Heads
+    reward_head: RewardHead | None
+
+
+class HeadProcessor:
+    """The output processor: hidden states → log-probabilities, rewards, or both.
 
     Args:
         chunk_size: Rows whose vocabulary shard of logits exists at one time.
@@ -28,27 +39,43 @@ class LogprobProcessor:
 
     def __call__(
         self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
-        context: PackedBatch, config: Any, **_: Any,
+        context: HeadRequest, config: Any, **_: Any,
+    ) -> Tensor | HeadOutputs:
+        """Returns float32 [R] log-probabilities in nats, float32 [S] rewards, or both."""
+        batch, heads, head = context
+        parallel = {
+            "tp_group": output_layer.tp_group, "sequence_parallel": config.sequence_parallel,
+        }
+        if heads == "logprobs":
+            return self._logprobs(hidden_states, output_layer, output_weight, batch, parallel)
+        assert head is not None, "rewards of a model without a reward head"
+        rewards_S = head(hidden_states, batch.final_S, **parallel)
+        if heads == "rewards":
+            return rewards_S
+        return HeadOutputs(
+            self._logprobs(hidden_states, output_layer, output_weight, batch, parallel), rewards_S
+        )
+
+    def _logprobs(
+        self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
+        batch: PackedBatch, parallel: dict[str, Any],
     ) -> Tensor:
-        """Returns float32 [R] log-probabilities in nats; see ``response_logprobs``."""
         weight = output_layer.weight if output_weight is None else output_weight
         return response_logprobs(
-            hidden_states,
-            weight,
-            context.rows_R,
-            context.targets_R,
-            tp_group=output_layer.tp_group,
-            sequence_parallel=config.sequence_parallel,
-            chunk_size=self.chunk_size,
+            hidden_states, weight, batch.rows_R, batch.targets_R, chunk_size=self.chunk_size,
+            **parallel,
         )
 
 
-def forward_packed(chunk: nn.Module, batch: PackedBatch, processor: LogprobProcessor) -> Tensor:
+def forward_packed(
+    chunk: nn.Module, batch: PackedBatch, processor: HeadProcessor, heads: Heads = "logprobs"
+) -> Any:
     """Run one packed microbatch through a (wrapped) model chunk.
 
     Returns:
-        float32 [R] response log-probabilities on the last pipeline stage; the stage's hidden
-        states elsewhere. Gradient flows to the chunk's parameters.
+        On the last pipeline stage what ``heads`` asks for: float32 [R] response log-probabilities,
+        float32 [S] rewards, or ``HeadOutputs``. The stage's hidden states elsewhere. Gradient
+        flows to the chunk's parameters.
     """
     packed = PackedSeqParams(
         qkv_format="thd",
@@ -57,7 +84,8 @@ def forward_packed(chunk: nn.Module, batch: PackedBatch, processor: LogprobProce
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
-    rotary = unwrap(chunk).rotary_pos_emb
+    model = unwrap(chunk)
+    rotary = model.rotary_pos_emb
     if isinstance(rotary, PackedRotaryEmbedding):
         rotary.positions_T = batch.position_ids_T[0]
         packed.padded_layout = padded_layout(batch.cu_seqlens.tolist(), batch.tokens_T.device)
@@ -67,5 +95,5 @@ def forward_packed(chunk: nn.Module, batch: PackedBatch, processor: LogprobProce
         attention_mask=None,
         packed_seq_params=packed,
         output_processor=processor,
-        output_processor_context=batch,
+        output_processor_context=HeadRequest(batch, heads, getattr(model, REWARD_HEAD, None)),
     )

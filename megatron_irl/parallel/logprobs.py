@@ -15,6 +15,7 @@ from megatron_irl import platform  # noqa: F401  (must precede megatron)
 from megatron.core.tensor_parallel import (  # isort: skip
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
 )
 
 
@@ -156,4 +157,33 @@ def response_logprobs(
     weight_VpH = weight_VpH[: getattr(weight_VpH, ROWS, None)]
     return _ChunkedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group
+    )
+
+
+def rows_at(
+    hidden_TH: Tensor, positions_S: Tensor, *, tp_group: Any, sequence_parallel: bool
+) -> Tensor:
+    """The hidden states at a few positions, whole on every tensor-parallel rank.
+
+    Args:
+        hidden_TH: [T, H], replicated over the group; [T / tp, H], this rank's share, under
+            sequence parallelism.
+        positions_S: int64 [S], positions in T.
+
+    Returns:
+        [S, H], equal on every rank, in the dtype of the hidden states.
+
+    Gradient: to ``hidden_TH``, for a consumer whose gradient is the same on every rank. Replicated
+    states get it as it is (a sum over the group would count it tp times); under sequence
+    parallelism the rank that holds a row gets it, once.
+    Collectives: under sequence parallelism an all-reduce over ``tp_group``.
+    """
+    if not sequence_parallel:
+        return hidden_TH.index_select(0, positions_S)
+    local_S = positions_S - tp_group.rank() * hidden_TH.shape[0]
+    is_mine_S = (local_S >= 0) & (local_S < hidden_TH.shape[0])
+    rows_SH = hidden_TH.index_select(0, torch.where(is_mine_S, local_S, 0))
+    # Every row is held by one rank, so the sum has one term that is not zero and is exact.
+    return reduce_from_tensor_model_parallel_region(
+        torch.where(is_mine_S[:, None], rows_SH, 0.0), group=tp_group
     )

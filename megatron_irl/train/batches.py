@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from megatron_irl.data.packing import assign, pack
+from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.types import Demonstration, PackedBatch, Pair
+from megatron_irl.types import Demonstration, PackedBatch, Pair, Rollout
 
 Sequences = list[tuple[np.ndarray, np.ndarray]]
-Item = Demonstration | Pair
+Item = Demonstration | Pair | Preference | Rollout
 
 
 def microbatches_for(
@@ -19,9 +20,10 @@ def microbatches_for(
     """This data-parallel rank's microbatches of a global batch, balanced by tokens.
 
     Every rank computes the same split, so no communication is needed. Pairs become
-    [demonstration, sample] neighbours of one microbatch, because the loss needs both.
+    [demonstration, sample] neighbours of one microbatch, because the loss needs both; preferences
+    [chosen, rejected]. All items are of one kind.
     """
-    lengths = [sum(len(ids) for ids in _flat(item)) for item in items]
+    lengths = [num_tokens(item) for item in items]
     bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
     mine = bins[topology.dp_rank :: topology.dp_size]
     return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
@@ -58,20 +60,35 @@ def token_budget_packs(
         yield chosen, pack([sequences[i] for i in chosen], None, multiple_of=multiple_of)
 
 
-def _flat(item: Item) -> tuple[np.ndarray, ...]:
-    if isinstance(item, Pair):
-        return (item.prompt_ids, item.demo_ids, item.prompt_ids, item.sample_ids)
-    return (item.prompt_ids, item.response_ids)
+def num_tokens(item: Item) -> int:
+    """Tokens a step processes for one item: prompt and response of each of its sequences."""
+    return sum(len(prompt) + len(response) for prompt, response in _sequences(item))
+
+
+def _sequences(item: Item) -> Sequences:
+    match item:
+        case Pair():
+            responses = [item.demo_ids, item.sample_ids]
+        case Preference():
+            responses = [item.chosen_ids, item.rejected_ids]
+        case Rollout():
+            responses = [item.sample_ids]
+        case Demonstration():
+            responses = [item.response_ids]
+    return [(item.prompt_ids, response) for response in responses]
 
 
 def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
-    sequences: Sequences = []
-    refs: list[float] = []
-    for item in items:
-        if isinstance(item, Pair):
-            assert item.ref_demo_logp is not None and item.ref_sample_logp is not None
-            sequences += [(item.prompt_ids, item.demo_ids), (item.prompt_ids, item.sample_ids)]
-            refs += [item.ref_demo_logp, item.ref_sample_logp]
-        else:
-            sequences.append((item.prompt_ids, item.response_ids))
-    return pack(sequences, refs or None, multiple_of=multiple_of)
+    sequences = [sequence for item in items for sequence in _sequences(item)]
+    pairs = [item for item in items if isinstance(item, Pair)]
+    rollouts = [item for item in items if isinstance(item, Rollout)]
+    refs: list[float] = [rollout.ref_logp for rollout in rollouts]
+    for pair in pairs:
+        assert pair.ref_demo_logp is not None and pair.ref_sample_logp is not None
+        refs += [pair.ref_demo_logp, pair.ref_sample_logp]
+    return pack(
+        sequences, refs or None, multiple_of=multiple_of,
+        sampled_logprobs=[r.sample_logprobs for r in rollouts] or None,
+        advantages=[r.advantage for r in rollouts] or None,
+        is_preference=isinstance(items[0], Preference),
+    )

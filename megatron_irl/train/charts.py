@@ -20,7 +20,7 @@ from megatron_irl.train.comparison import share_of, wilson_interval
 
 Record = Mapping[str, Any]
 
-DEMO, SAMPLE, MARGIN, OTHER = "#3f83d6", "#dd7a2b", "#8e63ce", "#2f9e77"
+DEMO, SAMPLE, MARGIN, OTHER, EXTRA = "#3f83d6", "#dd7a2b", "#8e63ce", "#2f9e77", "#c2508f"
 _INK = "#010203"  # replaced by currentColor
 _MAX_POINTS = 500
 _STYLE: dict[Any, Any] = {  # matplotlib types the keys as literals
@@ -52,12 +52,11 @@ class Curves:
     note: str = ""
 
 
-STEP_CHARTS = (
-    Curves("Loss", "per pair (irft) or token (sft)", (("loss", "loss", OTHER),)),
-    Curves("Implicit rewards", "β · log(π / π_ref)", (
-        ("reward/demo", "demonstration", DEMO), ("reward/sample", "sample", SAMPLE),
-        ("reward/margin", "margin", MARGIN))),
-    Curves("Reward accuracy", "share of pairs", (("reward/accuracy", "accuracy", MARGIN),)),
+_REWARDS = (("reward/demo", "demonstration", DEMO), ("reward/sample", "sample", SAMPLE),
+            ("reward/margin", "margin", MARGIN))
+_COMMON_CHARTS = (
+    Curves("Reward accuracy", "share of pairs", (
+        ("reward/accuracy", "accuracy", MARGIN), ("preference/accuracy", "preferences", EXTRA))),
     Curves("Log-probability", "nats per response", (
         ("logp/demo", "demonstration", DEMO), ("logp/sample", "sample", SAMPLE))),
     Curves("Response length", "tokens", (
@@ -67,10 +66,28 @@ STEP_CHARTS = (
     Curves("Training speed", "tokens/s", (("tokens_per_second", "tokens/s", OTHER),),
            note="Optimizer steps only, prompts included."),
 )
+STEP_CHARTS = (
+    Curves("Loss", "per pair (irft) or token (sft)", (("loss", "loss", OTHER),)),
+    Curves("Implicit rewards", "β · log(π / π_ref)", _REWARDS),
+    *_COMMON_CHARTS,
+)
+RFT_CHARTS = (
+    Curves("Loss", "per pair", (("reward/loss", "reward loss", OTHER),),
+           note="Of the reward steps."),
+    Curves("Rewards", "of the head", _REWARDS),
+    Curves("Policy loss", "per sample", (("policy/loss", "policy loss", OTHER),)),
+    Curves("Clipped tokens", "share", (("policy/clip_fraction", "clipped", SAMPLE),)),
+    Curves("Entropy", "nats per token", (("policy/entropy", "entropy", OTHER),)),
+    Curves("Distance from the sampler", "KL, nats per token", (
+        ("policy/kl_to_sampler", "KL", MARGIN),)),
+    Curves("Distance from the reference", "log π / π_ref, nats per sample", (
+        ("policy/log_ratio_to_reference", "log-ratio", MARGIN),)),
+    *_COMMON_CHARTS,
+)
 
 
 def step_charts(metrics: Sequence[Record], *, ln2_line: bool) -> list[Chart]:
-    """Return a chart for each of ``STEP_CHARTS`` that has data.
+    """Return a chart for each of ``STEP_CHARTS`` (for rft ``RFT_CHARTS``) that has data.
 
     Args:
         metrics: Lines of ``metrics.jsonl``.
@@ -79,7 +96,7 @@ def step_charts(metrics: Sequence[Record], *, ln2_line: bool) -> list[Chart]:
     steps = [line.get("step") for line in metrics]
     starts = _round_starts(metrics)
     charts = []
-    for curves in STEP_CHARTS:
+    for curves in RFT_CHARTS if any("phase" in m for m in metrics) else STEP_CHARTS:
         series = [(*_points(steps, [_speed(m) if key == "tokens_per_second" else m.get(key)
                                     for m in metrics]), label, colour)
                   for key, label, colour in curves.lines]
@@ -129,7 +146,8 @@ def evaluation_charts(rows: Sequence[tuple[str, Record]]) -> list[Chart]:
                                   "Held-out answers; bars are 95% Wilson intervals."))
     for key, title, ylabel in (("nll", "Held-out NLL", "nats per token"),
                                ("reward_accuracy", "Held-out reward accuracy", "share of pairs"),
-                               ("reward_margin", "Held-out margin", "β · log-ratio"),
+                               ("reward_margin", "Held-out margin", "reward"),
+                               ("preference_accuracy", "Held-out preferences", "share of pairs"),
                                ("sample_length", "Held-out sample length", "tokens")):
         charts += _by_category(labels, [row for _, row in rows], ((key, "", OTHER),), title, ylabel)
     return charts
@@ -143,6 +161,19 @@ def round_charts(rounds: Sequence[Record]) -> list[Chart]:
         (("mean_abs", "mean |Δ|", DEMO), ("max_abs", "max |Δ|", SAMPLE)),
         "Engine-trainer mismatch", "nats per token", log=True, xlabel="round",
         note="Difference of the sampler's and the trainer's log-probability of the same token.")
+    rewards = [_mapping(record.get("rewards")) for record in rounds]
+    charts += _by_category(
+        labels, rewards, (("demo_mean", "demonstrations", DEMO), ("sample_mean", "samples", SAMPLE),
+                          ("sample_std", "spread of samples", MARGIN)),
+        "Rewards after reward learning", "of the head", xlabel="round")
+    charts += _by_category(
+        labels, rewards, (("kl_to_reference", "KL", MARGIN),), "KL to the reference",
+        "nats per response", xlabel="round", note="Of the policy that drew the round's samples.")
+    charts += _by_category(
+        labels, [_mapping(record.get("generation")) for record in rounds],
+        (("repetition", "repeated 4-grams", SAMPLE), ("demo_repetition", "demonstrations'", DEMO),
+         ("eos_rate", "ended by EOS", OTHER)),
+        "Samples", "share", xlabel="round")
     parts = [_mapping(record.get("time")) for record in rounds]
     totals = np.array([sum(_number(part.get(key)) for key, _ in _TIME_PARTS) for part in parts])
     if not len(totals) or not totals.all():
@@ -160,13 +191,13 @@ def round_charts(rounds: Sequence[Record]) -> list[Chart]:
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     _set_ticks(axes.yaxis, labels)
     axes.invert_yaxis()
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=9,
+    axes.legend(ncols=5, loc="lower center", bbox_to_anchor=(0.45, 1.0), fontsize=9,
                 handlelength=1, columnspacing=0.8, frameon=False, labelcolor=_INK)
     return [*charts, Chart("Time", _to_svg(figure, "Time"))]
 
 
-_TIME_PARTS = (("generation", SAMPLE), ("reference", MARGIN), ("train", DEMO),
-               ("evaluation", OTHER))
+_TIME_PARTS = (("generation", SAMPLE), ("reference", MARGIN), ("scoring", EXTRA),
+               ("train", DEMO), ("evaluation", OTHER))
 
 
 def _by_category(labels: Sequence[str], records: Sequence[Record],

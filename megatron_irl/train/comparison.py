@@ -81,6 +81,7 @@ COLUMNS: tuple[tuple[str, Callable[[Evaluation], str | None]], ...] = (
     ("greedy exact match [95%]", _share("greedy_exact_match")),
     ("reward acc.", _number("reward_accuracy", ".1%")),
     ("margin", _number("reward_margin", "+.3f")),
+    ("preference acc.", _number("preference_accuracy", ".1%")),
     ("length", _number("sample_length", ".1f")),
     ("EOS rate", _number("eos_rate", ".1%")),
 )

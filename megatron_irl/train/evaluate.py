@@ -1,13 +1,23 @@
-"""Held-out evaluation: likelihood, implicit reward, exact match, length and EOS rate."""
+"""Held-out evaluation: likelihood, reward, preferences, exact match, length and EOS rate."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import usable_pairs
-from megatron_irl.train.rounds import add_references, generate, pair_sequences, sample_pairs
-from megatron_irl.train.scoring import score_sequences, summed
+from megatron_irl.parallel.reduce import from_main
+from megatron_irl.train.batches import Sequences
+from megatron_irl.train.rounds import (
+    add_references,
+    generate,
+    initial_weights,
+    sample_pairs,
+    score_distinct,
+)
+from megatron_irl.train.scoring import score_rewards, score_sequences, summed
 from megatron_irl.train.session import Session
 from megatron_irl.types import Demonstration, Pair
 
@@ -57,44 +67,96 @@ def evaluate(session: Session, next_round: int) -> dict[str, Any]:
 
 
 def evaluate_reward(session: Session, round_index: int) -> dict[str, Any]:
-    """Implicit reward of held-out demonstrations against the samples drawn before the round.
+    """The reward on held-out demonstrations and preferences, explicit for rft, else implicit.
 
-    A demonstration should earn more than the sample of the policy the round started from; ties
-    count half. Collectives: every rank must call.
+    A demonstration should earn more than the sample of the policy the round started from, and a
+    chosen response more than the rejected one; ties count half.
+    Collectives: every rank must call.
     """
     pairs = heldout_pairs(session, round_index)
-    if not pairs:
-        return {}
+    numbers: dict[str, Any] = {}
     with session.timed("evaluation"):
-        sums = np.array(
-            summed(
-                score_sequences(
-                    session.stepper, pair_sequences(pairs), multiple_of=session.multiple_of
-                )
-            )
-        )
-    references = np.array([[p.ref_demo_logp, p.ref_sample_logp] for p in pairs], dtype=np.float64)
-    beta = session.recipe.algorithm.beta[round_index]
-    rewards = beta * (sums.reshape(-1, 2) - references)
+        if pairs:
+            rewards = score_distinct(pairs, lambda sequences: _scores(session, sequences))
+            references: list[Any] = [[p.ref_demo_logp, p.ref_sample_logp] for p in pairs]
+            numbers |= _reward_numbers(session, rewards, references, round_index) | {
+                "num_pairs": len(pairs)
+            }
+        preferences = session.heldout_preferences
+        if preferences:
+            scores = _scores(session, preference_sequences(session))
+            references = preference_references(session)
+            found = _reward_numbers(session, scores, references, round_index)
+            numbers |= {
+                "preference_accuracy": found["reward_accuracy"],
+                "preference_margin": found["reward_margin"],
+                "num_preferences": len(preferences),
+            }
+    return numbers
+
+
+def heldout_pairs(session: Session, round_index: int) -> list[Pair]:
+    """Usable held-out pairs of a round, with references where the reward needs them."""
+    bank, algorithm = session.heldout_bank, session.recipe.algorithm
+    if not algorithm.is_pairwise or not bank.complete_chunks(round_index):
+        return []
+    if algorithm.name != "rft" and not bank.has_references(round_index):
+        add_references(session, bank, round_index)
+    pairs, _ = usable_pairs(bank.read_round(round_index))
+    return pairs
+
+
+def preference_sequences(session: Session) -> Sequences:
+    """[chosen_0, rejected_0, chosen_1, ...] of the held-out preferences as (prompt, response)."""
+    return [
+        (preference.prompt_ids, response)
+        for preference in session.heldout_preferences
+        for response in (preference.chosen_ids, preference.rejected_ids)
+    ]
+
+
+def preference_references(session: Session) -> list[Any]:
+    """Log-probabilities of the held-out preferences under the weights the run began with.
+
+    Computed once, at the run's first call, and kept in its folder. Not for rft, whose reward needs
+    none. Collectives: every rank must call.
+    """
+    if session.recipe.algorithm.name == "rft" or not session.heldout_preferences:
+        return []
+    path, topology = session.folder.preference_references, session.topology
+    known = json.loads(path.read_text()) if topology.is_main and path.exists() else None
+    known = from_main(known, topology)
+    if known is None:
+        with initial_weights(session):
+            known = _scores(session, preference_sequences(session))
+        if topology.is_main:
+            with replacing(path) as file:
+                file.write(json.dumps(known).encode())
+    return np.array(known).reshape(-1, 2).tolist()
+
+
+def _scores(session: Session, sequences: Sequences) -> list[float]:
+    """Explicit rewards for rft; else summed log-probabilities, still without their reference."""
+    if session.recipe.algorithm.name == "rft":
+        return score_rewards(session.stepper, sequences, multiple_of=session.multiple_of)
+    return summed(score_sequences(session.stepper, sequences, multiple_of=session.multiple_of))
+
+
+def _reward_numbers(
+    session: Session, scores: list[float], references: list[Any], round_index: int
+) -> dict[str, float]:
+    """Accuracy, margin and means of [better_0, worse_0, better_1, ...]."""
+    rewards = np.array(scores, dtype=np.float64).reshape(-1, 2)
+    algorithm = session.recipe.algorithm
+    if algorithm.name != "rft":
+        rewards = algorithm.beta[round_index] * (rewards - np.array(references, dtype=np.float64))
     margins = rewards[:, 0] - rewards[:, 1]
     return {
         "reward_accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()),
         "reward_margin": float(margins.mean()),
         "reward_demo": float(rewards[:, 0].mean()),
         "reward_sample": float(rewards[:, 1].mean()),
-        "num_pairs": len(pairs),
     }
-
-
-def heldout_pairs(session: Session, round_index: int) -> list[Pair]:
-    """Usable held-out pairs of a round with their reference log-probabilities, if there are any."""
-    bank = session.heldout_bank
-    if not session.recipe.algorithm.is_pairwise or not bank.complete_chunks(round_index):
-        return []
-    if not bank.has_references(round_index):
-        add_references(session, bank, round_index)
-    pairs, _ = usable_pairs(bank.read_round(round_index))
-    return pairs
 
 
 def _sample_numbers(

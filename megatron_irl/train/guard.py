@@ -36,6 +36,8 @@ class CollapseGuard:
     """Reward accuracy over the last quarter of the steps from which there is nothing to learn."""
     min_length_ratio: float = 0.25
     """Sample length over demonstration length below which samples have collapsed."""
+    max_repetition: float = 0.3
+    """Share of repeated 4-grams above which samples loop, unless demonstrations repeat as much."""
     max_truncated_share: float = 0.5
     """Share of samples ended by the length budget above which they are not whole responses."""
     step_interval: int = 10
@@ -72,7 +74,8 @@ class CollapseGuard:
 
         Args:
             generation: The round's generation counts (``samples``, ``truncated``,
-                ``mean_length``); preferred over the steps' own length keys.
+                ``mean_length``, ``demo_length``, ``repetition``, ``demo_repetition``); lengths are
+                preferred over the steps' own keys.
         """
         return list(self._find(generation).values())
 
@@ -82,6 +85,7 @@ class CollapseGuard:
             "saturated": self._saturated(),
             "short": self._short(generation or {}),
             "truncated": self._truncated(generation or {}),
+            "repetitive": self._repetitive(generation or {}),
         }
         return {kind: text for kind, text in found.items() if text}
 
@@ -116,11 +120,13 @@ class CollapseGuard:
             return None
         return (
             f"reward/accuracy was {mean:.4g} over the last {len(tail)} of {self._steps} steps: "
-            "these samples no longer teach anything. Set fewer algorithm.steps_per_round (and more "
-            "algorithm.rounds, so that fresh samples come sooner), or a lower optimizer.lr.")
+            "these samples no longer teach anything. Set fewer algorithm.steps_per_round (rft: "
+            "algorithm.reward_steps) and more algorithm.rounds, so that fresh samples come sooner, "
+            "or a lower optimizer.lr.")
 
     def _short(self, generation: Mapping[str, Any]) -> str | None:
-        sample, demo = generation.get("mean_length"), self._mean("length/demo")
+        sample = generation.get("mean_length")
+        demo = self._mean("length/demo") or generation.get("demo_length")
         sample = self._mean("length/sample") if sample is None else sample
         if sample is None or not demo or sample >= self.min_length_ratio * demo:
             return None
@@ -129,6 +135,15 @@ class CollapseGuard:
             f"{sample / demo:.2f} < {self.min_length_ratio}): responses have collapsed. Set "
             "algorithm.nll_coefficient above 0 or a lower optimizer.lr, and check that the prompts "
             "end with the assistant header.")
+
+    def _repetitive(self, generation: Mapping[str, Any]) -> str | None:
+        share, demo = generation.get("repetition"), generation.get("demo_repetition") or 0.0
+        if share is None or share <= max(self.max_repetition, 2 * demo):
+            return None
+        return (
+            f"{share:.0%} of the samples' 4-grams repeat an earlier one, against {demo:.0%} in "
+            "demonstrations: the policy loops. Set a larger algorithm.beta or a lower "
+            "optimizer.lr, or algorithm.nll_coefficient above 0.")
 
     def _truncated(self, generation: Mapping[str, Any]) -> str | None:
         samples, count = generation.get("samples"), generation.get("truncated")

@@ -1,12 +1,15 @@
-"""The algorithm (arXiv 2405.17888, Algorithm 2) on one screen.
+"""The algorithm (arXiv 2405.17888, Algorithms 1 and 2) on one screen.
 
     for each round t:
         sample z ~ pi(.|x) for the round's prompts        Megatron's inference engine
         cache log pi_ref of demonstrations and samples    one evaluation pass, no second model
-        K optimizer steps on h(beta * g)                  Megatron's schedules and optimizer
+        irft: K optimizer steps on h(beta * g)            Megatron's schedules and optimizer
+        rft:  optimizer steps on r(demo) - r(sample), score the samples once,
+              then policy steps on E[r] - beta * KL(pi || pi_ref)
         evaluate on held-out demonstrations
 
-SFT is the same loop without the first two lines; SPIN is a round per pass over the data.
+SFT is the same loop without the first two lines; SPIN is a round per pass over the data. What a
+phase trains on is in ``phases.py``.
 """
 
 import sys
@@ -16,17 +19,19 @@ from typing import Any
 
 from megatron_irl.config import Recipe
 from megatron_irl.convert.export import export_hf
+from megatron_irl.convert.reward_export import export_hf_reward
 from megatron_irl.data.pair_bank import chunk_seed, usable_pairs
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.model.reward_head import reward_head
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.train.batches import Item, draw, microbatches_for
+from megatron_irl.train.batches import Item, draw, microbatches_for, num_tokens
 from megatron_irl.train.evaluate import evaluate, evaluate_reward, heldout_pairs
-from megatron_irl.train.objective import build_objective
+from megatron_irl.train.hacking import hacking_signs
 from megatron_irl.train.optimizer import build_schedule, current_lr, reset_optimizer
-from megatron_irl.train.rounds import fill_bank, previous_pairs
+from megatron_irl.train.phases import Phase, Work, phases
+from megatron_irl.train.rounds import fill_bank
 from megatron_irl.train.session import Inputs, Session, is_finished, open_session
-from megatron_irl.train.step import Objective
-from megatron_irl.types import Pair
+from megatron_irl.types import PackedBatch
 
 
 def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> None:
@@ -35,16 +40,14 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         return
     session = open_session(inputs, topology, argv or sys.argv)
     state, algorithm = session.state, session.recipe.algorithm
-    steps_per_round = algorithm.steps_per_round or 0  # resolved: never None
     try:
         if state.step == 0 and evaluates_before(session.recipe):
             state.evaluation = evaluate(session, next_round=0)
         while state.round < algorithm.rounds:
-            items, opening = open_round(session)
-            objective = build_objective(session.recipe, state.round)
-            while state.step_in_round < steps_per_round and items:
-                optimizer_step(session, items, objective)
-            close_round(session, items, opening)
+            summary = open_round(session)
+            for phase in phases(algorithm):
+                summary |= run_phase(session, phase)
+            close_round(session, summary)
     except TrainingDiverged as error:
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
@@ -55,56 +58,82 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     finish(session)
 
 
-def open_round(session: Session) -> tuple[list[Item], dict[str, Any]]:
-    """What the round trains on: usable pairs with cached references, or demonstrations."""
+def open_round(session: Session) -> dict[str, Any]:
+    """Sample for the round's prompts and cache the reference; returns what the round's line says
+    of it.
+    """
     algorithm, state = session.recipe.algorithm, session.state
     if state.step_in_round == 0 and state.round > 0 and algorithm.reset_optimizer == "round":
         reset_optimizer(session.optimizer)
         session.scheduler = build_schedule(session.recipe, session.optimizer)
     if not algorithm.is_pairwise:
-        return list(session.demonstrations), {}
+        return {}
     summary = fill_bank(session, state.round)
     heldout_pairs(session, state.round)  # its references too belong to the round's start
     drawn = session.bank.read_round(state.round)
-    pairs, counts = usable_pairs(drawn)
-    summary["generation"] |= counts | {  # of the whole round, however often it was resumed
+    summary["generation"] |= usable_pairs(drawn)[1] | {  # of the whole round, however often resumed
         "tokens": sum(len(pair.sample_ids) for pair in drawn),
         "truncated": sum(pair.finish_reason == "length" for pair in drawn),
-        "mean_length": sum(len(pair.sample_ids) for pair in drawn) / len(drawn),
+        **hacking_signs(drawn),
     }
-    if algorithm.mix_previous and state.round > 0:
-        pairs += usable_pairs(previous_pairs(session, state.round))[0]
-    return list(pairs), summary
+    return summary
 
 
-def optimizer_step(session: Session, items: list[Item], objective: Objective) -> None:
+def run_phase(session: Session, phase: Phase) -> dict[str, Any]:
+    """The steps of a phase that are still to be done; returns what the round's line says of it."""
+    state = session.state
+    if state.step_in_round > phase.last:
+        return {}
+    work = phase.prepare(session)
+    if not work.items:
+        state.step_in_round = phase.last
+    while state.step_in_round < phase.last:
+        optimizer_step(session, phase, work)
+    return work.summary
+
+
+def optimizer_step(session: Session, phase: Phase, work: Work) -> None:
     """One update on a global batch; checkpoint and log after it."""
-    state, recipe, train_config = session.state, session.recipe, session.recipe.train
+    state, recipe = session.state, session.recipe
     start = time.perf_counter()
-    seed = chunk_seed(recipe.seed, state.round, 0)
-    batch = draw(items, seed, state.step_in_round, train_config.global_batch_size)
-    microbatches = microbatches_for(
-        batch, session.topology, micro_batch_size=train_config.micro_batch_size,
-        multiple_of=session.multiple_of,
-    )
+    batch, microbatches = draw_batch(session, phase, work)
     lr = current_lr(session.optimizer)
     with session.timed("train"):
         result = session.stepper.train_step(
-            microbatches, objective, where=f"at step {state.step + 1}"
+            microbatches, work.objective, heads=work.heads, frozen=work.frozen,
+            where=f"at step {state.step + 1}",
         )
     session.scheduler.step(1)
     state.step += 1
     state.step_in_round += 1
     session.recorder.step(
         state, result, lr=lr, tokens=sum(map(num_tokens, batch)),
-        seconds=time.perf_counter() - start,
+        seconds=time.perf_counter() - start, phase=phase.name,
     )
     interval = recipe.checkpoint.interval
     if interval and state.step % interval == 0:
         session.save()
 
 
-def close_round(session: Session, items: list[Item], opening: dict[str, Any]) -> None:
+def draw_batch(
+    session: Session, phase: Phase, work: Work
+) -> tuple[list[Item], list[PackedBatch]]:
+    """The global batch of the next step, and this rank's microbatches of it."""
+    state, options = session.state, session.recipe.train
+    seed = chunk_seed(session.recipe.seed, state.round, min(phase.first, 1))
+    batch: list[Item] = []
+    microbatches: list[PackedBatch] = []
+    for stream in filter(None, (work.items, work.second)):
+        drawn = draw(stream, seed, state.step_in_round - phase.first, options.global_batch_size)
+        batch += drawn
+        microbatches += microbatches_for(
+            drawn, session.topology, micro_batch_size=options.micro_batch_size,
+            multiple_of=session.multiple_of,
+        )
+    return batch, microbatches
+
+
+def close_round(session: Session, summary: dict[str, Any]) -> None:
     """Evaluate, write the round's line, and checkpoint the start of the next round."""
     state, algorithm = session.state, session.recipe.algorithm
     last = state.round + 1 == algorithm.rounds
@@ -114,7 +143,7 @@ def close_round(session: Session, items: list[Item], opening: dict[str, Any]) ->
     if interval == "round" or (interval == "end" and last):
         evaluation = evaluate(session, next_round=state.round + 1)
     record = {
-        "round": state.round, "step": state.step, **opening,
+        "round": state.round, "step": state.step, **summary,
         "evaluation_before": state.evaluation.get("numbers", {}),
         "evaluation": evaluation.get("numbers", {}) | reward,
         "examples": examples(state.evaluation, evaluation),
@@ -122,7 +151,6 @@ def close_round(session: Session, items: list[Item], opening: dict[str, Any]) ->
     }
     if algorithm.is_pairwise:
         record |= {"beta": algorithm.beta[state.round], "reference": algorithm.reference}
-        record["lengths"] = mean_lengths(items)
     session.recorder.round(state, record)
     state.round += 1
     state.step_in_round = 0
@@ -132,15 +160,22 @@ def close_round(session: Session, items: list[Item], opening: dict[str, Any]) ->
 
 
 def finish(session: Session) -> None:
-    """Leave an HF folder and mark the run finished."""
-    data = session.recipe.data
-    session.progress.note(f"writing {session.folder.hf}")
-    export_hf(
-        session.chunks, session.architecture, session.hf_config, session.folder.hf,
-        source_dir=session.hf_dir, topology=session.topology,
-        tokenizer_path=Path(data.tokenizer) if data.tokenizer else None,
-        chat_template=session.tokenizer.chat_template if data.chat_template else None,
-    )
+    """Leave the policy, and an explicit reward, as HF folders; mark the run finished."""
+    data, folder = session.recipe.data, session.folder
+    companions: dict[str, Any] = {
+        "source_dir": session.hf_dir, "topology": session.topology,
+        "tokenizer_path": Path(data.tokenizer) if data.tokenizer else None,
+        "chat_template": session.tokenizer.chat_template if data.chat_template else None,
+    }
+    session.progress.note(f"writing {folder.hf}")
+    export_hf(session.chunks, session.architecture, session.hf_config, folder.hf, **companions)
+    if session.recipe.algorithm.name == "rft":
+        session.progress.note(f"writing {folder.hf_reward}")
+        head = reward_head(session.chunks)
+        export_hf_reward(
+            session.chunks, head.weight if head is not None else None, session.architecture,
+            session.hf_config, folder.hf_reward, **companions,
+        )
     if session.topology.is_main:
         session.folder.finish()
     session.recorder.close()
@@ -163,19 +198,3 @@ def examples(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, An
         for e in before.get("examples", [])
         if e["prompt"] in later
     ]
-
-
-def num_tokens(item: Item) -> int:
-    """Tokens a step processes for one item: prompt and response of each of its sequences."""
-    if isinstance(item, Pair):
-        return 2 * len(item.prompt_ids) + len(item.demo_ids) + len(item.sample_ids)
-    return len(item.prompt_ids) + len(item.response_ids)
-
-
-def mean_lengths(items: list[Item]) -> dict[str, float]:
-    pairs = [item for item in items if isinstance(item, Pair)]
-    count = max(1, len(pairs))
-    return {
-        "demo_mean": sum(len(pair.demo_ids) for pair in pairs) / count,
-        "sample_mean": sum(len(pair.sample_ids) for pair in pairs) / count,
-    }

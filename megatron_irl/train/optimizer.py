@@ -2,17 +2,26 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from megatron_irl import platform
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
+from megatron_irl.model.reward_head import PARAMETER
 from megatron_irl.parallel.topology import Topology
 
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # isort: skip
+from megatron.core.optimizer import (  # isort: skip
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+Frozen = Literal["trunk", "reward_head"] | None
 
 DEFAULTS: dict[str, Any] = {"lr": 5e-7, "weight_decay": 0.0, "clip_grad": 1.0}
 
@@ -81,21 +90,68 @@ def build_optimizer(
     Collectives: every rank must call.
     """
     options = build_optimizer_config(recipe, config)
-    optimizer = build_megatron_optimizer(options, chunks, topology)
+    overrides = None
+    if recipe.algorithm.name == "rft":
+        ratio = recipe.schedule.min_lr_ratio
+        overrides = get_standard_config_overrides(options) | reward_head_group(
+            recipe.reward.lr, min_lr=recipe.reward.lr * ratio
+        )
+    optimizer = build_megatron_optimizer(options, chunks, topology, overrides=overrides)
     return optimizer, build_schedule(recipe, optimizer)
 
 
 def build_megatron_optimizer(
-    options: OptimizerConfig, chunks: Sequence[Any], topology: Topology
+    options: OptimizerConfig, chunks: Sequence[Any], topology: Topology, *,
+    overrides: dict[ParamKey, Any] | None = None,
 ) -> Any:
-    """Megatron's optimizer over DDP-wrapped chunks. Collective over every rank."""
+    """Megatron's optimizer over DDP-wrapped chunks. Collective over every rank.
+
+    Args:
+        overrides: Settings of parameter groups of their own, as Megatron takes them.
+    """
     optimizer = get_megatron_optimizer(
-        options, list(chunks), use_gloo_process_groups=False, pg_collection=topology.groups
+        options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
+        pg_collection=topology.groups,
     )
     if platform.BACKEND == "gloo":  # the group itself can gather a checkpoint in host memory
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             part.data_parallel_group_gloo = topology.dp_group
     return optimizer
+
+
+def reward_head_group(lr: float, *, min_lr: float = 0.0) -> dict[ParamKey, Any]:
+    """Megatron's override that gives the reward head a parameter group of its own.
+
+    No weight decay. Its ``start_wd`` also marks the group: no other has one, so that Megatron
+    tells the groups of a checkpoint apart even where the learning rates are equal.
+    """
+    own = {"max_lr": lr, "min_lr": min_lr, "start_wd": 0.0, "end_wd": 0.0}
+    return {ParamKey(name=f"*{PARAMETER}"): own}
+
+
+@contextmanager
+def freeze(optimizer: Any, frozen: Frozen) -> Iterator[None]:
+    """Hold some parameters still for one update.
+
+    Without a gradient Adam would still move them by their momentum, and weight decay too; with a
+    learning rate of 0 neither does.
+    """
+    groups = [
+        group for group in optimizer.param_groups
+        if frozen is not None and (frozen == "reward_head") == _is_reward_head(group)
+    ]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def _is_reward_head(group: dict[str, Any]) -> bool:
+    return group.get("start_wd") is not None
 
 
 def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
@@ -142,5 +198,6 @@ def reset_optimizer(optimizer: Any) -> None:
 
 
 def current_lr(optimizer: Any) -> float:
-    """The learning rate of the next update."""
-    return float(max(group["lr"] for group in optimizer.param_groups))
+    """The learning rate of the next update; of the policy, not of the reward head."""
+    groups = optimizer.param_groups
+    return float(max(group["lr"] for group in groups if not _is_reward_head(group)))

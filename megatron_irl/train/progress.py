@@ -18,7 +18,8 @@ Advance = Callable[..., None]
 _REFRESH_SECONDS = 0.1
 _CLEAR = "\r\x1b[2K"
 _STEP_KEYS = (("loss", "loss", ".4f"), ("reward/margin", "margin", "+.3f"),
-              ("reward/accuracy", "accuracy", ".2f"), ("grad_norm", "grad norm", ".2f"),
+              ("reward/accuracy", "accuracy", ".2f"), ("policy/clip_fraction", "clipped", ".2f"),
+              ("policy/entropy", "entropy", ".2f"), ("grad_norm", "grad norm", ".2f"),
               ("tokens_per_second", "tok/s", ",.0f"))
 
 
@@ -82,7 +83,8 @@ class Progress:
         if total_steps and not is_last:
             seconds = self._remaining(step, line.get("round", 0), total_steps, total_rounds)
             parts.append(f"ETA {format_seconds(seconds)}")
-        self._show("train", f"[round {line.get('round', 0)}] " + "  ".join(parts), ends=is_last)
+        where = " ".join(filter(None, (f"round {line.get('round', 0)}", line.get("phase"))))
+        self._show("train", f"[{where}] " + "  ".join(parts), ends=is_last)
 
     def note(self, text: str) -> None:
         """Write a line that stays."""

@@ -42,7 +42,7 @@ class Recorder:
         )
 
     def step(self, state: RunState, result: StepResult, *, lr: float, tokens: int,
-             seconds: float) -> None:
+             seconds: float, phase: str) -> None:
         """Record one optimizer step."""
         if not self.is_main:
             return
@@ -52,6 +52,8 @@ class Recorder:
             "time/step": seconds, "tokens_per_second": tokens / seconds,
             "staleness": state.step_in_round - 1,
         }
+        if self.recipe.algorithm.name == "rft":  # two losses that are not one curve
+            line |= {"phase": phase, f"{phase}/loss": result.loss}
         self.log.log_metrics(line)
         self.guard.feed(line)
         if state.step % self.recipe.logging.interval == 0:

@@ -67,8 +67,10 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
     evaluations = evaluation_rows(rounds)
     columns = shown_columns([evaluation for _, evaluation in evaluations])
     algorithm = _section(recipe, "algorithm")
-    charts = step_charts(metrics, ln2_line=algorithm.get("loss") == "sigmoid"
-                         and algorithm.get("name") != "sft")
+    is_rft = algorithm.get("name") == "rft"
+    loss = _section(recipe, "reward").get("loss") if is_rft else algorithm.get("loss")
+    charts = step_charts(metrics, ln2_line=algorithm.get("name") != "sft"
+                         and loss in ("sigmoid", "logistic"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -128,7 +130,12 @@ def _facts(recipe: Record) -> list[tuple[str, str]]:
     if isinstance(beta, list | tuple):
         beta = beta[0] if len(set(beta)) == 1 else ", ".join(map(str, beta))
     method = [algorithm.get("name")]
-    if algorithm.get("name") not in (None, "sft"):
+    if algorithm.get("name") == "rft":
+        reward, policy = _section(recipe, "reward"), _section(recipe, "policy")
+        method += [f"{reward.get('loss')} reward loss", f"{reward.get('trunk')} trunk",
+                   f"{policy.get('samples_per_prompt')} samples a prompt", f"β {beta}",
+                   f"reference {algorithm.get('reference')}"]
+    elif algorithm.get("name") not in (None, "sft"):
         method += [f"{algorithm.get('loss')} loss", f"β {beta}",
                    f"reference {algorithm.get('reference')}"]
         if algorithm.get("nll_coefficient"):
@@ -140,6 +147,8 @@ def _facts(recipe: Record) -> list[tuple[str, str]]:
         "Algorithm": ", ".join(str(part) for part in method if part is not None),
         "Schedule": _join({"rounds": algorithm.get("rounds"),
                            "steps per round": algorithm.get("steps_per_round"),
+                           "reward steps": algorithm.get("reward_steps"),
+                           "policy steps": algorithm.get("policy_steps"),
                            "batch": train.get("global_batch_size"), "lr": optimizer.get("lr")}),
         "Layout": layout,
         "Precision": recipe.get("precision"),
@@ -172,7 +181,8 @@ def _status(recipe: Record, metrics: Sequence[Record],
     planned = algorithm.get("rounds")
     status = [("rounds", f"{len(rounds)} of {planned}" if planned else str(len(rounds)))]
     steps = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=0)
-    per_round = algorithm.get("steps_per_round")
+    per_round = algorithm.get("steps_per_round") or (
+        (algorithm.get("reward_steps") or 0) + (algorithm.get("policy_steps") or 0))
     total = f" of {planned * per_round:,}" if planned and per_round else ""
     status.append(("optimizer steps", f"{steps:,}{total}"))
     seconds = sum(_section(record, "time").get("total") or 0 for record in rounds)
@@ -203,7 +213,8 @@ def _generation_table(rounds: Sequence[Record]) -> list[list[str]]:
     columns = (("samples", "samples", ",.0f"), ("tokens", "tokens", ",.0f"),
                ("tokens_per_second", "tokens/s", ",.0f"), ("mean_length", "mean length", ".1f"),
                ("truncated", "truncated", ",.0f"), ("duplicates", "duplicates", ",.0f"),
-               ("empty", "empty", ",.0f"), ("usable", "usable", ",.0f"))
+               ("empty", "empty", ",.0f"), ("usable", "usable", ",.0f"),
+               ("repetition", "repeated 4-grams", ".1%"))
     records = [(record.get("round", i), _section(record, "generation"))
                for i, record in enumerate(rounds)]
     shown = [column for column in columns if any(column[0] in record for _, record in records)]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.reduce import from_main, gather_over_data_parallel
+from megatron_irl.train.batches import Sequences
 from megatron_irl.train.scoring import score_sequences, summed
 from megatron_irl.train.session import Session
 from megatron_irl.types import Demonstration, Pair, Sample
@@ -48,7 +49,10 @@ def fill_bank(session: Session, round_index: int) -> dict[str, Any]:
     if known is not None:
         return known
     demonstrations = round_demonstrations(session, round_index)
-    generation = sample_pairs(session, session.bank, round_index, demonstrations)
+    generation = sample_pairs(
+        session, session.bank, round_index, demonstrations,
+        samples_per_prompt=session.samples_per_prompt,
+    )
     references = add_references(session, session.bank, round_index)
     summary = {"generation": generation, **references}
     if session.topology.is_main:
@@ -76,9 +80,12 @@ def previous_pairs(session: Session, round_index: int) -> list[Pair]:
 
 
 def sample_pairs(
-    session: Session, bank: PairBank, round_index: int, demonstrations: Sequence[Demonstration]
+    session: Session, bank: PairBank, round_index: int, demonstrations: Sequence[Demonstration],
+    *, samples_per_prompt: int = 1,
 ) -> dict[str, Any]:
-    """Sample a response to every prompt and commit the pairs, chunk by chunk; skips done chunks.
+    """Sample responses to every prompt and commit the pairs, chunk by chunk; skips done chunks.
+
+    The samples of a prompt follow each other, each as a pair with the prompt's demonstration.
 
     The seed of a chunk derives from (run seed, round, chunk), so an interrupted generation goes
     on to the samples it would have drawn. Collectives: every rank must call.
@@ -92,7 +99,8 @@ def sample_pairs(
         for chunk in range(num_chunks):
             if chunk in done:
                 continue
-            part = demonstrations[chunk * size : (chunk + 1) * size]
+            prompts = demonstrations[chunk * size : (chunk + 1) * size]
+            part = [d for d in prompts for _ in range(samples_per_prompt)]
             seed = chunk_seed(session.recipe.seed, round_index, stream + chunk)
             samples = generate(session, [d.prompt_ids for d in part], seed=seed)
             tokens += sum(len(sample.token_ids) for sample in samples)
@@ -103,7 +111,7 @@ def sample_pairs(
         topology.barrier()
     seconds = time.perf_counter() - start
     return {
-        "samples": len(demonstrations), "seconds": seconds,
+        "samples": samples_per_prompt * len(demonstrations), "seconds": seconds,
         "tokens_per_second": tokens / seconds if tokens else 0.0,
     }
 
@@ -160,16 +168,24 @@ def add_references(session: Session, bank: PairBank, round_index: int) -> dict[s
     return {"mismatch": mismatch.summary()}
 
 
-def pair_sequences(pairs: Sequence[Pair]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """[demo_0, sample_0, demo_1, ...] as (prompt, response). An empty sample has no rows to score;
+def score_distinct[T](pairs: Sequence[Pair], score: Callable[[Sequences], list[T]]) -> list[T]:
+    """The scores of [demo_0, sample_0, demo_1, ...]; a repeated demonstration is scored once.
 
-    its demonstration stands in, and the pair is never trained on.
+    An empty sample has no rows to score; its demonstration stands in, and the pair is never
+    trained on.
     """
-    sequences = []
+    sequences: Sequences = []
+    wanted: list[int] = []
+    demo_at: dict[int, int] = {}
     for pair in pairs:
+        if pair.ordinal not in demo_at:
+            demo_at[pair.ordinal] = len(sequences)
+            sequences.append((pair.prompt_ids, pair.demo_ids))
+        wanted += [demo_at[pair.ordinal], len(sequences)]
         sample = pair.sample_ids if len(pair.sample_ids) else pair.demo_ids
-        sequences += [(pair.prompt_ids, pair.demo_ids), (pair.prompt_ids, sample)]
-    return sequences
+        sequences.append((pair.prompt_ids, sample))
+    scores = score(sequences)
+    return [scores[i] for i in wanted]
 
 
 @contextmanager
@@ -202,12 +218,13 @@ def _as_they_are() -> Iterator[None]:
 
 
 def _score_pairs(session: Session, pairs: list[Pair]) -> tuple[list[Pair], list[np.ndarray]]:
-    with session.progress.reference(2 * len(pairs)) as advance:
-        scores = score_sequences(
-            session.stepper, pair_sequences(pairs), multiple_of=session.multiple_of,
-            on_progress=advance,
-        )
-    return pairs, scores
+    def score(sequences: Sequences) -> list[np.ndarray]:
+        with session.progress.reference(len(sequences)) as advance:
+            return score_sequences(
+                session.stepper, sequences, multiple_of=session.multiple_of, on_progress=advance
+            )
+
+    return pairs, score_distinct(pairs, score)
 
 
 class _Mismatch:

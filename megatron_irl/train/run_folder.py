@@ -27,6 +27,9 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hf = path / "hf"
+        self.hf_reward = path / "hf_reward"
+        self.ledger = path / "ledger"
+        self.preference_references = path / "preference_references.json"
         self.checkpoints = path / "checkpoints"
         self.pairs = path / "pairs"
         self.heldout = path / "heldout"

@@ -1,17 +1,19 @@
-"""Log-probabilities of many sequences under the weights as they are: the evaluation-mode pass.
+"""Log-probabilities and rewards of many sequences under the weights as they are.
 
 The same packed forward as training gives the reference cache, held-out likelihood, rewards and
 the engine-trainer mismatch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
 
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_parallel
 from megatron_irl.train.batches import Sequences, token_budget_packs
 from megatron_irl.train.step import Stepper
+from megatron_irl.types import PackedBatch
 
 OnProgress = Callable[[int], None]
 
@@ -39,6 +41,40 @@ def score_sequences(
     Raises:
         TrainingDiverged: A log-probability is NaN or infinite: the weights are no good.
     """
+    scores = _in_packs(
+        stepper, stepper.token_logprobs, sequences, max_tokens, multiple_of, on_progress
+    )
+    bad = sum(not np.isfinite(values).all() for values in scores)
+    if bad:
+        raise TrainingDiverged(
+            f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
+        )
+    return scores
+
+
+def score_rewards(
+    stepper: Stepper, sequences: Sequences, *, max_tokens: int = 4096, multiple_of: int = 1,
+) -> list[float]:
+    """The explicit reward of every response; as ``score_sequences``.
+
+    Raises:
+        TrainingDiverged: A reward is NaN or infinite.
+    """
+    rewards = [
+        float(value)
+        for value in _in_packs(stepper, stepper.rewards, sequences, max_tokens, multiple_of)
+    ]
+    bad = sum(not np.isfinite(value) for value in rewards)
+    if bad:
+        raise TrainingDiverged(f"rewards of {bad} of {len(sequences)} sequences are not finite")
+    return rewards
+
+
+def _in_packs(
+    stepper: Stepper, compute: Callable[[Sequence[PackedBatch]], list[list[Tensor]]],
+    sequences: Sequences, max_tokens: int, multiple_of: int, on_progress: OnProgress | None = None,
+) -> list[np.ndarray]:
+    """What ``compute`` says of every sequence, in input order, on every rank."""
     topology = stepper.topology
     packs = list(token_budget_packs(sequences, max_tokens=max_tokens, multiple_of=multiple_of))
     mine = packs[topology.dp_rank :: topology.dp_size]
@@ -46,18 +82,13 @@ def score_sequences(
     group = max(8, 2 * topology.pp_size)  # packs in flight: enough to fill the pipeline
     for start in range(0, len(mine), group):
         part = mine[start : start + group]
-        outputs = stepper.token_logprobs([pack for _, pack in part])
+        outputs = compute([pack for _, pack in part])
         for (indices, _), parts in zip(part, outputs, strict=False):
             scored |= {i: t.numpy() for i, t in zip(indices, parts, strict=True)}
         if on_progress is not None:
             on_progress(sum(len(indices) for indices, _ in mine[: start + group]))
     scored = from_last_stage(scored, topology)
     merged = {i: v for part in gather_over_data_parallel(scored, topology) for i, v in part.items()}
-    bad = sum(not np.isfinite(values).all() for values in merged.values())
-    if bad:
-        raise TrainingDiverged(
-            f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
-        )
     return [merged[i] for i in range(len(sequences))]
 
 

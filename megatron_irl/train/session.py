@@ -1,7 +1,7 @@
 """Everything a run holds, built once: the order here is the order in which errors surface."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +14,16 @@ from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.data.demonstrations import load_demonstrations
+from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.packing import alignment
 from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.data.preferences import Preference, load_preferences
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import Generator
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.model.reward_head import attach_reward_head
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.train.optimizer import build_optimizer, build_optimizer_config, shards_optimizer
@@ -45,6 +48,8 @@ class Session:
     tokenizer: Tokenizer
     demonstrations: list[Demonstration]
     heldout: list[Demonstration]
+    preferences: list[Preference]
+    heldout_preferences: list[Preference]
     architecture: Architecture
     hf_config: dict[str, Any]
     chunks: list[Any]
@@ -78,6 +83,12 @@ class Session:
             self.recorder.generated(seconds)
 
     @property
+    def samples_per_prompt(self) -> int:
+        """Responses sampled for each prompt of a round."""
+        is_rft = self.recipe.algorithm.name == "rft"
+        return self.recipe.policy.samples_per_prompt if is_rft else 1
+
+    @property
     def hf_dir(self) -> Path:
         """The HF folder the run started from."""
         return Path(self.recipe.model.hf)
@@ -105,6 +116,8 @@ class Inputs:
     tokenizer: Tokenizer
     demonstrations: list[Demonstration]
     heldout: list[Demonstration]
+    preferences: list[Preference]
+    heldout_preferences: list[Preference]
     architecture: Architecture
     hf_config: dict[str, Any]
     notes: list[str]
@@ -139,6 +152,10 @@ def read_inputs(recipe: Recipe) -> Inputs:
             recipe.data.eval, tokenizer, limit=recipe.data.eval_limit, **limits
         )
         notes.append(f"data.eval: {eval_report.summary()}")
+    preferences = _read_preferences("reward.preferences", recipe.reward.preferences, recipe,
+                                    tokenizer, notes)
+    heldout_preferences = _read_preferences("data.eval_preferences", recipe.data.eval_preferences,
+                                            recipe, tokenizer, notes)
     resolved = resolve(recipe, len(demonstrations))
     longest = recipe.data.max_prompt_length + max(
         recipe.data.max_response_length, resolved.generation.max_new_tokens or 0
@@ -151,7 +168,25 @@ def read_inputs(recipe: Recipe) -> Inputs:
             "data.max_response_length or generation.max_new_tokens lower."
         )
     RunFolder(Path(recipe.output_dir)).check(resolved)
-    return Inputs(resolved, tokenizer, demonstrations, heldout, arch, hf_config, notes)
+    return Inputs(resolved, tokenizer, demonstrations, heldout, preferences, heldout_preferences,
+                  arch, hf_config, notes)
+
+
+def _read_preferences(
+    key: str, paths: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, notes: list[str]
+) -> list[Preference]:
+    if not paths:
+        return []
+    preferences = load_preferences(
+        paths, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
+        max_response_length=recipe.data.max_response_length,
+    )
+    if not preferences:
+        raise UserError(f"{key}={', '.join(paths)} has no usable preference. Set {key} to files "
+                        "that have some, or raise data.max_prompt_length and "
+                        "data.max_response_length.")
+    notes.append(f"{key}: {preferences.summary()}")
+    return preferences
 
 
 def check_vocabulary(tokenizer: Tokenizer, arch: Architecture) -> None:
@@ -177,6 +212,10 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
         arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides
     )
     chunks = build_chunks(config, arch, topology)
+    if recipe.algorithm.name == "rft":
+        reward = recipe.reward
+        scale = 0.0 if reward.trunk == "detached" else reward.trunk_scale
+        attach_reward_head(chunks, topology, trunk_scale=scale)
     if resume is None:
         load_hf_weights(
             chunks, arch, Path(recipe.model.hf), tp_rank=topology.tp_rank, tp_size=topology.tp_size
@@ -197,12 +236,14 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
     if topology.is_main:
         for each in (bank, heldout_bank, previous_bank):
             each.discard_after(state.round)
+        discard_ledger_after(folder.ledger, state.round)
     recorder = Recorder(folder, recipe, progress, state, is_main=topology.is_main)
     topology.barrier()
     return Session(
         recipe=recipe, topology=topology, folder=folder, tokenizer=inputs.tokenizer,
-        demonstrations=inputs.demonstrations, heldout=inputs.heldout, architecture=arch,
-        hf_config=inputs.hf_config, chunks=list(wrapped), optimizer=optimizer,
+        demonstrations=inputs.demonstrations, heldout=inputs.heldout,
+        preferences=inputs.preferences, heldout_preferences=inputs.heldout_preferences,
+        architecture=arch, hf_config=inputs.hf_config, chunks=list(wrapped), optimizer=optimizer,
         scheduler=scheduler, checkpointer=checkpointer, bank=bank, heldout_bank=heldout_bank,
         previous_bank=previous_bank, recorder=recorder, progress=progress, state=state,
         multiple_of=packing_multiple(recipe, config),

@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from megatron_irl import platform
 from megatron_irl.data.packing import lengthen
 from megatron_irl.errors import TrainingDiverged
-from megatron_irl.model.forward import LogprobProcessor, forward_packed
+from megatron_irl.model.forward import HeadProcessor, forward_packed
 from megatron_irl.parallel.reduce import reduce_metrics
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.types import LossOutput, Metric, PackedBatch
+from megatron_irl.train.optimizer import Frozen, freeze
+from megatron_irl.types import Heads, LossOutput, Metric, PackedBatch
 
 from megatron.core.distributed import finalize_model_grads  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 from megatron.core.utils import get_model_config  # isort: skip
 
-Objective = Callable[[Tensor, PackedBatch], LossOutput]
+Objective = Callable[[Any, PackedBatch], LossOutput]
+"""(what the heads say, the batch) → loss. Log-probabilities [R], rewards [S] or ``HeadOutputs``,
+according to the ``heads`` the step is asked to run."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Stepper:
         self.chunks = list(chunks)
         self.topology = topology
         self.optimizer = optimizer
-        self.processor = LogprobProcessor(chunk_size)
+        self.processor = HeadProcessor(chunk_size)
         self.config = get_model_config(self.chunks[0])
         self.config.finalize_model_grads_func = partial(
             finalize_model_grads, pg_collection=topology.groups
@@ -60,13 +63,16 @@ class Stepper:
         self.schedule = get_forward_backward_func(topology.pp_size, virtual)
 
     def train_step(
-        self, microbatches: Sequence[PackedBatch], objective: Objective, *, where: str = ""
+        self, microbatches: Sequence[PackedBatch], objective: Objective, *,
+        heads: Heads = "logprobs", frozen: Frozen = None, where: str = "",
     ) -> StepResult:
         """Forward, backward, one update.
 
         Args:
             microbatches: This data-parallel rank's share of the global batch; the number must be
                 the same on every rank.
+            heads: What the objective is given.
+            frozen: Parameters that this step leaves as they are, whatever their momentum.
             where: Named in the error when the loss is not finite.
 
         Raises:
@@ -79,12 +85,13 @@ class Stepper:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run(microbatches, objective, forward_only=False)
+        reports = self._run(microbatches, objective, heads, forward_only=False)
         metrics = reduce_metrics(reports, self.topology, platform.device())
         loss = metrics.pop("loss")
         if not _finite(loss):
             raise TrainingDiverged(f"the loss is {loss} {where}")
-        _, grad_norm, _ = self.optimizer.step()
+        with freeze(self.optimizer, frozen):
+            _, grad_norm, _ = self.optimizer.step()
         grad_norm = float(grad_norm)
         if not _finite(grad_norm):
             raise TrainingDiverged(f"the gradient norm is {grad_norm} {where}")
@@ -96,15 +103,29 @@ class Stepper:
         Evaluation mode, no gradient. Empty except on the last pipeline stage.
         Collectives: tensor and pipeline parallel ranks of one replica must call together.
         """
-        padded = self._fill_pipeline(microbatches)
-        outputs = self._run(padded, None, forward_only=True)[: len(microbatches)]
         return [
             list(out.cpu().split(batch.lengths_S.tolist()))
-            for out, batch in zip(outputs, microbatches, strict=False)
+            for out, batch in self._evaluate(microbatches, "logprobs")
         ]
 
+    def rewards(self, microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
+        """Per microbatch, per sequence: the float32 scalar reward on the CPU.
+
+        Evaluation mode, no gradient; the model must have a reward head. Empty except on the last
+        pipeline stage.
+        Collectives: tensor and pipeline parallel ranks of one replica must call together.
+        """
+        return [list(out.cpu()) for out, _ in self._evaluate(microbatches, "rewards")]
+
+    def _evaluate(
+        self, microbatches: Sequence[PackedBatch], heads: Heads
+    ) -> Iterator[tuple[Tensor, PackedBatch]]:
+        padded = self._fill_pipeline(microbatches)
+        outputs = self._run(padded, None, heads, forward_only=True)[: len(microbatches)]
+        return zip(outputs, microbatches, strict=False)
+
     def _run(
-        self, microbatches: Sequence[PackedBatch], objective: Objective | None, *,
+        self, microbatches: Sequence[PackedBatch], objective: Objective | None, heads: Heads, *,
         forward_only: bool,
     ) -> list[Any]:
         longest = max(batch.tokens_T.shape[1] for batch in microbatches)
@@ -115,7 +136,7 @@ class Stepper:
             chunk.train(not forward_only)
         with torch.set_grad_enabled(not forward_only):
             return self.schedule(
-                forward_step_func=partial(self._forward_step, objective),
+                forward_step_func=partial(self._forward_step, objective, heads),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(iterators) > 1 else self.chunks[0],
                 num_microbatches=len(microbatches),
@@ -126,10 +147,11 @@ class Stepper:
             )
 
     def _forward_step(
-        self, objective: Objective | None, iterator: Iterator[PackedBatch], chunk: nn.Module
-    ) -> tuple[Tensor, Callable[..., Any]]:
+        self, objective: Objective | None, heads: Heads, iterator: Iterator[PackedBatch],
+        chunk: nn.Module,
+    ) -> tuple[Any, Callable[..., Any]]:
         batch = next(iterator).to(platform.device())
-        output = forward_packed(chunk, batch, self.processor)
+        output = forward_packed(chunk, batch, self.processor, heads)
         if objective is None:
             return output, _keep_output
         return output, partial(_megatron_loss, objective, batch)
@@ -147,9 +169,9 @@ def _keep_output(output: Tensor, non_loss_data: bool = True) -> Tensor:
 
 
 def _megatron_loss(
-    objective: Objective, batch: PackedBatch, logprobs_R: Tensor
+    objective: Objective, batch: PackedBatch, output: Any
 ) -> tuple[Tensor, Tensor, dict[str, Metric]]:
-    out = objective(logprobs_R, batch)
+    out = objective(output, batch)
     report = dict(out.metrics)
     report["loss"] = Metric(out.total.detach(), out.weight)
     return out.total, out.weight.to(torch.int), report

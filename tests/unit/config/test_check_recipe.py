@@ -19,7 +19,7 @@ def recipe_with(changes: dict[str, object], name: str = "irft") -> Recipe:
     return recipe_from_mapping(mapping)
 
 
-@pytest.mark.parametrize("name", ["sft", "irft", "spin"])
+@pytest.mark.parametrize("name", ["sft", "irft", "spin", "rft"])
 def test_the_base_recipe_passes(name: str):
     check_recipe(recipe_with({}, name))
 
@@ -86,5 +86,60 @@ def test_sft_refuses_keys_about_samples(key: str, value: object):
 
 def test_sft_refuses_them_even_at_their_default():
     with pytest.raises(UserError, match="algorithm.beta conflicts with algorithm.name=sft"):
-        check_given_keys("sft", {"name": "sft", "beta": 0.1})
-    check_given_keys("irft", {"name": "irft", "beta": 0.1})
+        check_given_keys("sft", {"algorithm": {"name": "sft", "beta": 0.1}})
+    check_given_keys("irft", {"algorithm": {"name": "irft", "beta": 0.1}})
+
+
+@pytest.mark.parametrize("name", ["sft", "irft", "spin"])
+@pytest.mark.parametrize(("key", "value"), [
+    ("algorithm.reward_steps", 3), ("algorithm.policy_steps", 0), ("reward.lr", 1e-3),
+    ("reward.trunk", "detached"), ("reward.preferences", ["p.jsonl"]), ("policy.clip_low", 0.1)])
+def test_reward_keys_are_for_rft(name: str, key: str, value: object):
+    with pytest.raises(UserError, match=f"{key} conflicts with algorithm.name={name}"):
+        check_recipe(recipe_with({key: value}, name))
+    check_recipe(recipe_with({key: value}, "rft"))
+
+
+def test_reward_keys_are_for_rft_even_at_their_default():
+    with pytest.raises(UserError, match="reward.loss conflicts with algorithm.name=irft"):
+        check_given_keys("irft", {"algorithm": {}, "reward": {"loss": "logistic"}})
+    with pytest.raises(UserError, match="algorithm.policy_steps conflicts"):
+        check_given_keys("sft", {"algorithm": {"policy_steps": 8}})
+    check_given_keys("irft", {"algorithm": {}, "reward": None})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("steps_per_round", 4), ("loss", "hinge"), ("length_normalize", True), ("mix_previous", True)])
+def test_rft_refuses_keys_of_the_implicit_reward(key: str, value: object):
+    with pytest.raises(UserError, match=f"algorithm.{key} conflicts with algorithm.name=rft"):
+        check_given_keys("rft", {"algorithm": {key: value}})
+    if key != "steps_per_round":  # a resolved recipe has it
+        with pytest.raises(UserError, match=f"algorithm.{key} conflicts"):
+            check_recipe(recipe_with({f"algorithm.{key}": value}, "rft"))
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"policy.samples_per_prompt": 1}, ["policy.samples_per_prompt=1", "2 or more"]),
+    ({"generation.temperature": 0}, ["generation.temperature=0.0", "rft", "above 0"]),
+    ({"policy.clip_low": 1.5}, ["policy.clip_low=1.5", "(0, 1]"]),
+    ({"policy.clip_high": 0}, ["policy.clip_high=0.0", "(0, inf)"]),
+    ({"reward.bound": 2}, ["reward.bound=2.0", "reward.loss=logistic"]),
+    ({"reward.loss": "linear", "reward.bound": 0}, ["reward.bound=0.0"]),
+    ({"reward.trunk": "detached", "reward.trunk_scale": 0.5}, ["reward.trunk_scale=0.5"]),
+    ({"reward.preference_weight": 2}, ["reward.preference_weight=2.0", "reward.preferences"]),
+    ({"reward.preferences": ["a"], "data.eval_preferences": ["a"]}, ["a stands in", "never"]),
+    ({"ddp.overlap_grad_reduce": True}, ["ddp.overlap_grad_reduce", "rft"]),
+    ({"algorithm.reward_steps": 0}, ["algorithm.reward_steps=0"]),
+    ({"algorithm.policy_steps": -1}, ["algorithm.policy_steps=-1"]),
+    ({"reward.mix_rounds": -1}, ["reward.mix_rounds=-1"]),
+])
+def test_rft_combinations_that_cannot_run(changes: dict, words: list[str]):
+    with pytest.raises(UserError) as caught:
+        check_recipe(recipe_with(changes, "rft"))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_sft_has_no_reward_to_judge_preferences():
+    with pytest.raises(UserError, match="data.eval_preferences conflicts with algorithm.name=sft"):
+        check_recipe(recipe_with({"data.eval_preferences": ["p"]}, "sft"))

@@ -38,6 +38,11 @@ def load(name: str, *overrides: str) -> Recipe:
     ("spin", ["algorithm.rounds=2"], 3, 20),
     ("sft", [], 3, None),
     ("sft", ["algorithm.steps_per_round=7"], 7, None),
+    # Eight steps of 8 pairs, or of 8 samples: 64 samples, four a prompt.
+    ("rft", [], 16, 16),
+    ("rft", ["algorithm.reward_steps=2", "algorithm.policy_steps=3"], 5, 6),
+    ("rft", ["algorithm.policy_steps=0", "policy.samples_per_prompt=3"], 8, 22),
+    ("rft", ["algorithm.prompts_per_round=9"], 16, 9),
 ])
 def test_round_sizes(name: str, overrides: list[str], steps: int, prompts: int | None):
     algorithm = resolve(load(name, *overrides), 20).algorithm
@@ -67,14 +72,32 @@ def test_no_demonstrations():
         resolve(load("irft"), 0)
 
 
-@pytest.mark.parametrize("name", ["sft", "irft", "spin"])
+def test_reference_and_bound_by_algorithm():
+    assert resolve(load("irft"), 20).algorithm.reference == "round_start"
+    assert resolve(load("rft"), 20).algorithm.reference == "initial"
+    assert resolve(load("rft", "algorithm.reference=round_start"), 20).algorithm.reference == (
+        "round_start")
+    assert resolve(load("rft"), 20).reward.bound is None
+    assert resolve(load("rft", "reward.loss=linear"), 20).reward.bound == 5.0
+    assert resolve(load("rft", "reward.loss=linear", "reward.bound=2"), 20).reward.bound == 2.0
+
+
+def test_preference_patterns_that_meet_in_one_file():
+    with pytest.raises(UserError, match="d.jsonl stands in reward.preferences and in data.eval_p"):
+        load("rft", "reward.preferences=d*.jsonl", "data.eval_preferences=d.jsonl")
+
+
+@pytest.mark.parametrize("name", ["sft", "irft", "spin", "rft"])
 def test_round_trip_through_yaml(name: str):
     recipe = resolve(load(name, "algorithm.rounds=2", "data.eval=e.jsonl"), 20)
     Path("written.yaml").write_text(to_yaml(recipe, ["megatron_irl 0.1.0", "revision abc"]))
     again = load_recipe("written.yaml")
-    assert again == recipe
+    if name == "rft":  # its steps are written as reward_steps and policy_steps
+        assert "steps_per_round" not in yaml.safe_load(to_yaml(recipe))["algorithm"]
+    else:
+        assert again == recipe
     assert resolve(again, 20) == recipe
-    assert fingerprint(again) == fingerprint(recipe)
+    assert fingerprint(resolve(again, 20)) == fingerprint(recipe)
     assert Path("written.yaml").read_text().startswith("# megatron_irl 0.1.0\n# revision abc\n")
 
 
@@ -95,6 +118,13 @@ def test_sft_yaml_has_no_keys_about_samples():
     "ddp.overlap_grad_reduce=true", "generation.kv_cache_gb=8", "data.train=./d.jsonl"])
 def test_fingerprint_ignores_how_the_run_is_run(override: str):
     assert fingerprint(load("irft", override)) == fingerprint(load("irft"))
+
+
+@pytest.mark.parametrize("override", [
+    "reward.lr=1e-3", "policy.clip_low=0.1", "algorithm.reward_steps=3", "reward.mix_rounds=1"])
+def test_fingerprint_tells_rewards_apart(override: str):
+    assert fingerprint(load("rft", override)) != fingerprint(load("rft"))
+    assert fingerprint(load("rft", "data.eval_preferences=e.jsonl")) == fingerprint(load("rft"))
 
 
 @pytest.mark.parametrize("override", [

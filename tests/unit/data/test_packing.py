@@ -30,6 +30,8 @@ def test_hand_worked_example():
     assert batch.num_sequences == 2
     assert batch.lengths_S.tolist() == [2, 2]
     assert batch.ref_logps_S.tolist() == [-1.5, -2.5]
+    assert batch.final_S.tolist() == [3, 6]  # where the reward is read: both at EOS
+    assert batch.sampled_logprobs_R is None and batch.advantages_S is None
 
 
 def test_dtypes_no_references_no_padding():
@@ -132,3 +134,16 @@ def test_alignment(arguments, expected):
 def test_alignment_refuses_unknown_recipes():
     with pytest.raises(ValueError, match="fp8_recipe=fp4"):
         alignment(fp8_recipe="fp4")
+
+
+def test_what_a_policy_step_needs_follows_the_rows():
+    sampled = [np.array([-1, -2], np.float32), np.array([-3], np.float32)]
+    batch = pack([([10], [20, 21]), ([12, 13], [22])], None, sampled_logprobs=sampled,
+                 advantages=[0.5, -0.5])
+    assert batch.sampled_logprobs_R is not None and batch.advantages_S is not None
+    assert batch.sampled_logprobs_R.tolist() == [-1, -2, -3]
+    assert batch.advantages_S.tolist() == [0.5, -0.5]
+    assert batch.final_S.tolist() == [2, 5]
+    assert batch.tokens_T[0, batch.final_S].tolist() == [21, 22]
+    with pytest.raises(ValueError, match="sampled_logprobs of lengths"):
+        pack([([10], [20, 21])], None, sampled_logprobs=sampled[1:])

@@ -210,3 +210,29 @@ def test_usable_pairs():
     assert [p.ordinal for p in usable] == [3, 4, 5]
     assert counts == {"duplicates": 1, "empty": 2, "usable": 3}
     assert usable_pairs([]) == ([], {"duplicates": 0, "empty": 0, "usable": 0})
+
+
+def test_explicit_rewards_are_added_later(tmp_path):
+    bank, pairs = PairBank(tmp_path), make_pairs(4, references=True)
+    bank.write_chunk(0, 0, pairs)
+    assert all(pair.reward_demo is None for pair in bank.read_chunk(0, 0))
+    scored = [replace(p, reward_demo=i / 4, reward_sample=-i / 4) for i, p in enumerate(pairs)]
+    bank.write_chunk(0, 0, scored)
+    assert_same(bank.read_round(0), scored)
+
+
+def test_a_bank_of_the_first_format_is_read(tmp_path):
+    """It had no rewards: 13 columns."""
+    import pyarrow.parquet as pq
+
+    bank, pairs = PairBank(tmp_path, seed=5), make_pairs(3, references=True)
+    bank.write_chunk(0, 0, pairs)
+    path = tmp_path / "round_0000" / "chunk_00000.parquet"
+    old = pq.read_table(path, partitioning=None).drop_columns(["reward_demo", "reward_sample"])
+    assert old.num_columns == 13
+    pq.write_table(old.replace_schema_metadata({"format_version": "1", "seed": "5"}), path)
+    assert_same(bank.read_round(0), pairs)
+    assert bank.has_references(0)
+    pq.write_table(old.replace_schema_metadata({"format_version": "2", "seed": "5"}), path)
+    with pytest.raises(UserError, match="format_version=1 or 2"):
+        bank.read_round(0)

@@ -102,3 +102,11 @@ def test_absent_and_null_metrics_are_fine():
     steps = [{"step": i, "loss": 1.0, "logp/demo": None, "reward/margin": float("nan")}
              for i in range(30)]
     assert fed(steps).check({}) == []
+
+
+def test_looping_samples_are_said_unless_demonstrations_loop_too():
+    guard = CollapseGuard()
+    (warning,) = guard.check({"repetition": 0.6, "demo_repetition": 0.01})
+    assert "60%" in warning and "algorithm.beta" in warning
+    assert not guard.check({"repetition": 0.6, "demo_repetition": 0.35})
+    assert not guard.check({"repetition": 0.2, "demo_repetition": 0.0})

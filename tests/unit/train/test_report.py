@@ -168,3 +168,25 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "recipe.yaml").write_text("a: [")
     with pytest.raises(UserError, match="is not YAML"):
         write_report(tmp_path)
+
+
+def test_rft_shows_both_phases():
+    recipe = RECIPE | {
+        "algorithm": {"name": "rft", "rounds": 2, "reward_steps": 3, "policy_steps": 2,
+                      "beta": [0.05, 0.05], "reference": "initial"},
+        "reward": {"loss": "logistic", "trunk": "joint"}, "policy": {"samples_per_prompt": 4},
+    }
+    metrics = [
+        {"step": s, "round": s // 6, "loss": 0.5, "grad_norm": 1.0, "lr": 1e-5, "phase": phase,
+         f"{phase}/loss": 0.5, f"{phase}/{'margin' if phase == 'reward' else 'entropy'}": 1.0}
+        for s, phase in enumerate(["reward", "policy"] * 5, start=1)
+    ]
+    rounds = [round_line(0) | {"rewards": {"demo_mean": 1.0, "sample_mean": 0.2, "sample_std": 0.4,
+                                           "kl_to_reference": 0.7}}]
+    rounds[0]["evaluation"] |= {"preference_accuracy": 0.75}
+    page = render_report("r", recipe, metrics, rounds)
+    for text in ("Policy loss", "Entropy", "KL to the reference", "Rewards after reward learning",
+                 "logistic reward loss", "4 samples a prompt", "of 10", "75.0%",
+                 "Held-out preferences"):
+        assert text in page, text
+    assert "Implicit rewards" not in page

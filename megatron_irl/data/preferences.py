@@ -1,0 +1,158 @@
+"""Preference pairs: records of a prompt with a chosen and a rejected answer → token ids."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_irl.data.records import (
+    Messages,
+    RecordError,
+    awaiting_assistant,
+    checked_messages,
+    checked_prompt,
+    checked_text,
+    collect,
+)
+from megatron_irl.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One prompt with the better and the worse answer as token ids.
+
+    Attributes:
+        prompt_ids: int32 [prompt tokens], the rendered prompt including the assistant header.
+        chosen_ids, rejected_ids: int32 [response tokens], each ending with EOS exactly once.
+        source: ``file:line`` of the record.
+    """
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    source: str
+
+
+class Preferences(list[Preference]):
+    """The preferences kept, and how many records were left out.
+
+    Attributes:
+        dropped_prompt, dropped_response: Records with an over-long prompt, or answer.
+        equal: Records whose answers are the same tokens.
+    """
+
+    dropped_prompt = dropped_response = equal = 0
+
+    def summary(self) -> str:
+        """Return one line for the log."""
+        parts = [f"{len(self)} preferences"]
+        if self.dropped_prompt or self.dropped_response:
+            parts.append(f"dropped {self.dropped_prompt + self.dropped_response} over-long "
+                         f"({self.dropped_prompt} by the prompt, {self.dropped_response} by a "
+                         "response)")
+        if self.equal:
+            parts.append(f"dropped {self.equal} with equal answers")
+        return "; ".join(parts)
+
+
+def load_preferences(
+    paths: str | Path | Iterable[str | Path],
+    tokenizer: Tokenizer,
+    *,
+    max_prompt_length: int,
+    max_response_length: int,
+) -> Preferences:
+    """Read ``{"prompt", "chosen", "rejected"}`` records from JSONL or Parquet files, in order.
+
+    ``prompt`` is a string or messages; ``chosen`` and ``rejected`` are strings, or messages of
+    which the last is the assistant's. Messages may repeat the conversation before the answer, as
+    files of the HH kind do; ``prompt`` may then be left out, or be the text of its last message.
+    Other fields are ignored.
+
+    Args:
+        paths: One file or several.
+        tokenizer: The model's.
+        max_prompt_length: Tokens of the rendered prompt; longer ones are dropped and counted.
+        max_response_length: Tokens of either answer, EOS included; likewise.
+
+    Returns:
+        The preferences, with counts of what was left out; possibly none.
+
+    Raises:
+        UserError: Malformed records (a side missing, prompts that differ), named by file and
+            line; a file that is missing or empty; messages, but no chat template.
+    """
+    counts: Counter[str] = Counter()
+
+    def build(record: dict[str, Any], source: str) -> Preference | None:
+        prompt, *texts = _sides(record)
+        if not isinstance(prompt, str):
+            tokenizer.require_chat_template()
+        prompt_ids = tokenizer.render_prompt(prompt)
+        answers = [_answer_ids(tokenizer, key, text)
+                   for key, text in zip(("chosen", "rejected"), texts, strict=True)]
+        if not prompt_ids:
+            raise RecordError("the prompt has no tokens")
+        if len(prompt_ids) > max_prompt_length:
+            counts["dropped_prompt"] += 1
+        elif max(map(len, answers)) > max_response_length:
+            counts["dropped_response"] += 1
+        elif answers[0] == answers[1]:
+            counts["equal"] += 1
+        else:
+            ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
+            return Preference(ids[0], ids[1], ids[2], source)
+        return None
+
+    preferences = Preferences(collect(paths, build))
+    for name, count in counts.items():
+        setattr(preferences, name, count)
+    return preferences
+
+
+def _sides(record: dict[str, Any]) -> tuple[str | Messages, str, str]:
+    """The prompt and the two answers; the conversations before both must be one."""
+    missing = [f'"{key}"' for key in ("chosen", "rejected") if record.get(key) is None]
+    if missing:
+        raise RecordError(f"no {' and no '.join(missing)}")
+    (before, chosen), (other, rejected) = (_side(record, key) for key in ("chosen", "rejected"))
+    if before and other and before != other:
+        raise RecordError('the messages before the answer differ between "chosen" and "rejected"')
+    before = before or other
+    if not before:
+        return checked_prompt(record), chosen, rejected
+    before = awaiting_assistant(before)
+    if record.get("prompt") is not None:
+        prompt = checked_prompt(record)
+        if prompt not in (before, before[-1]["content"]):
+            raise RecordError('"prompt" differs from the messages before the answer')
+    return before, chosen, rejected
+
+
+def _side(record: dict[str, Any], key: str) -> tuple[Messages, str]:
+    """The conversation before the answer (empty where the record does not repeat it), and it."""
+    if not isinstance(record[key], list):
+        return [], checked_text(record, key)
+    messages = checked_messages(record[key], key)
+    if not messages:
+        raise RecordError(f'"{key}" is empty')
+    if messages[-1]["role"] != "assistant":
+        raise RecordError(f'the last message of "{key}" is from {messages[-1]["role"]!r}; it must '
+                          "be the assistant's")
+    try:
+        return messages[:-1], checked_text(messages[-1], "content")
+    except RecordError as error:
+        raise RecordError(f'the last message of "{key}": {error}') from None
+
+
+def _answer_ids(tokenizer: Tokenizer, key: str, text: str) -> list[int]:
+    try:
+        ids = tokenizer.response_ids(text)
+    except RecordError as error:
+        raise RecordError(f'"{key}": {error}') from None
+    if len(ids) == 1:
+        raise RecordError(f'"{key}" has no tokens')
+    return ids

@@ -1,0 +1,145 @@
+"""Reward scores, and the loss and gradient norm of reward and policy steps, on every layout."""
+
+import numpy as np
+import pytest
+
+from tests.convert.tiny import make_tiny_llama
+from tests.dist import jobs, rft_jobs
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
+VOCAB, NUM = 128, 8
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2_vpp2": (
+        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    ),
+    "dp2": (2, {}),
+    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+}
+SGD = {"optimizer": "sgd", "sgd_momentum": 0.0, "clip_grad": 0.0}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("rft_parity")
+    return {
+        tied: str(make_tiny_llama(root / f"tied_{tied}", tied=tied, seed=SEED, vocab=VOCAB))
+        for tied in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def single(pool, models):
+    """What one process gets, by whether the embeddings are tied and the trunk's scale."""
+    known = {}
+
+    def result(tied, scale):
+        if (tied, scale) not in known:
+            (known[tied, scale],) = pool.run(
+                1, rft_jobs.train_rft, hf=models[tied], layout={}, seed=SEED, optimizer=SGD,
+                vocab=VOCAB, num=NUM, trunk_scale=scale,
+            )
+        return known[tied, scale]
+
+    return result
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("tied", "scale"), [(False, 0.3), (True, 1.0)])
+def test_equals_one_process(pool, models, single, name, tied, scale):
+    world_size, layout = LAYOUTS[name]
+    ranks = pool.run(
+        world_size, rft_jobs.train_rft, hf=models[tied], layout=layout, seed=SEED, optimizer=SGD,
+        vocab=VOCAB, num=NUM, trunk_scale=scale,
+    )
+    assert all(rank == ranks[0] for rank in ranks), "ranks report different numbers"
+    got, expected = ranks[0], single(tied, scale)
+    for key in ("before", "after"):
+        spread = np.std(expected[key])
+        assert spread > 0.1, "equal rewards would hide a wrong position"
+        np.testing.assert_allclose(got[key], expected[key], rtol=1e-5, atol=1e-5 * spread,
+                                   err_msg=f"seed {SEED}, scores {key}")
+    np.testing.assert_allclose(got["steps"], expected["steps"], rtol=1e-5, err_msg=f"seed {SEED}")
+    for mine, theirs in zip(got["metrics"], expected["metrics"], strict=True):
+        assert set(mine) == set(theirs)
+        for key in theirs:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (SEED, key)
+
+
+def test_the_steps_do_what_they_claim(single):
+    """Otherwise equal numbers could be equal by doing nothing."""
+    result = single(False, 0.3)
+    assert np.abs(np.subtract(result["before"], result["after"])).min() > 0
+    reward, anchored, policy = result["metrics"]
+    assert {"reward/demo", "reward/margin", "reward/accuracy"} <= set(reward)
+    assert {"loss/nll", "preference/accuracy"} <= set(anchored)
+    assert 0 < policy["policy/clip_fraction"] < 1
+
+
+@pytest.mark.parametrize("name", ["one", "tp2_sp", "pp2"])
+def test_scores_and_gradient_equal_transformers(pool, models, name):
+    """The head's own definition: w . (final hidden state at the last response token)."""
+    import torch
+    from transformers import AutoModel
+
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    ranks = pool.run(
+        world_size, rft_jobs.train_rft, hf=models[False], layout=layout, seed=SEED, optimizer=SGD,
+        vocab=VOCAB, num=NUM, trunk_scale=0.3,
+    )
+    model = AutoModel.from_pretrained(models[False], dtype=torch.float32)
+    weight = torch.from_numpy(rft_jobs.head_weight(SEED, model.config.hidden_size))
+    weight.requires_grad_()
+
+    def reward(prompt, response):
+        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+        hidden = model(ids).last_hidden_state[0, -1]
+        scaled = 0.3 * hidden + 0.7 * hidden.detach()
+        return (weight @ scaled)[0]
+
+    pairs = jobs.make_pairs(SEED, NUM, VOCAB)
+    rewards = [(reward(p.prompt_ids, p.demo_ids), reward(p.prompt_ids, p.sample_ids)) for p in pairs]
+    np.testing.assert_allclose(
+        ranks[0]["before"], [demo.item() for demo, _ in rewards], rtol=1e-4, atol=1e-4
+    )
+    loss = torch.stack([
+        -torch.nn.functional.logsigmoid(demo - sample) for demo, sample in rewards
+    ]).mean()
+    loss.backward()
+    norm = torch.stack([
+        p.grad.square().sum() for p in [weight, *model.parameters()] if p.grad is not None
+    ]).sum().sqrt()
+    np.testing.assert_allclose(ranks[0]["steps"][0], [loss.item(), norm.item()], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["one", "tp2_pp2"])
+@pytest.mark.parametrize(
+    ("frozen", "heads", "scale", "expected"),
+    [
+        (None, "rewards", 1.0, (True, True)),
+        ("trunk", "rewards", 0.0, (False, True)),
+        ("reward_head", "logprobs", 1.0, (True, False)),
+    ],
+)
+def test_frozen_parameters_stand_still_under_momentum(
+    pool, models, name, frozen, heads, scale, expected
+):
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    ranks = pool.run(
+        world_size, rft_jobs.moved, hf=models[False], layout=layout, seed=SEED, frozen=frozen,
+        heads=heads, trunk_scale=scale,
+    )
+    assert {trunk for trunk, _ in ranks} == {expected[0]}
+    assert any(head for _, head in ranks) == expected[1]
+
+
+def test_the_head_stays_fp32_in_a_bf16_model(pool, models):
+    """A step of 0.02 on a weight of 0.1 would be rounded in bf16, and 1e-4 lost."""
+    layout = {"pipeline_model_parallel_size": 2}
+    first, last = pool.run(2, rft_jobs.half_precision, hf=models[True], layout=layout, seed=SEED)
+    assert first["trunk"] == last["trunk"] == {"torch.bfloat16"}
+    assert first["head"] is None and last["head"] == "torch.float32"
+    assert last["moved"] == pytest.approx(2 * rft_jobs.HEAD_LR, rel=0.3)
+    assert first["losses"] == last["losses"] and np.isfinite(first["losses"]).all()
