@@ -54,7 +54,7 @@ def _either(usual: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out_NM = weight @ input.reshape(rows, -1).t()
         if bias is not None:
             out_NM += bias[:, None]
-        # A view with the rows innermost: what follows is element-wise, or the next product.
-        return out_NM.t().unflatten(0, input.shape[:-1])
+        # Contiguous, because a pipeline stage sends it on as it is.
+        return out_NM.t().contiguous().unflatten(0, input.shape[:-1])
 
     return product
