@@ -126,7 +126,7 @@ class Checkpointer:
             sharded = self._sharded(chunks, optimizer, is_loading=True)
             models = {name: part for name, part in sharded.items() if name.startswith("model")}
             adapt_to_spec(models, path)
-            if common["layout"] != self._layout():
+            if common.get("layout") != self._layout():
                 sharded.pop("rng", None)
             loaded: Any = dist_checkpointing.load(sharded, str(path))
         except CheckpointException as error:  # torch's; what happened is inside, by rank

@@ -1,5 +1,6 @@
 """What stops a run half-way: a loss that is not finite, a full disk. Message, code 2, resumable."""
 
+import dataclasses
 import errno
 import importlib
 import subprocess
@@ -67,12 +68,15 @@ def diverged(model, data, tmp_path_factory):
 
             original = loop.optimizer_step
 
-            def poisoned(session, items, objective):
+            def poisoned(session, phase, work):
                 def bad(logprobs_R, batch):
-                    out = objective(logprobs_R, batch)
+                    out = work.objective(logprobs_R, batch)
                     return type(out)(out.total * value, out.weight, out.metrics)
 
-                original(session, items, bad if session.state.step + 1 == step else objective)
+                if session.state.step + 1 == step:
+                    original(session, phase, dataclasses.replace(work, objective=bad))
+                else:
+                    original(session, phase, work)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(loop, "optimizer_step", poisoned)

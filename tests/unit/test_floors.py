@@ -14,7 +14,8 @@ SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
     ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
-     "convert.hf_config", "convert.hf_folder"),
+     "convert.hf_config", "convert.hf_folder", "convert.rope", "convert.windows",
+     "convert.config_values"),
     ("platform", "parallel", "data"),
     ("model", "generation", "checkpoint", "adam_state", "convert"),
     ("train",),
@@ -26,7 +27,12 @@ WITHOUT_MEGATRON = [*FLOORS[0], "data"]
 # path::function -> why it may exceed 60 lines
 LONG_FUNCTIONS = {
     f"{PACKAGE}/objectives/irft.py::irft_loss": "half of it is the docstring with the formulas",
+    f"{PACKAGE}/objectives/policy_gradient.py::policy_gradient_loss": "likewise",
+    f"{PACKAGE}/data/packing.py::pack": "a third of it is the docstring",
+    f"{PACKAGE}/train/session.py::open_session": "one construction after the other",
 }
+# path -> why it may name torch.cuda
+KNOWS_CUDA = {"tools/benchmark_reward_head.py": "resets the device's memory peak"}
 
 
 def relative(path: Path) -> str:
@@ -151,7 +157,7 @@ def names_cuda(path: Path) -> bool:
 def test_only_platform_knows_the_device():
     knowing = {relative(p) for p in PRODUCT if names_cuda(p) and not in_room(p, "platform")}
     assert any(names_cuda(p) for p in PRODUCT if in_room(p, "platform"))
-    assert knowing == set()
+    assert knowing == KNOWS_CUDA.keys()
 
 
 BLOCKED = """
