@@ -13,7 +13,7 @@ corrupted set and see as many demonstrations again: more SFT, IRFT, RFT, and SFT
 - the same over the training rows, from the ledger;
 - held-out exact match of greedy answers.
 
-Everything runs through ``megatron-irl train``, ``score`` and ``filter``. Stopped at any time, the
+Everything runs through the commands ``train``, ``score`` and ``filter``. Stopped at any time, the
 same command goes on where it was.
 """
 
@@ -21,7 +21,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from megatron_irl.cli import main as cli
 from megatron_irl.data.files import write_jsonl_atomically
 from megatron_irl.data.ledger import read_ledger
 from megatron_irl.train.comparison import compare_table
@@ -134,10 +134,9 @@ def recipes(folder: Path, model: Path, seed: int, options: argparse.Namespace) -
     return made
 
 
-def megatron_irl(*arguments: Any) -> None:
-    """Run a command of the product; stop with its exit code if it fails."""
-    command = [sys.executable, "-m", "megatron_irl", *map(str, arguments)]
-    code = subprocess.run(command, check=False).returncode
+def command(*arguments: Any) -> None:
+    """Run a command of the product in this process; stop with its exit code if it fails."""
+    code = cli([str(argument) for argument in arguments])
     if code:
         sys.exit(code)
 
@@ -151,15 +150,15 @@ def run_seed(folder: Path, model: Path, seed: int, options: argparse.Namespace) 
         path = folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))
         if name == "sft_filtered" and not (folder / "kept.jsonl").exists():
-            megatron_irl("filter", folder / "rft", "--out", folder / "kept.jsonl",
-                         "--top-quantile", 1 - CORRUPTED)
-        megatron_irl("train", path)
+            command("filter", folder / "rft", "--out", folder / "kept.jsonl",
+                    "--top-quantile", 1 - CORRUPTED)
+        command("train", path)
     for name in ("rft", "irft", "sft"):
         out = folder / f"{name}_rewards.jsonl"
         reference = ["--reference", folder / "base" / "hf"] if name == "sft" else []
         if not out.exists():
-            megatron_irl("score", "--model", folder / name, "--pairs", folder / "heldout.jsonl",
-                         "--out", out, *reference)
+            command("score", "--model", folder / name, "--pairs", folder / "heldout.jsonl",
+                    "--out", out, *reference)
     return read_results(folder)
 
 
