@@ -84,10 +84,14 @@ def write_random(folder: Path, config: dict[str, Any]) -> int:
         TensorPlan(t.name, t.shape(arch), torch.bfloat16) for r in rows(arch) for t in r.hf
     ]
     writer = ShardedWriter(folder, plan, 5 * 10**9)
-    generator = torch.Generator().manual_seed(0)
-    for tensor in plan:
-        values = torch.empty(tensor.shape, dtype=torch.bfloat16)
-        writer.add(tensor.name, values.uniform_(-0.03, 0.03, generator=generator))
+    # Drawing billions of numbers would take longer than converting them: every tensor is cut from
+    # one stretch of them, from a place of its own.
+    noise = torch.empty(2**24, dtype=torch.bfloat16).uniform_(-0.03, 0.03)
+    for place, tensor in enumerate(plan):
+        count = torch.Size(tensor.shape).numel()
+        start = 7919 * place % 2**20
+        values = noise.repeat(-(-(start + count) // noise.numel()))[start : start + count]
+        writer.add(tensor.name, values.view(tensor.shape))
     writer.close()
     return writer.total_bytes
 
