@@ -13,6 +13,7 @@ transformers, each in a process of its own.
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -96,17 +97,30 @@ def write_random(folder: Path, config: dict[str, Any]) -> int:
     return writer.total_bytes
 
 
-def measure(program: Path, *arguments: object) -> tuple[float, float]:
-    """Run a Python file; returns (seconds, peak resident MiB)."""
+class Cost(NamedTuple):
+    """What a process took: seconds by the clock and of CPU time, and its peak resident MiB."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_mib: float
+
+
+def cpu_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(program: Path, *arguments: object) -> Cost:
+    """Run a Python file in a process of its own. On a busy machine CPU time is the fair number."""
     environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
     with tempfile.NamedTemporaryFile("r") as report:
         command = [sys.executable, "-c", RUNNER, report.name, str(program), *map(str, arguments)]
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), cpu_of_children()
         done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False)
         seconds = time.perf_counter() - start
         if done.returncode != 0:
             raise SystemExit(f"{program} ended with exit code {done.returncode}")
-        return seconds, int(report.read()) / 1024
+        return Cost(seconds, cpu_of_children() - cpu, int(report.read()) / 1024)
 
 
 def same_weights(one: Path, other: Path) -> bool:
@@ -136,16 +150,19 @@ def there_and_back(source: Path, folder: Path, weight_bytes: int) -> None:
         ),
     }
     for name, command in commands.items():
-        seconds, peak = measure(*command)
-        report(name, seconds, peak, weight_bytes)
+        report(name, measure(*command), weight_bytes)
     print(f"  bitwise equal: {same_weights(source, back)}")
     for path in (there, back):
         shutil.rmtree(path)
 
 
-def report(name: str, seconds: float, peak: float, weight_bytes: int) -> None:
-    per_gb = seconds / (weight_bytes / 1e9)
-    print(f"  {name}: {seconds:.1f} s, {per_gb:.2f} s/GB, peak {peak:.0f} MiB", flush=True)
+def report(name: str, cost: Cost, weight_bytes: int) -> None:
+    gigabytes = weight_bytes / 1e9
+    print(
+        f"  {name}: {cost.seconds:.1f} s ({cost.seconds / gigabytes:.2f} s/GB), CPU "
+        f"{cost.cpu_seconds:.1f} s ({cost.cpu_seconds / gigabytes:.2f} s/GB), peak "
+        f"{cost.peak_mib:.0f} MiB", flush=True,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{options.hf}, {size / 1e9:.2f} GB")
             there_and_back(options.hf, folder, size)
             (folder / "resave.py").write_text(RESAVE)
-            seconds, peak = measure(folder / "resave.py", options.hf, folder / "resaved")
-            report("transformers, load and save", seconds, peak, size)
+            cost = measure(folder / "resave.py", options.hf, folder / "resaved")
+            report("transformers, load and save", cost, size)
             shutil.rmtree(folder / "resaved")
     return 0
 
