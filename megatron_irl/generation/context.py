@@ -80,6 +80,7 @@ class PagedContext(DynamicInferenceContext):
             return
         caches = self.memory_buffer[:, self.layer_map[layer_number - 1]].flatten(1, 2)
         tokens = self.padded_active_token_count
+        assert self._slots is not None, "the step's bookkeeping has not been published"
         caches[0].index_copy_(0, self._slots, key[:tokens, 0])
         caches[1].index_copy_(0, self._slots, value[:tokens, 0])
 

@@ -154,7 +154,7 @@ class MegatronGenerator:
     def _build_engine(self, models: list[Any]) -> DynamicInferenceEngine:
         config = InferenceConfig(
             block_size_tokens=self._block_tokens,
-            buffer_size_gb=self._buffer_gb(models[0].config),
+            buffer_size_gb=self._buffer_gb(models[0].config),  # pyright: ignore[reportArgumentType]
             max_requests=self._max_requests,
             max_tokens=max(4096, self._max_sequence_length, self._max_requests),
             max_sequence_length=self._max_sequence_length,
@@ -200,7 +200,8 @@ class MegatronGenerator:
             engine.add_request(request, ids, params)
         finished = 0
         while engine.has_unfinished_requests():
-            finished += len(engine.step_modern()["finished_request_records"])
+            done: Any = engine.step_modern()
+            finished += len(done["finished_request_records"])
             if on_progress is not None:
                 on_progress(finished, int(self._sampler.lengths.sum()))
 

@@ -38,7 +38,7 @@ class StageWrapper(GPTInferenceWrapper):
         batch, length = self._get_batch_size_and_seq_len(
             inference_input["tokens"], recv_buffer_seq_len
         )
-        out = None
+        out: Any = None
         for model in self._models:
             received = None
             if not model.pre_process:

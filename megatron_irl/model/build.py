@@ -173,7 +173,7 @@ def build_chunks(
         chunk = chunk.to(platform.device())
         if chunk.post_process and rows > architecture.vocab_size:
             tied = chunk.share_embeddings_and_output_weights
-            weight = (
+            weight: Any = (
                 chunk.shared_embedding_or_output_weight() if tied else chunk.output_layer.weight
             )
             mark_vocabulary_end(weight, architecture.vocab_size, topology.tp_rank)

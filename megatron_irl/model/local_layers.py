@@ -39,9 +39,8 @@ class PackedSdpaAttention(nn.Module):
     ) -> None:
         super().__init__()
         del attn_mask_type, attention_type, cp_comm_type, pg_collection
-        windowed = is_layer_window_attention(
-            config.window_size, config.window_attn_skip_freq, layer_number
-        )
+        skip: Any = config.window_attn_skip_freq
+        windowed = is_layer_window_attention(config.window_size, skip, layer_number)
         self.window = config.window_size[0] + 1 if windowed and config.window_size else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale

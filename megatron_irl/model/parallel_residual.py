@@ -26,9 +26,12 @@ class ParallelResidualLayer(TransformerLayer):
 
         ``options`` are those of ``TransformerLayer.forward`` that self-attention takes.
         """
+        norm1: Any = self.input_layernorm
+        norm2: Any = self.pre_mlp_layernorm
+        mlp_layer: Any = self.mlp
         residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
         attention = self.self_attention(
-            self.input_layernorm(hidden_states),
+            norm1(hidden_states),
             attention_mask=options.get("attention_mask"),
             inference_context=options.get("inference_context"),
             rotary_pos_emb=options.get("rotary_pos_emb"),
@@ -39,7 +42,7 @@ class ParallelResidualLayer(TransformerLayer):
             packed_seq_params=options.get("packed_seq_params"),
             sequence_len_offset=options.get("sequence_len_offset"),
         )
-        mlp = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        mlp = mlp_layer(norm2(hidden_states))
         fused = self.config.bias_dropout_fusion
         with self.bias_dropout_add_exec_handler():
             added = self.self_attn_bda(self.training, fused)(

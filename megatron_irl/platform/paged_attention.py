@@ -170,14 +170,16 @@ def _decode(
     """[B, N, D] → [B, N, D]. The G queries that share a key head become G query positions."""
     q = q_BND.unflatten(1, (k_cache.shape[2], -1))
     if layout.view is not None:
+        assert layout.rows is not None and layout.slots is not None
         keys, values = (
             c[layout.view, : layout.longest].transpose(1, 2) for c in (k_cache, v_cache)
         )
         q = q.index_select(0, layout.rows)
     else:
+        assert layout.blocks is not None
         keys, values = (_gather(c, layout.blocks, layout.longest) for c in (k_cache, v_cache))
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=layout.mask, scale=scale)
-    if layout.view is not None:
+    if layout.slots is not None:
         out = out.index_select(0, layout.slots)
     return out.flatten(1, 2)
 
