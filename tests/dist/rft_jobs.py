@@ -5,16 +5,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_irl.config import Recipe, recipe_from_mapping, resolve
+from megatron_irl.config import PolicyConfig, Recipe, recipe_from_mapping, resolve
 from megatron_irl.data.preferences import Preference
+from megatron_irl.generation import SamplingConfig
+from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import wrap_data_parallel
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.objective import policy_objective, reward_objective
 from megatron_irl.train.optimizer import reward_head_group
+from megatron_irl.train.rewards import make_rollouts as make_advantages
 from megatron_irl.train.scoring import score_rewards
 from megatron_irl.train.step import Stepper
-from megatron_irl.types import Rollout
+from megatron_irl.types import Pair, Rollout
 from tests.dist.jobs import Layout, build, make_pairs, multiple_of, random_sequences
 
 from megatron.core.optimizer import (  # isort: skip
@@ -175,3 +178,37 @@ def half_precision(hf: str, layout: Layout, seed: int) -> dict[str, Any]:
             (head.weight - torch.from_numpy(head_weight(seed, head.weight.shape[1]))).abs().max()
         ),
     }
+
+
+def reward_of_a_quarter(hf: str, layout: Layout, seed: int, rounds: int) -> list[float]:
+    """Share of a quarter of the vocabulary in fresh samples, before each round on that reward.
+
+    Responses are of one token, so that a few rounds suffice.
+    """
+    stepper = build_rft(hf, layout, seed, {})
+    for group in stepper.optimizer.param_groups:
+        group["lr"] = 3e-3
+    prompts = [np.array([p], np.int32) for p in range(10, 18)]
+    options = PolicyConfig(samples_per_prompt=16)
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 1, "eos_id": 1}
+    means = []
+    with MegatronGenerator(
+        stepper.chunks, stepper.topology, max_sequence_length=2, vocab_size=128
+    ) as generator:
+        for number in range(rounds):
+            repeated = [prompt for prompt in prompts for _ in range(options.samples_per_prompt)]
+            samples = generator.generate(repeated, SamplingConfig(seed=seed + number, **sampling))
+            pairs = [
+                Pair(i, prompt, prompt, s.token_ids, s.logprobs, s.finish_reason,
+                     ref_sample_logp=float(s.logprobs.sum()), reward_demo=0.0,
+                     reward_sample=float((s.token_ids % 4 == 2).mean()))
+                for i, (prompt, s) in enumerate(zip(repeated, samples, strict=True))
+            ]
+            means.append(float(np.mean([pair.reward_sample for pair in pairs])))
+            batches = microbatches_for(
+                make_advantages(pairs, options, beta=0.0), stepper.topology, micro_batch_size=64,
+                multiple_of=multiple_of(layout),
+            )
+            for _ in range(4):
+                stepper.train_step(batches, policy_objective(rft_recipe()), frozen="reward_head")
+    return means

@@ -143,3 +143,14 @@ def test_the_head_stays_fp32_in_a_bf16_model(pool, models):
     assert first["head"] is None and last["head"] == "torch.float32"
     assert last["moved"] == pytest.approx(2 * rft_jobs.HEAD_LR, rel=0.3)
     assert first["losses"] == last["losses"] and np.isfinite(first["losses"]).all()
+
+
+@pytest.mark.parametrize("name", ["one", "pp2"])
+def test_policy_steps_raise_the_reward_they_are_given(pool, models, name):
+    """From sampling through advantages and clipped steps to other samples."""
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    means = pool.run(
+        world_size, rft_jobs.reward_of_a_quarter, hf=models[False], layout=layout, seed=SEED,
+        rounds=10,
+    )[0]
+    assert means[0] < 0.5 and means[-1] > means[0] + 0.3, f"seed {SEED}: {means}"
