@@ -55,8 +55,8 @@ def pick_precision() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--train", type=int, default=128, help="demonstrations")
-    parser.add_argument("--eval", type=int, default=100, help="held-out prompts")
+    parser.add_argument("--train", type=int, default=96, help="demonstrations")
+    parser.add_argument("--eval", type=int, default=64, help="held-out prompts")
     options = parser.parse_args()
     started = time.perf_counter()
     out = options.out.resolve()
