@@ -48,6 +48,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "pandas",
+            "peft",
             "trl",
             "ruff",
             "pyright",

@@ -30,13 +30,12 @@ from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives import irft_loss, reward_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize
 from megatron_irl.train.batches import microbatches_for
-from megatron_irl.train.optimizer import reward_head_group
+from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import HeadOutputs, LossOutput, PackedBatch, Pair
 
 from megatron.core.optimizer import (  # isort: skip
     OptimizerConfig,
-    get_megatron_optimizer,
     get_standard_config_overrides,
 )
 
@@ -82,9 +81,9 @@ def build(model: Path, precision: Precision, topology: Topology) -> tuple[Steppe
         lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
         params_dtype=config.params_dtype,
     )
-    optimizer = get_megatron_optimizer(
-        options, wrapped, use_gloo_process_groups=False, pg_collection=topology.groups,
-        config_overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
+    optimizer = build_megatron_optimizer(
+        options, wrapped, topology,
+        overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
     )
     return Stepper(wrapped, topology, optimizer=optimizer), arch.vocab_size
 

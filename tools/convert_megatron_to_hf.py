@@ -27,7 +27,7 @@ def convert(options: argparse.Namespace) -> None:
     conversion = megatron_to_hf(
         checkpoint, options.out, hf_dir=options.hf or find_hf_source(checkpoint),
         dtype=getattr(torch, options.dtype) if options.dtype else None,
-        max_shard_bytes=int(options.max_shard_gb * 1e9),
+        max_shard_bytes=int(options.max_shard_gb * 1e9), reward=options.reward,
     )
     run_conversion(conversion, dry_run=options.dry_run)
 
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
     parser.add_argument("--hf", type=Path, help="HF folder with the model's config and tokenizer "
                         "(default: the one the checkpoint came from)")
+    parser.add_argument("--reward", action="store_true",
+                        help="write the reward model of a run of algorithm.name=rft")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="of the written weights; default: as stored")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a weight file")

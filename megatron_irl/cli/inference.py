@@ -19,7 +19,7 @@ from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
-from megatron_irl.convert.reward_export import read_reward_head
+from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.demonstrations import load_prompts, load_score_records
 from megatron_irl.data.files import write_jsonl_atomically
 from megatron_irl.data.records import RecordError

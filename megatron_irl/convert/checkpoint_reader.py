@@ -16,7 +16,15 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_irl.convert.families import EMBEDDING, HEAD, Row, canonical, rows, stored_name
+from megatron_irl.convert.families import (
+    EMBEDDING,
+    HEAD,
+    REWARD_ROW,
+    Row,
+    canonical,
+    rows,
+    stored_name,
+)
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 
@@ -120,6 +128,11 @@ class CheckpointReader:
         for name in (self.prefix + name for name in names):
             if isinstance(self._entries.get(name), TensorStorageMetadata):
                 return name
+        if row is REWARD_ROW:
+            raise UserError(
+                f"the checkpoint {self.checkpoint} holds no reward head. Only runs with "
+                "algorithm.name=rft learn one; without --reward the language model is written."
+            )
         raise UserError(
             f"the checkpoint {self.checkpoint} lacks {row.megatron}, which config.json implies."
         )

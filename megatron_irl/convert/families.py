@@ -2,7 +2,8 @@
 
 ``{}`` is the global layer number. Dimensions are names of ``Architecture.dims``, so that a folder
 can be checked from its headers alone. A row with ``when`` applies only where the architecture has
-that property: a TransformerConfig field that is on, or ``untied`` embeddings.
+that property: a TransformerConfig field that is on, ``untied`` embeddings, or a ``reward`` head in
+the place of the output head.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,14 @@ def _t(name: str, *dims: str) -> HfTensor:
     return HfTensor(name, dims)
 
 
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
+
+# transformers' sequence classifiers of every family call it that.
+REWARD_ROW = Row(
+    f"{REWARD_HEAD}.weight", Replicated(), (_t("score.weight", "one", "hidden"),), when="reward"
+)
+
 _L, _M = "model.layers.{}.", "decoder.layers.{}."
 
 LLAMA_LIKE = (
@@ -88,6 +97,7 @@ LLAMA_LIKE = (
     Row("decoder.final_layernorm.weight", Replicated(), (_t("model.norm.weight", "hidden"),)),
     Row("output_layer.weight", Vocabulary(), (_t("lm_head.weight", "vocab", "hidden"),),
         when="untied"),
+    REWARD_ROW,
 )
 
 _N = "gpt_neox.layers.{}."
@@ -119,6 +129,7 @@ GPT_NEOX = (
           (_t(f"gpt_neox.final_layer_norm.{part}", "hidden"),)) for part in ("weight", "bias")),
     Row("output_layer.weight", Vocabulary(), (_t("embed_out.weight", "vocab", "hidden"),),
         when="untied"),
+    REWARD_ROW,
 )
 
 # A family with other names or other parameters gets a table of its own.
@@ -129,8 +140,6 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "Qwen3ForCausalLM": LLAMA_LIKE,
     "GPTNeoXForCausalLM": GPT_NEOX,
 }
-
-EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 # Transformer Engine fuses each norm into the linear layer that follows it.
 FUSED_NORMS = {
@@ -201,5 +210,7 @@ def _applies(row: Row, arch: Architecture) -> bool:
     if row.when is None:
         return True
     if row.when == "untied":
-        return not arch.tie_word_embeddings
+        return not arch.tie_word_embeddings and not arch.reward
+    if row.when == "reward":
+        return arch.reward
     return bool(arch.transformer.get(row.when))

@@ -3,6 +3,7 @@
 What is not implemented is refused by name, never approximated. Importable without Megatron.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from megatron_irl.convert.config_values import number, size
 from megatron_irl.convert.rope import inverse_frequencies, rope_settings
 from megatron_irl.convert.windows import window_fields
 from megatron_irl.errors import UserError
+
+CAUSAL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Architecture:
         inv_freq: float32 [rotary dims / 2], inverse frequencies after the family's scaling.
         tie_word_embeddings: Whether the output head is the embedding.
         parallel_residual: Whether attention and MLP of a layer both read the layer's input.
+        reward: Whether a reward head stands in the place of the language-model head.
     """
 
     family: str
@@ -41,12 +45,14 @@ class Architecture:
     inv_freq: Tensor
     tie_word_embeddings: bool
     parallel_residual: bool = False
+    reward: bool = False
 
     @property
     def dims(self) -> dict[str, int]:
         """Sizes by the names the family tables use."""
         t = self.transformer
         return {
+            "one": 1,
             "vocab": self.vocab_size,
             "hidden": t["hidden_size"],
             "ffn": t["ffn_hidden_size"],
@@ -64,6 +70,12 @@ def read_hf_config(hf_dir: Path) -> dict[str, Any]:
         UserError: The folder or the file is missing, or it is not a JSON object.
     """
     path = Path(hf_dir) / "config.json"
+    if (Path(hf_dir) / "adapter_config.json").exists() and not path.exists():
+        raise UserError(
+            f"model.hf={hf_dir} is an adapter of peft, not a model. Merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
+            ".save_pretrained(merged), and copy the tokenizer there."
+        )
     if not Path(hf_dir).is_dir():
         raise UserError(
             f"model.hf={hf_dir} is not a folder. Set model.hf to a Hugging Face model folder on "
@@ -80,18 +92,25 @@ def read_hf_config(hf_dir: Path) -> dict[str, Any]:
     return config
 
 
-def architecture(hf_config: dict[str, Any]) -> Architecture:
+def architecture(hf_config: dict[str, Any], *, reward_model: bool = False) -> Architecture:
     """Translate an HF config.
+
+    Args:
+        reward_model: Whether a sequence classifier with one label will do as well.
 
     Dropout is off whatever the config says: it regularises training and is the recipe's choice
     (``model.attention_dropout``), and it changes no evaluation.
 
     Raises:
-        UserError: An architecture, or an option in use, that is not implemented; a key that is
-            missing or not a number.
+        UserError: An architecture, or an option in use, that is not implemented; a reward model
+            where a language model is needed; a key that is missing or not a number.
     """
     names = hf_config.get("architectures")
     family = names[0] if isinstance(names, list) and names else None
+    if isinstance(family, str) and family.endswith(CLASSIFIER):
+        _check_reward_model(hf_config, family, wanted=reward_model)
+        causal = {"architectures": [family.removesuffix(CLASSIFIER) + CAUSAL]}
+        return dataclasses.replace(architecture(hf_config | causal), reward=True)
     if family not in TRANSLATORS:
         raise UserError(
             f"config.json: architecture {family} (model_type {hf_config.get('model_type')}) is not "
@@ -184,6 +203,18 @@ def _gpt_neox(hf_config: dict[str, Any], family: str) -> Architecture:
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
         parallel_residual=bool(hf_config.get("use_parallel_residual", True)),
     )
+
+
+def _check_reward_model(hf_config: dict[str, Any], family: str, *, wanted: bool) -> None:
+    if not wanted:
+        raise UserError(
+            f"config.json: {family} is a reward model without a language-model head. Give the "
+            "language model; a run that wrote hf_reward/ has it in hf/."
+        )
+    labels = hf_config.get("id2label")
+    count = len(labels) if isinstance(labels, dict) else hf_config.get("num_labels", 2)
+    if count != 1:
+        raise UserError(f"config.json: {family} has {count} labels; a reward model has one.")
 
 
 # Which function reads which architecture; the name tables are in families.py.

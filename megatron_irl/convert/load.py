@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_irl.convert.families import (
     EMBEDDING,
     HEAD,
+    REWARD_HEAD,
     Row,
     canonical,
     heads,
@@ -21,8 +22,6 @@ from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
 from megatron_irl.errors import UserError
 
 __all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
-
-REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
 
 
 def load_hf_weights(

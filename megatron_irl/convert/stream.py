@@ -4,6 +4,7 @@ No model is built and no rank is started: the checkpoint's global tensors are wh
 tensor-parallel rank would hold, and any layout reads its shards of them.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from megatron_irl.convert.checkpoint_writer import CheckpointWriter
 from megatron_irl.convert.companions import copy_companions, write_config
 from megatron_irl.convert.families import (
     EMBEDDING,
+    REWARD_ROW,
     Row,
     heads,
     hf_head,
@@ -33,6 +35,7 @@ from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_c
 from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
 from megatron_irl.convert.load import check_tied_head, refuse_not_finite
 from megatron_irl.convert.locate import HF_PART, RELEASE, TRACKER
+from megatron_irl.convert.reward_folder import complete_reward_folder
 from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
 from megatron_irl.convert.staging import Staging, file_stamps
 from megatron_irl.errors import UserError
@@ -66,13 +69,13 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: torch.dtype | None = N
             exists or would not fit. Running also refuses NaN and infinite weights.
     """
     hf_config = read_hf_config(hf_dir)
-    arch = architecture(hf_config)
+    arch = architecture(hf_config, reward_model=True)
     validate_hf_folder(hf_dir, arch)
     weights = HfWeights(hf_dir)
 
     def dtype_of(row: Row) -> torch.dtype:
         if dtype is not None:
-            return dtype
+            return cast_to(row, dtype)
         kinds = [_BY_NAME[weights.slice(t.name).get_dtype()] for t in row.hf]
         return functools.reduce(torch.promote_types, kinds)
 
@@ -107,19 +110,26 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: torch.dtype | None = N
 
 def megatron_to_hf(
     checkpoint: Path, out_dir: Path, *, hf_dir: Path, dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = 5 * 10**9, reward: bool = False,
 ) -> Conversion:
     """Plan an HF folder from a checkpoint of any layout; ``hf_dir`` gives config and tokenizer.
+
+    With ``reward`` it is the reward model of a run's checkpoint: the backbone and the reward head.
+    A checkpoint made from a reward model becomes one either way.
 
     Raises:
         UserError: The checkpoint is damaged or of another model; ``out_dir`` exists or would not
             fit. Running also refuses damaged files, and NaN and infinite weights.
     """
     hf_config = read_hf_config(hf_dir)
-    arch = architecture(hf_config)
+    source = architecture(hf_config, reward_model=True)
+    arch = dataclasses.replace(source, reward=reward or source.reward)
     reader = CheckpointReader(checkpoint)
     reader.check(arch)
-    written = {row.megatron: dtype or reader.dtype_of(row, arch) for row in rows(arch)}
+    written = {
+        row.megatron: cast_to(row, dtype) if dtype else reader.dtype_of(row, arch)
+        for row in rows(arch)
+    }
     sizes = _group_bytes(arch, written)
     tensors = [
         TensorPlan(t.name, t.shape(arch), written[row.megatron])
@@ -127,7 +137,7 @@ def megatron_to_hf(
     ]
     staging = Staging(out_dir, {
         "from": str(checkpoint.resolve()), "files": file_stamps(checkpoint, "*"),
-        "config": hf_config, "dtype": str(dtype), "shard": max_shard_bytes,
+        "config": hf_config, "dtype": str(dtype), "shard": max_shard_bytes, "reward": arch.reward,
         "version": megatron_irl.__version__,
     })
     staging.check_space(sum(sizes))
@@ -146,12 +156,20 @@ def megatron_to_hf(
                 on_progress(label, sizes[index])
             writer.close()
             copy_companions(folder, hf_dir)
-            write_config(folder, hf_config, written[EMBEDDING])
+            if arch.reward and not source.reward:
+                complete_reward_folder(folder, hf_config, arch, written[EMBEDDING])
+            else:
+                write_config(folder, hf_config, written[EMBEDDING])
             _write_note(folder, checkpoint, dtype)
             journal.unlink()
 
     plan = _describe(arch, written, sizes)
     return Conversion([f"{checkpoint} → {out_dir}", *plan], sum(sizes), run)
+
+
+def cast_to(row: Row, dtype: torch.dtype) -> torch.dtype:
+    """What a row becomes when weights are cast; a reward head stays float32."""
+    return torch.float32 if row is REWARD_ROW else dtype
 
 
 def _read_hf(
@@ -196,9 +214,10 @@ def _describe(
     kinds = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})
     largest = max(torch.Size(r.shape(arch)).numel() * dtypes[r.megatron].itemsize
                   for r in rows(arch))
+    tied = "tied embeddings" if arch.tie_word_embeddings else "untied embeddings"
     return [
         f"{arch.family}, {arch.transformer['num_layers']} layers, {count / 1e9:.3f} B parameters, "
-        f"{'tied' if arch.tie_word_embeddings else 'untied'} embeddings",
+        f"{'reward head' if arch.reward else tied}",
         f"{sum(sizes) / 1e9:.3f} GB as {', '.join(kinds)}; largest tensor {largest / 1e9:.3f} GB",
     ]
 

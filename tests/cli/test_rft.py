@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_irl.convert.locate import find_checkpoint, find_hf_source
+from megatron_irl.convert.stream import megatron_to_hf
 from megatron_irl.data.ledger import read_ledger
 from megatron_irl.data.pair_bank import PairBank
 from tests.cli.conftest import small_recipe
 from tests.cli.harness import deterministic, read_jsonl, refused, run, write_jsonl, write_recipe
 from tests.cli.test_resume import Killed, kill_after
+from tests.convert.test_round_trip import assert_same_weights
 
 NUM_DEMONSTRATIONS, ROUNDS = 16, 2
 
@@ -145,6 +148,18 @@ def test_score_gives_the_explicit_reward_of_hf_reward(finished, tmp_path):
             assert reward == pytest.approx(score, abs=1e-4)
             everything.append(reward)
     assert np.std(everything) > 1e-2, "equal rewards would hide a wrong head"
+
+
+@pytest.mark.parametrize("reward", [False, True])
+def test_tool_converts_its_checkpoint_into_the_same_folders(finished, tmp_path, reward):
+    newest = find_checkpoint(finished)
+    out = tmp_path / "hf"
+    conversion = megatron_to_hf(newest, out, hf_dir=find_hf_source(newest), reward=reward)
+    conversion.run(lambda label, nbytes: None)
+    expected = finished / ("hf_reward" if reward else "hf")
+    assert_same_weights(out, expected)
+    for file in ("config.json", "tokenizer_config.json"):
+        assert (out / file).read_bytes() == (expected / file).read_bytes()
 
 
 CASES = {

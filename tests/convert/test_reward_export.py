@@ -12,10 +12,13 @@ from transformers import (
     AutoTokenizer,
 )
 
-from megatron_irl.convert.reward_export import read_reward_head
+from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.convert.reward_folder import read_reward_head, reward_config
+from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert import reward_jobs
-from tests.convert.test_round_trip import weights
+from tests.convert.test_round_trip import assert_same_weights, weights
+from tests.convert.test_stream import ignore
 from tests.convert.tiny import make_tiny_llama
 
 EOS = 1
@@ -25,11 +28,13 @@ MODELS = {
     "mistral": {"family": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 24},
+    "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
 }
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 CASES = [
     ("untied", 1, {}), ("tied", 1, {}), ("mistral", 1, {}), ("qwen2", 1, {}), ("qwen3", 1, {}),
+    ("gpt_neox", 1, {}), ("gpt_neox", 4, TP2_PP2),
     ("untied", 2, {"tensor_model_parallel_size": 2}), ("tied", 2, PP2_VPP2), ("untied", 2, {}),
     ("tied", 4, TP2_PP2),
 ]
@@ -56,7 +61,7 @@ def expected_scores(source, head: list[float], rows: list[list[int]]) -> list[fl
     """head . hidden at the last token, of the language model itself, one sequence at a time."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.no_grad():
-        hidden = [model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows]
+        hidden = [model.base_model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows]
     return [(torch.tensor(head) @ h).item() for h in hidden]
 
 
@@ -98,14 +103,15 @@ def test_transformers_gives_the_same_scores(pool, folder, tmp_path, name, ranks,
                                                       abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "ranks", "layout"), CASES[-2:])
+@pytest.mark.parametrize(("name", "ranks", "layout"), [*CASES[-2:], ("gpt_neox", 2, {})])
 def test_conversion_is_lossless_both_ways(pool, folder, tmp_path, name, ranks, layout):
     """Backbone bitwise the source's without its output head; the head bitwise what went in."""
     source, out, head = folder(name), tmp_path / "hf_reward", random_head(7)
     pool.run(ranks, reward_jobs.export, hf=str(source), layout=layout, head=head, out=str(out),
              max_shard_bytes=50_000)
     got, expected = weights(out), weights(source)
-    expected.pop("lm_head.weight", None)
+    for output_head in ("lm_head.weight", "embed_out.weight"):
+        expected.pop(output_head, None)
     assert got.pop("score.weight").tolist() == [head]
     assert got.keys() == expected.keys()
     assert [n for n in got if not torch.equal(got[n], expected[n])] == []
@@ -188,3 +194,47 @@ def test_reader_names_what_is_wrong(folder, tmp_path):
         save_file(load_file(file) | {"score.weight": tensor}, file, metadata={"format": "pt"})
         with pytest.raises(UserError, match=message):
             read_reward_head(path)
+
+
+@pytest.mark.parametrize("name", ["untied", "tied", "gpt_neox"])
+def test_tools_convert_it_there_and_back(pool, folder, tmp_path, name):
+    """Through a Megatron checkpoint, bitwise, config and padding as they were."""
+    made, there, back = tmp_path / "hf_reward", tmp_path / "megatron", tmp_path / "hf"
+    pool.run(1, reward_jobs.export, hf=str(folder(name)), layout={}, head=random_head(9),
+             out=str(made))
+    plan = hf_to_megatron(made, there)
+    assert "reward head" in plan.plan[1]
+    plan.run(ignore)
+    megatron_to_hf(there / "release", back, hf_dir=there / "hf").run(ignore)
+    assert_same_weights(back, made)
+    for file in ("config.json", "tokenizer_config.json"):
+        assert (back / file).read_bytes() == (made / file).read_bytes()
+
+
+def test_cast_leaves_the_head_in_float32(pool, folder, tmp_path):
+    made, there = tmp_path / "hf_reward", tmp_path / "megatron"
+    pool.run(1, reward_jobs.export, hf=str(folder("tied")), layout={}, head=random_head(2),
+             out=str(made))
+    hf_to_megatron(made, there, dtype=torch.bfloat16).run(ignore)
+    megatron_to_hf(there / "release", tmp_path / "back", hf_dir=there / "hf").run(ignore)
+    tensors = weights(tmp_path / "back")
+    assert tensors.pop("score.weight").tolist() == [random_head(2)]
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+def test_reward_of_a_checkpoint_without_one_is_refused(folder, tmp_path):
+    hf_to_megatron(folder("untied"), tmp_path / "megatron").run(ignore)
+    with pytest.raises(UserError, match="holds no reward head. Only runs with algorithm.name=rft"):
+        megatron_to_hf(tmp_path / "megatron" / "release", tmp_path / "out",
+                       hf_dir=folder("untied"), reward=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_reward_models_that_will_not_do(folder):
+    config = reward_config(read_hf_config(folder("tied")))
+    assert architecture(config, reward_model=True).reward
+    with pytest.raises(UserError, match="is a reward model without a language-model head"):
+        architecture(config)
+    config["id2label"] = {"0": "bad", "1": "good"}
+    with pytest.raises(UserError, match="has 2 labels"):
+        architecture(config, reward_model=True)

@@ -13,7 +13,7 @@ from megatron_irl.model.build import wrap_data_parallel
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.objective import policy_objective, reward_objective
-from megatron_irl.train.optimizer import reward_head_group
+from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
 from megatron_irl.train.rewards import make_rollouts as make_advantages
 from megatron_irl.train.scoring import score_rewards
 from megatron_irl.train.step import Stepper
@@ -21,7 +21,8 @@ from megatron_irl.types import Pair, Rollout
 from tests.dist.jobs import Layout, build, make_pairs, multiple_of, random_sequences
 
 from megatron.core.optimizer import (  # isort: skip
-    OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides,
+    OptimizerConfig,
+    get_standard_config_overrides,
 )
 
 HEAD_LR, LR = 0.02, 0.05
@@ -70,9 +71,9 @@ def build_rft(
         lr=LR, bf16=config.bf16, params_dtype=config.params_dtype, weight_decay=0.0,
         use_distributed_optimizer=sharded, **optimizer,
     )
-    built = get_megatron_optimizer(
-        options, wrapped, use_gloo_process_groups=False, pg_collection=topology.groups,
-        config_overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
+    built = build_megatron_optimizer(
+        options, wrapped, topology,
+        overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
     )
     for group in built.param_groups:
         group["lr"] = group["max_lr"]  # what the schedule does

@@ -13,15 +13,47 @@ ADAM = {"lr": 1e-3}
 
 @pytest.fixture(scope="module")
 def setting(pool, tmp_path_factory):
-    root = tmp_path_factory.mktemp("checkpoint")
-    hf = str(make_tiny_llama(root / "hf", tied=True, seed=SEED, vocab=VOCAB))
+    return prepare(pool, tmp_path_factory.mktemp("checkpoint"), VOCAB)
+
+
+@pytest.fixture(scope="module")
+def odd_setting(pool, tmp_path_factory):
+    """A vocabulary that two ranks pad and one does not."""
+    return prepare(pool, tmp_path_factory.mktemp("odd"), VOCAB + 3)
+
+
+def prepare(pool, root, vocab):
+    """What the jobs need to find, and (loss, gradient norm) of five uninterrupted steps."""
+    hf = str(make_tiny_llama(root / "hf", tied=True, seed=SEED, vocab=vocab))
     common = {"hf": hf, "folder": str(root / "bank")}
-    pairs = jobs.make_pairs(SEED, NUM_PAIRS, VOCAB)
+    pairs = jobs.make_pairs(SEED, NUM_PAIRS, vocab)
     pool.run(1, jobs.write_bank, **common, pairs=pairs, seed=SEED, noise=3.0)
     (whole,) = pool.run(
         1, jobs.train_on_bank, **common, layout={}, optimizer=ADAM, steps=5
     )
     return common, np.array(whole)
+
+
+def interrupted(pool, common, folder, saved, resumed):
+    """The same five steps: three, a checkpoint, and two under another layout."""
+    ranks, layout = ALL[saved]
+    before = pool.run(
+        ranks, jobs.train_and_save, **common, layout=layout, optimizer=ADAM, steps=3,
+        out=str(folder),
+    )[0]
+    ranks, layout = ALL[resumed]
+    after = pool.run(
+        ranks, jobs.resume_and_train, **common, layout=layout, optimizer=ADAM, steps=2,
+        out=str(folder), at=3,
+    )[0]
+    return np.array([*before, *after])
+
+
+def assert_same_training(got, whole):
+    """Within test_parity's bounds for Adam; a lost moment or step count is off by percents."""
+    difference = np.abs(got - whole) / whole
+    assert difference[:, 0].max() < 3e-4, f"seed {SEED}: {difference[:, 0]}"
+    assert difference[:, 1].max() < 5e-3, f"seed {SEED}: {difference[:, 1]}"
 
 
 @pytest.mark.parametrize(
@@ -31,23 +63,20 @@ def setting(pool, tmp_path_factory):
 )
 def test_resumed_under_another_layout(pool, setting, tmp_path, saved, resumed):
     common, whole = setting
-    ranks, layout = ALL[saved]
-    before = pool.run(
-        ranks, jobs.train_and_save, **common, layout=layout, optimizer=ADAM, steps=3,
-        out=str(tmp_path),
-    )[0]
-    ranks, layout = ALL[resumed]
-    after = pool.run(
-        ranks, jobs.resume_and_train, **common, layout=layout, optimizer=ADAM, steps=2,
-        out=str(tmp_path), at=3,
-    )[0]
-    got = np.array([*before, *after])
-    difference = np.abs(got - whole) / whole
+    got = interrupted(pool, common, tmp_path, saved, resumed)
     if saved == resumed == "one":
         assert (got == whole).all(), "same layout: bit for bit"
-    # The bounds of test_parity for Adam; a lost moment or step count is off by percents.
-    assert difference[:, 0].max() < 3e-4, f"seed {SEED}: {difference[:, 0]}"
-    assert difference[:, 1].max() < 5e-3, f"seed {SEED}: {difference[:, 1]}"
+    assert_same_training(got, whole)
+
+
+@pytest.mark.parametrize(
+    ("saved", "resumed"), [("tp2", "one"), ("one", "tp2"), ("tp2_pp2", "dp2"), ("tp2", "tp2")]
+)
+def test_padded_vocabulary_resumes_under_another_layout(
+    pool, odd_setting, tmp_path, saved, resumed
+):
+    common, whole = odd_setting
+    assert_same_training(interrupted(pool, common, tmp_path, saved, resumed), whole)
 
 
 def test_lost_optimizer_state_would_show(pool, setting, tmp_path):

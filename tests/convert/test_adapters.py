@@ -1,0 +1,83 @@
+"""LoRA adapters: merged by peft they are plain folders; unmerged, refused with the remedy."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_irl.convert.hf_config import read_hf_config
+from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
+from megatron_irl.errors import UserError
+from tests.convert.test_round_trip import assert_same_weights
+from tests.convert.test_stream import ignore
+from tests.convert.tiny import make_tiny_llama
+from tests.dist import jobs
+
+SEED = 2477
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """(adapter folder, merged folder, the model with its adapter beside the weights)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    root = tmp_path_factory.mktemp("adapter")
+    base = make_tiny_llama(root / "base", seed=SEED)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=8, target_modules=modules, task_type="CAUSAL_LM"),
+    )
+    torch.manual_seed(SEED)
+    with torch.no_grad():  # peft begins at zero, which would change nothing
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(root / "adapter")
+    merged = get_merged(base, root)
+    return root / "adapter", merged, model.eval()
+
+
+def get_merged(base, root):
+    """As a user merges: load base and adapter, merge, save."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    PeftModel.from_pretrained(model, root / "adapter").merge_and_unload().save_pretrained(
+        root / "merged"
+    )
+    return root / "merged"
+
+
+def test_merged_adapter_gives_the_adapted_logprobs(pool, adapted):
+    _, merged, model = adapted
+    (result,) = pool.run(
+        1, jobs.token_logprobs, hf=str(merged), layout={}, seed=SEED, num=4, vocab=128
+    )
+    change = 0.0
+    for got, (prompt, response) in zip(
+        result, jobs.random_sequences(SEED, 4, 128), strict=True
+    ):
+        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+        rows, targets = slice(len(prompt) - 1, -1), ids[0, len(prompt) :, None]
+        with torch.no_grad():
+            expected = model(ids).logits[0].log_softmax(-1)[rows].gather(1, targets)[:, 0]
+            with model.disable_adapter():
+                before = model(ids).logits[0].log_softmax(-1)[rows].gather(1, targets)[:, 0]
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4)
+        change = max(change, (expected - before).abs().max().item())
+    assert change > 0.1, "an adapter that changes nothing would hide a lost merge"
+
+
+def test_merged_adapter_converts_bitwise(adapted, tmp_path):
+    _, merged, _ = adapted
+    hf_to_megatron(merged, tmp_path / "megatron").run(ignore)
+    megatron_to_hf(tmp_path / "megatron" / "release", tmp_path / "hf", hf_dir=merged).run(ignore)
+    assert_same_weights(tmp_path / "hf", merged)
+
+
+def test_unmerged_adapter_is_refused_with_the_remedy(adapted):
+    adapter, _, _ = adapted
+    with pytest.raises(UserError, match="adapter of peft.*merge_and_unload"):
+        read_hf_config(adapter)
