@@ -27,21 +27,26 @@ def skinny_products(model: nn.Module) -> Iterator[None]:
 
     For inference only: the products have no gradient.
     """
-    layers: list[Any] = []
+    layers: dict[str, Any] = {}
     if platform.BACKEND == "gloo":
         kinds = (ColumnParallelLinear, RowParallelLinear)
-        layers = [m for m in model.modules() if type(m) in kinds]
-    for layer in layers:
-        layer._forward_impl = _either(layer._forward_impl)
+        layers = {name: m for name, m in model.named_modules() if type(m) in kinds}
+    for name, layer in layers.items():
+        # Between the two products of an MLP everything is elementwise, and the second one wants
+        # its input transposed anyhow.
+        layer._forward_impl = _either(layer._forward_impl, copies=not name.endswith("linear_fc1"))
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             del layer._forward_impl
 
 
-def _either(usual: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Megatron's product, or ours where it pays and nothing is gathered."""
+def _either(usual: Callable[..., Tensor], *, copies: bool) -> Callable[..., Tensor]:
+    """Megatron's product, or ours where it pays and nothing is gathered.
+
+    With ``copies`` the result is contiguous, which a pipeline stage needs to send it on as it is.
+    """
 
     def product(
         input: Tensor, weight: Tensor, bias: Tensor | None, *, sequence_parallel: bool, **rest: Any
@@ -54,7 +59,7 @@ def _either(usual: Callable[..., Tensor]) -> Callable[..., Tensor]:
         out_NM = weight @ input.reshape(rows, -1).t()
         if bias is not None:
             out_NM += bias[:, None]
-        # Contiguous, because a pipeline stage sends it on as it is.
-        return out_NM.t().contiguous().unflatten(0, input.shape[:-1])
+        out_MN = out_NM.t().contiguous() if copies else out_NM.t()
+        return out_MN.unflatten(0, input.shape[:-1])
 
     return product
