@@ -3,9 +3,11 @@
     python tools/noise_robustness.py --out runs/noise
 
 A small language model learns to write a word backwards, and a quarter of the demonstrations are
-corrupted: their answers are shuffled between prompts. All methods start from one SFT run on the
-corrupted set and see as many demonstrations again: more SFT, IRFT, RFT, and SFT on what
-``megatron-irl filter`` keeps of RFT's ledger. For each seed:
+corrupted: their answers are shuffled between prompts. All methods start from one short SFT run on
+the corrupted set, which knows the form of an answer and not the task, and take as many steps on the
+same demonstrations: more SFT, IRFT, RFT, and SFT on what ``megatron-irl filter`` keeps of RFT's
+ledger. The start matters: a reward tells demonstrations from the samples it has seen, so it learns
+to dislike wrong answers from a policy that gives them. For each seed:
 
 - AUC: the chance that a held-out prompt with its own answer earns more reward than one with
   another prompt's answer (ties count half); of RFT's reward head, of IRFT's implicit reward, and
@@ -38,7 +40,7 @@ from megatron_irl.train.runlog import RunLog
 LETTERS = "abcdefgh"
 WORD_LENGTH = 4
 CORRUPTED = 0.25
-ROUNDS = 6
+ROUNDS = 4
 METHODS = ("sft", "irft", "rft", "sft_filtered")
 
 
@@ -125,7 +127,8 @@ def recipes(folder: Path, model: Path, seed: int, options: argparse.Namespace) -
             "name": "rft", "rounds": ROUNDS, "reward_steps": per_round,
             "policy_steps": options.policy_steps, "beta": 0.05,
             "nll_coefficient": options.anchor},
-            reward={"lr": options.head_lr}, policy={"samples_per_prompt": 4}),
+            reward={"lr": options.head_lr, "mix_rounds": ROUNDS - 1},
+            policy={"samples_per_prompt": 4}),
         "sft_filtered": recipe(base, options.lr, algorithm=sft),
     }
     made["sft_filtered"]["data"]["train"] = str(folder / "kept.jsonl")
@@ -214,18 +217,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/noise"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=2048, help="demonstrations")
+    parser.add_argument("--train", type=int, default=1024, help="demonstrations")
     parser.add_argument("--heldout", type=int, default=400)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--base-steps", type=int, default=40)
     parser.add_argument("--base-lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=192, help=f"a multiple of {ROUNDS}")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=384, help=f"a multiple of {ROUNDS}")
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--head-lr", type=float, default=1e-2)
-    parser.add_argument("--policy-steps", type=int, default=16, help="of RFT, each round")
-    parser.add_argument("--anchor", type=float, default=0.1, help="NLL coefficient of IRFT and RFT")
+    parser.add_argument("--policy-steps", type=int, default=8, help="of RFT, each round")
+    parser.add_argument("--anchor", type=float, default=1.0, help="NLL coefficient of IRFT and RFT")
     options = parser.parse_args(argv)
     out = options.out.resolve()
     model = out / "model"
