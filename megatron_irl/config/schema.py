@@ -124,7 +124,8 @@ class RewardConfig:
     recent size, so this weighs reward steps against policy steps (and the anchor), and not
     against ``optimizer.lr``."""
     mix_rounds: int = 0
-    """Samples of so many earlier rounds are told from demonstrations as well."""
+    """Samples of so many earlier rounds are told from demonstrations as well. With 0, a policy that
+    has caught up with the demonstrations leaves the reward nothing to learn but their noise."""
     preferences: tuple[str, ...] = ()
     """Preference files ({"prompt", "chosen", "rejected"} records) as a second stream: every reward
     step takes ``train.global_batch_size`` of its pairs too."""
