@@ -115,10 +115,11 @@ def build_megatron_optimizer(
         options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if platform.BACKEND == "gloo":  # the group itself can gather a checkpoint in host memory
+    if platform.BACKEND == "gloo":
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            # The group itself can gather a checkpoint in host memory.
             part.data_parallel_group_gloo = topology.dp_group
-        _fuse(part.optimizer)
+            _fuse(part.optimizer)
     return optimizer
 
 
