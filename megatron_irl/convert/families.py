@@ -9,6 +9,7 @@ the place of the output head.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_irl.convert.hf_config import Architecture
@@ -187,6 +188,11 @@ def stored_name(name: str) -> tuple[str, int | None]:
         return name, None
     layer, _, parameter = rest.partition(".")
     return f"decoder.layers.{parameter}", int(layer)
+
+
+def cast_to(row: Row, dtype: torch.dtype) -> torch.dtype:
+    """What a row becomes when weights are cast; a reward head stays float32."""
+    return torch.float32 if row is REWARD_ROW else dtype
 
 
 def hf_head(arch: Architecture) -> str:

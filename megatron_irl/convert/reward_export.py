@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_irl.convert.companions import copy_companions
 from megatron_irl.convert.export import export_rows
-from megatron_irl.convert.families import REWARD_ROW, rows
+from megatron_irl.convert.families import REWARD_ROW, cast_to, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.reward_folder import complete_reward_folder
@@ -71,7 +71,7 @@ def export_hf_reward(
 
     reward = dataclasses.replace(arch, reward=True)
     export_rows(
-        [(row, torch.float32 if row is REWARD_ROW else dtype) for row in rows(reward)],
+        [(row, cast_to(row, dtype) if dtype else None) for row in rows(reward)],
         mine, reward, out_dir, complete,
         source_dir=source_dir, topology=topology, max_shard_bytes=max_shard_bytes,
     )

@@ -23,8 +23,8 @@ from megatron_irl.convert.checkpoint_writer import CheckpointWriter
 from megatron_irl.convert.companions import copy_companions, write_config
 from megatron_irl.convert.families import (
     EMBEDDING,
-    REWARD_ROW,
     Row,
+    cast_to,
     heads,
     hf_head,
     hf_tensors,
@@ -165,11 +165,6 @@ def megatron_to_hf(
 
     plan = _describe(arch, written, sizes)
     return Conversion([f"{checkpoint} → {out_dir}", *plan], sum(sizes), run)
-
-
-def cast_to(row: Row, dtype: torch.dtype) -> torch.dtype:
-    """What a row becomes when weights are cast; a reward head stays float32."""
-    return torch.float32 if row is REWARD_ROW else dtype
 
 
 def _read_hf(
