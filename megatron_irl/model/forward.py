@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megatron_irl.convert.families import REWARD_HEAD
 from megatron_irl.model.build import unwrap
-from megatron_irl.model.local_layers import PackedRotaryEmbedding, padded_layout
+from megatron_irl.model.local_layers import PackedRotaryEmbedding
+from megatron_irl.model.packed_attention import padded_layout
 from megatron_irl.model.reward_head import RewardHead
 from megatron_irl.parallel.logprobs import response_logprobs
 from megatron_irl.types import HeadOutputs, Heads, PackedBatch

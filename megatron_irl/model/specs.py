@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from megatron_irl import platform
 from megatron_irl.errors import UserError
-from megatron_irl.model.local_layers import LocalNorm, PackedSdpaAttention
+from megatron_irl.model.local_layers import LocalNorm
+from megatron_irl.model.packed_attention import PackedAttention
 from megatron_irl.model.parallel_residual import ParallelResidualLayer
 
 from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
@@ -66,7 +67,7 @@ def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     submodules.input_layernorm = LocalNorm
     submodules.pre_mlp_layernorm = LocalNorm
     attention = submodules.self_attention.submodules
-    attention.core_attention = PackedSdpaAttention
+    attention.core_attention = PackedAttention
     qk_norm = LocalNorm if config.qk_layernorm else IdentityOp
     attention.q_layernorm = attention.k_layernorm = qk_norm
     return ModuleSpec(module=TransformerLayer, submodules=submodules)

@@ -154,7 +154,9 @@ def response_logprobs(
     if not sequence_parallel:
         hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
     vocab_start = weight_VpH.shape[0] * tp_group.rank()
-    weight_VpH = weight_VpH[: getattr(weight_VpH, ROWS, None)]
+    num_real = getattr(weight_VpH, ROWS, weight_VpH.shape[0])
+    if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
+        weight_VpH = weight_VpH[:num_real]
     return _ChunkedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group
     )
