@@ -72,7 +72,9 @@ class Theirs:
 
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(  # fused, as transformers' Trainer has it
+            self.model.parameters(), lr=LR, weight_decay=0.0, fused=True
+        )
 
     def step(self, microbatches: list[list[Pair]]) -> float:
         num_pairs = sum(map(len, microbatches))

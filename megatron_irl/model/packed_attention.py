@@ -17,9 +17,8 @@ from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
 from megatron.core.transformer.utils import is_layer_window_attention  # isort: skip
 
-# On CPU torch's fused attention is slower than plain matrix products for sequences this short:
-# forward and backward in fp32 by 1.3 times at 110 positions and 1.0 at 192, in bf16 by over 2 times up
-# to 384. Longer ones also have more scores than are worth keeping for the backward pass.
+# On CPU torch's fused attention is slower than plain matrix products for sequences this short
+# (docs/log.md). Longer ones also have more scores than are worth keeping for the backward pass.
 SHORT = {torch.float32: 128, torch.bfloat16: 256}
 
 

@@ -49,14 +49,14 @@ def _scale(
 
 
 def reduce_scatter(output: Tensor, input: Tensor, **options: Any) -> Any:
-    """``torch.distributed.reduce_scatter_tensor``, or nothing where its result is there already."""
+    """``torch.distributed.reduce_scatter_tensor``, unless its result is there already."""
     if _same_memory(output, input):
         return None
     return _reduce_scatter(output, input, **options)
 
 
 def all_gather(output: Tensor, input: Tensor, **options: Any) -> Any:
-    """``torch.distributed.all_gather_into_tensor``, or nothing where its result is there already."""
+    """``torch.distributed.all_gather_into_tensor``, unless its result is there already."""
     if _same_memory(output, input):
         return None
     return _all_gather(output, input, **options)

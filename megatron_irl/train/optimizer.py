@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
-
 from megatron_irl import platform
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
