@@ -1,9 +1,9 @@
-"""Loading torch's Adam under Megatron's distributed optimizer.
+"""Saving and loading torch's Adam under Megatron's distributed optimizer.
 
 Transformer Engine's and Apex's fused Adam keep the step count in the parameter groups; torch's,
-used where neither is installed, keeps a tensor per parameter. Megatron-Core 0.19 saves that well
-and fails to load it. To be removed when ``DistributedOptimizer`` loads a checkpoint it saved over
-``torch.optim.AdamW`` into a fresh optimizer.
+used where neither is installed, keeps a tensor per parameter. Megatron-Core 0.19 saves that once a
+step is taken, and fails to save it before, and to load it. To be removed when
+``DistributedOptimizer`` saves a fresh ``torch.optim.AdamW`` and loads what it saved into one.
 """
 
 from collections.abc import Iterator
@@ -25,6 +25,14 @@ def loadable(optimizer: Any) -> Iterator[None]:
             if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
                 stack.enter_context(_loadable(part, inner))
         yield
+
+
+def make_savable(optimizer: Any) -> None:
+    """Give torch's Adam the state that Megatron asks for on saving, if no step was taken yet."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+            _give_state(inner)
 
 
 @contextmanager
@@ -51,7 +59,7 @@ def _loadable(part: Any, inner: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _give_state(inner: torch.optim.Optimizer) -> None:
-    """Zero moments and a zero count, which Megatron asks for before it loads others."""
+    """Zero moments and a zero count, as Adam itself would make at its first step."""
     for parameter in (p for group in inner.param_groups for p in group["params"]):
         if not inner.state[parameter]:
             inner.state[parameter] = {

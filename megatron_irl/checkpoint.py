@@ -17,7 +17,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import platform
-from megatron_irl.adam_state import loadable
+from megatron_irl.adam_state import loadable, make_savable
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
 from megatron_irl.data.files import disk_errors
@@ -42,6 +42,8 @@ class Checkpointer:
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int) -> None:
         self.folder, self.topology, self.keep = folder, topology, keep
+        if topology.is_main:
+            _put_back(folder)
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
@@ -77,6 +79,7 @@ class Checkpointer:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         self.topology.barrier()
+        make_savable(optimizer)
         sharded = self._sharded(chunks, optimizer, is_loading=False)
         sharded |= {
             "scheduler": scheduler.state_dict(), "state": state, "layout": self._layout(),
@@ -200,6 +203,14 @@ def _write(sharded: dict[str, Any], folder: Path, weight_bytes: int) -> None:
         if shutil.disk_usage(folder).free > weight_bytes and "OSError" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _put_back(folder: Path) -> None:
+    """Undo a replacement that was killed between its two renames."""
+    for old in folder.glob(".step_*.old"):
+        final = folder / old.name.removeprefix(".").removesuffix(".old")
+        if not final.exists():
+            os.replace(old, final)
 
 
 def _replace_folder(new: Path, final: Path) -> None:

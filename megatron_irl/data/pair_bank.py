@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from megatron_irl.data.files import TEMPORARY_PATTERN, replacing
 from megatron_irl.errors import UserError
-from megatron_irl.types import Pair
+from megatron_irl.types import Demonstration, Pair
 
 FORMAT_VERSION = 2
 
@@ -88,6 +88,27 @@ class PairBank:
         """Return the numbers of the committed chunks, ascending."""
         names = (re.fullmatch(r"chunk_(\d+)\.parquet", p.name) for p in _list(self._folder(round)))
         return sorted(int(match[1]) for match in names if match)
+
+    def keep_chunks_of(
+        self, round: int, parts: Sequence[Sequence[Demonstration]]
+    ) -> list[int]:
+        """Remove chunks that are not of these demonstrations; return the numbers of the others.
+
+        A held-out set may change while a run is stopped; what was sampled for another one is not
+        to be taken for samples of this one.
+
+        Args:
+            parts: By chunk, the demonstration of every pair in order.
+        """
+        kept = []
+        for chunk in self.complete_chunks(round):
+            expected = parts[chunk] if chunk < len(parts) else []
+            pairs = self.read_chunk(round, chunk)
+            if len(pairs) == len(expected) and all(map(_is_of, pairs, expected)):
+                kept.append(chunk)
+            else:
+                self._chunk_path(round, chunk).unlink()
+        return kept
 
     def read_round(self, round: int) -> list[Pair]:
         """Return all pairs of a round, chunk by chunk.
@@ -187,6 +208,12 @@ def usable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int]]:
             counts["usable"] += 1
             usable.append(pair)
     return usable, counts
+
+
+def _is_of(pair: Pair, demonstration: Demonstration) -> bool:
+    return np.array_equal(pair.prompt_ids, demonstration.prompt_ids) and np.array_equal(
+        pair.demo_ids, demonstration.response_ids
+    )
 
 
 def _to_table(round: int, chunk: int, pairs: Sequence[Pair]) -> pa.Table:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_irl import platform
 from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
+from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.interface import Progress, SamplingConfig
 from megatron_irl.generation.pipeline import StageWrapper
@@ -35,9 +36,6 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 # Importing the engine makes SIGTERM and SIGINT dump a stack; ending a run is no crash.
 for _number in (signal.SIGTERM, signal.SIGINT):
     faulthandler.unregister(_number)
-
-GIB = 1024**3
-CUDA_BLOCK_TOKENS = 256  # what flash-attn's paged kernels ask for
 
 
 class _Controller(TextGenerationController):
@@ -70,11 +68,7 @@ class MegatronGenerator:
         max_requests: Requests decoded together; rounded up to the tensor-parallel size.
         kv_cache_gb: Cache size of this rank in GiB. By default, room for ``max_requests``
             sequences of full length. With less, fewer requests run together.
-        block_tokens: Cache block length. By default one block per sequence on CPU, where the
-            operating system commits memory page by page, and 256 on CUDA.
-
-    Raises:
-        UserError: The cache cannot hold one sequence.
+        block_tokens: Cache block length; see ``default_block_tokens``.
 
     Collectives: construction has none; ``generate`` runs over the model-parallel group.
     """
@@ -93,8 +87,7 @@ class MegatronGenerator:
         self._chunks, self._topology = list(chunks), topology
         self._max_sequence_length = max_sequence_length
         self._max_requests = math.ceil(max_requests / topology.tp_size) * topology.tp_size
-        whole = CUDA_BLOCK_TOKENS if platform.IS_CUDA else max_sequence_length
-        self._block_tokens = block_tokens or whole
+        self._block_tokens = block_tokens or default_block_tokens(max_sequence_length)
         self._kv_cache_gb = kv_cache_gb
         self._sampler = KeyedSampler(vocab_size, platform.device())
         self._engine: DynamicInferenceEngine | None = None
@@ -154,7 +147,11 @@ class MegatronGenerator:
     def _build_engine(self, models: list[Any]) -> DynamicInferenceEngine:
         config = InferenceConfig(
             block_size_tokens=self._block_tokens,
-            buffer_size_gb=self._buffer_gb(models[0].config),  # pyright: ignore[reportArgumentType]
+            buffer_size_gb=cache_gb(  # pyright: ignore[reportArgumentType]
+                models[0].config, max_sequence_length=self._max_sequence_length,
+                max_requests=self._max_requests, block_tokens=self._block_tokens,
+                kv_cache_gb=self._kv_cache_gb,
+            ),
             max_requests=self._max_requests,
             max_tokens=max(4096, self._max_sequence_length, self._max_requests),
             max_sequence_length=self._max_sequence_length,
@@ -168,26 +165,6 @@ class MegatronGenerator:
         context.map_layers([layer for model in models for layer in model.decoder.layers])
         wrapper = StageWrapper(models, context)
         return DynamicInferenceEngine(_Controller(wrapper, self._sampler), context)
-
-    def _buffer_gb(self, config: Any) -> float:
-        per_sequence = math.ceil(self._max_sequence_length / self._block_tokens)
-        heads = max(1, config.num_query_groups // self._topology.tp_size)
-        layers = config.num_layers // self._topology.pp_size
-        block_bytes = (
-            2 * layers * self._block_tokens * heads * config.kv_channels
-            * config.params_dtype.itemsize
-        )
-        full = (self._max_requests * per_sequence + 1) * block_bytes  # one block is the engine's
-        least = (per_sequence + 1) * block_bytes
-        asked = full if self._kv_cache_gb is None else self._kv_cache_gb * GIB
-        if asked < least:
-            raise UserError(
-                f"generation.kv_cache_gb={self._kv_cache_gb} conflicts with a sequence length of "
-                f"{self._max_sequence_length} tokens; one sequence needs {least / GIB:.3g} GiB. "
-                "Raise generation.kv_cache_gb, or lower generation.max_new_tokens."
-            )
-        # Uneven stages hold more layers; the engine takes the smallest count over the pipeline.
-        return min(asked, full) / GIB * (1 + 1e-9)
 
     def _run(
         self, engine: DynamicInferenceEngine, prompts: Sequence[np.ndarray],

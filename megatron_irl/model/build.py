@@ -198,6 +198,34 @@ def _set_rotary(
     chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(platform.device(), torch.float32)
 
 
+def build_ddp_config(overrides: dict[str, Any] | None = None) -> DistributedDataParallelConfig:
+    """Megatron's DDP configuration: our defaults, then the recipe's ``ddp:`` keys.
+
+    The defaults are a distributed optimizer and gradients accumulated and reduced in fp32.
+
+    Raises:
+        UserError: An unknown key, or values that Megatron refuses.
+    """
+    overrides = dict(overrides or {})
+    allowed = [field.name for field in dataclasses.fields(DistributedDataParallelConfig)]
+    check_field_names("ddp", overrides, allowed)
+    if overrides.get("average_in_collective"):
+        raise UserError(
+            "ddp.average_in_collective=true conflicts with a loss divided by the global count of "
+            "items: gradients are summed over data parallelism. Remove ddp.average_in_collective."
+        )
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": False,
+        "check_for_nan_in_grad": False,  # our own finite check names the step and keeps the state
+    }
+    try:
+        return DistributedDataParallelConfig(**(fields | overrides))
+    except (ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"Megatron-Core refuses this ddp configuration: {error}") from error
+
+
 def wrap_data_parallel(
     chunks: Sequence[nn.Module],
     config: TransformerConfig,
@@ -206,19 +234,10 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Wrap chunks in Megatron's DDP, which owns the gradient buffers.
 
-    ``ddp:`` keys of the recipe override the defaults: a distributed optimizer, gradients
-    accumulated and reduced in fp32, NaN checks on.
+    Args:
+        overrides: As ``build_ddp_config`` takes them.
     """
-    overrides = dict(overrides or {})
-    allowed = [field.name for field in dataclasses.fields(DistributedDataParallelConfig)]
-    check_field_names("ddp", overrides, allowed)
-    fields: dict[str, Any] = {
-        "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": True,
-        "overlap_grad_reduce": False,
-        "check_for_nan_in_grad": False,  # our own finite check names the step and keeps the state
-    }
-    ddp_config = DistributedDataParallelConfig(**(fields | overrides))
+    ddp_config = build_ddp_config(overrides)
     return [
         DistributedDataParallel(
             config,

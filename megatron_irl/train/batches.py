@@ -29,13 +29,13 @@ def microbatches_for(
     return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
 
 
-def draw(items: Sequence[Item], seed: int, step_in_round: int, size: int) -> list[Item]:
-    """The global batch of a step: the items in one shuffled order per pass, wrapping around.
+def draw(items: Sequence[Item], seed: int, step: int, size: int) -> list[Item]:
+    """The global batch of a step: the items in one shuffled order per pass, pass after pass.
 
     A pure function of its arguments, so a resumed run draws what the uninterrupted one would.
     """
     sampler = OrderedSampler(len(items), seed)
-    sampler.load_state_dict({"position": step_in_round * size})
+    sampler.load_state_dict({"position": step * size})
     return [items[i] for i in sampler.take(size)]
 
 

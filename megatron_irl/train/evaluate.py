@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_irl.data.digest import digest_of
 from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.parallel.reduce import from_main
@@ -97,10 +98,15 @@ def evaluate_reward(session: Session, round_index: int) -> dict[str, Any]:
 
 def heldout_pairs(session: Session, round_index: int) -> list[Pair]:
     """Usable held-out pairs of a round, with references where the reward needs them."""
-    bank, algorithm = session.heldout_bank, session.recipe.algorithm
-    if not algorithm.is_pairwise or not bank.complete_chunks(round_index):
+    bank, algorithm, topology = session.heldout_bank, session.recipe.algorithm, session.topology
+    found = (
+        (bool(bank.complete_chunks(round_index)), bank.has_references(round_index))
+        if topology.is_main else None
+    )  # asked once: what follows is collective
+    has_pairs, has_references = from_main(found, topology)
+    if not algorithm.is_pairwise or not has_pairs:
         return []
-    if algorithm.name != "rft" and not bank.has_references(round_index):
+    if algorithm.name != "rft" and not has_references:
         add_references(session, bank, round_index)
     pairs, _ = usable_pairs(bank.read_round(round_index))
     return pairs
@@ -118,21 +124,23 @@ def preference_sequences(session: Session) -> Sequences:
 def preference_references(session: Session) -> list[Any]:
     """Log-probabilities of the held-out preferences under the weights the run began with.
 
-    Computed once, at the run's first call, and kept in its folder. Not for rft, whose reward needs
-    none. Collectives: every rank must call.
+    Computed at the run's first call and kept in its folder, until the preferences change. Not for
+    rft, whose reward needs none. Collectives: every rank must call.
     """
     if session.recipe.algorithm.name == "rft" or not session.heldout_preferences:
         return []
     path, topology = session.folder.preference_references, session.topology
-    known = json.loads(path.read_text()) if topology.is_main and path.exists() else None
-    known = from_main(known, topology)
-    if known is None:
+    sequences = preference_sequences(session)
+    digest = digest_of(sequences)
+    kept = json.loads(path.read_text()) if topology.is_main and path.exists() else None
+    kept = from_main(kept, topology)
+    if not isinstance(kept, dict) or kept.get("digest") != digest:
         with initial_weights(session):
-            known = _scores(session, preference_sequences(session))
+            kept = {"digest": digest, "logps": _scores(session, sequences)}
         if topology.is_main:
             with replacing(path) as file:
-                file.write(json.dumps(known).encode())
-    return np.array(known).reshape(-1, 2).tolist()
+                file.write(json.dumps(kept).encode())
+    return np.array(kept["logps"]).reshape(-1, 2).tolist()
 
 
 def _scores(session: Session, sequences: Sequences) -> list[float]:

@@ -24,6 +24,8 @@ class CollapseGuard:
     (share of samples the budget ended).
     """
 
+    has_implicit_reward: bool = True
+    """``reward/demo`` is the demonstration's log-ratio to the reference, not a head of its own."""
     min_steps: int = 10
     """Fewer steps in a round say nothing about a trend."""
     logp_drop_fraction: float = 0.02
@@ -99,7 +101,7 @@ class CollapseGuard:
                         self.noise_factor * noise)
         if first - last <= threshold or margin[1].mean() <= margin[0].mean():
             return None
-        reward = self._fifths("reward/demo")
+        reward = self._fifths("reward/demo") if self.has_implicit_reward else None
         # Against its own reference no demonstration lost anything: the batches just got harder.
         if reward is not None and reward[1].mean() >= reward[0].mean():
             return None

@@ -28,7 +28,7 @@ from megatron_irl.train.batches import Item, draw, microbatches_for, num_tokens
 from megatron_irl.train.evaluate import evaluate, evaluate_reward, heldout_pairs
 from megatron_irl.train.hacking import hacking_signs
 from megatron_irl.train.optimizer import build_schedule, current_lr, reset_optimizer
-from megatron_irl.train.phases import Phase, Work, phases
+from megatron_irl.train.phases import Phase, Work, few_items, phases
 from megatron_irl.train.rounds import fill_bank
 from megatron_irl.train.session import Inputs, Session, is_finished, open_session
 from megatron_irl.types import PackedBatch
@@ -46,8 +46,8 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         while state.round < algorithm.rounds:
             summary = open_round(session)
             for phase in phases(algorithm):
-                summary |= run_phase(session, phase)
-            close_round(session, summary)
+                run_phase(session, phase)
+            close_round(session, summary | state.summary)
     except TrainingDiverged as error:
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
@@ -70,6 +70,8 @@ def open_round(session: Session) -> dict[str, Any]:
         return {}
     summary = fill_bank(session, state.round)
     heldout_pairs(session, state.round)  # its references too belong to the round's start
+    if not session.topology.is_main:  # who writes the round's line
+        return summary
     drawn = session.bank.read_round(state.round)
     summary["generation"] |= usable_pairs(drawn)[1] | {  # of the whole round, however often resumed
         "tokens": sum(len(pair.sample_ids) for pair in drawn),
@@ -79,17 +81,21 @@ def open_round(session: Session) -> dict[str, Any]:
     return summary
 
 
-def run_phase(session: Session, phase: Phase) -> dict[str, Any]:
-    """The steps of a phase that are still to be done; returns what the round's line says of it."""
+def run_phase(session: Session, phase: Phase) -> None:
+    """The steps of a phase that are still to be done."""
     state = session.state
     if state.step_in_round > phase.last:
-        return {}
+        return
     work = phase.prepare(session)
+    state.summary |= work.summary
+    num_draws = (phase.last - phase.first) * session.recipe.train.global_batch_size
+    warning = few_items(work, num_draws)
+    if warning:
+        session.recorder.warn(f"{phase.name} steps of round {state.round}: {warning}")
     if not work.items:
         state.step_in_round = phase.last
     while state.step_in_round < phase.last:
         optimizer_step(session, phase, work)
-    return work.summary
 
 
 def optimizer_step(session: Session, phase: Phase, work: Work) -> None:
@@ -120,11 +126,16 @@ def draw_batch(
 ) -> tuple[list[Item], list[PackedBatch]]:
     """The global batch of the next step, and this rank's microbatches of it."""
     state, options = session.state, session.recipe.train
-    seed = chunk_seed(session.recipe.seed, state.round, min(phase.first, 1))
     batch: list[Item] = []
     microbatches: list[PackedBatch] = []
-    for stream in filter(None, (work.items, work.second)):
-        drawn = draw(stream, seed, state.step_in_round - phase.first, options.global_batch_size)
+    for stream, outlasts_round in ((work.items, work.outlasts_round), (work.second, True)):
+        if not stream:
+            continue
+        step, begun_in = state.step_in_round - phase.first, state.round
+        if outlasts_round:
+            step, begun_in = step + state.round * (phase.last - phase.first), 0
+        seed = chunk_seed(session.recipe.seed, begun_in, min(phase.first, 1))
+        drawn = draw(stream, seed, step, options.global_batch_size)
         batch += drawn
         microbatches += microbatches_for(
             drawn, session.topology, micro_batch_size=options.micro_batch_size,
@@ -155,6 +166,7 @@ def close_round(session: Session, summary: dict[str, Any]) -> None:
     state.round += 1
     state.step_in_round = 0
     state.evaluation = evaluation
+    state.summary = {}
     state.seconds = {}
     session.save()
 

@@ -27,7 +27,10 @@ class Work:
 
     Attributes:
         items: Drawn from, a global batch a step. Without any the phase is skipped.
-        second: A second stream: as many again of these in every step.
+        num_unusable: What was left out of ``items`` because it cannot teach.
+        outlasts_round: The next round goes on with ``items`` where this one ends, as passes over
+            the data need; otherwise they are this round's own.
+        second: A second stream: as many again of these in every step. It outlasts the round.
         summary: What the round's line says about the items.
     """
 
@@ -35,6 +38,8 @@ class Work:
     objective: Objective
     heads: Heads = "logprobs"
     frozen: Frozen = None
+    num_unusable: int = 0
+    outlasts_round: bool = False
     second: Sequence[Item] = ()
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -67,17 +72,20 @@ def phases(algorithm: AlgorithmConfig) -> list[Phase]:
 
 def imitate(session: Session) -> Work:
     """sft: the demonstrations' likelihood."""
-    return Work(session.demonstrations, likelihood_objective)
+    return Work(session.demonstrations, likelihood_objective, outlasts_round=True)
 
 
 def learn_from_pairs(session: Session) -> Work:
     """irft, spin: demonstration against sample under the implicit reward."""
     state = session.state
-    pairs, _ = usable_pairs(session.bank.read_round(state.round))
+    drawn = session.bank.read_round(state.round)
     if session.recipe.algorithm.mix_previous and state.round > 0:
-        pairs += usable_pairs(previous_pairs(session, state.round))[0]
-    objective = pair_objective(session.recipe, state.round)
-    return Work(pairs, objective, summary={"lengths": mean_lengths(pairs)})
+        drawn += previous_pairs(session, state.round)
+    pairs, _ = usable_pairs(drawn)
+    return Work(
+        pairs, pair_objective(session.recipe, state.round),
+        num_unusable=len(drawn) - len(pairs), summary={"lengths": mean_lengths(pairs)},
+    )
 
 
 def learn_reward(session: Session) -> Work:
@@ -89,8 +97,8 @@ def learn_reward(session: Session) -> Work:
     objective, heads = reward_objective(recipe)
     only_head = recipe.reward.trunk == "detached" and not recipe.algorithm.nll_coefficient
     return Work(
-        pairs, objective, heads, "trunk" if only_head else None, session.preferences,
-        summary={"lengths": mean_lengths(pairs)},
+        pairs, objective, heads, "trunk" if only_head else None, second=session.preferences,
+        num_unusable=len(drawn) - len(pairs), summary={"lengths": mean_lengths(pairs)},
     )
 
 
@@ -102,6 +110,28 @@ def optimize_policy(session: Session) -> Work:
     return Work(
         rollouts, policy_objective(recipe), frozen="reward_head",
         summary={"rewards": describe_rewards(pairs)},
+    )
+
+
+def few_items(work: Work, num_draws: int) -> str | None:
+    """Return a warning if most of what was sampled cannot teach, else None.
+
+    Args:
+        num_draws: Items that the steps of the phase will draw.
+    """
+    if not work.items:
+        return (
+            f"nothing to learn from ({work.num_unusable} samples are empty or equal their "
+            "demonstration); the steps are skipped. The policy may already answer as the "
+            "demonstrations do: set fewer algorithm.rounds."
+        )
+    if work.num_unusable <= len(work.items):
+        return None
+    return (
+        f"{work.num_unusable} of {work.num_unusable + len(work.items)} samples are empty or equal "
+        f"their demonstration; the {len(work.items)} others are drawn "
+        f"{num_draws / len(work.items):.1f} times each. Set fewer steps a round or more "
+        "algorithm.prompts_per_round."
     )
 
 

@@ -23,7 +23,8 @@ class Recorder:
         is_main: bool,
     ) -> None:
         self.folder, self.recipe, self.progress, self.is_main = folder, recipe, progress, is_main
-        self.guard = CollapseGuard()
+        self.guard = CollapseGuard(has_implicit_reward=recipe.algorithm.name != "rft")
+        self._warned: list[str] = []  # in the round in progress, besides the guard
         self.log = RunLog(folder.path)
         self.trackers = Trackers([])
         self._generating = 0.0
@@ -71,16 +72,23 @@ class Recorder:
         """Record a finished round; adds the guard's findings and rewrites the report."""
         if not self.is_main:
             return
-        record["guard"] = self.guard.check(record.get("generation"))
+        found = self.guard.check(record.get("generation"))
         self.guard.start_round()
-        for warning in record["guard"]:
+        for warning in found:
             self.progress.warn(warning)
+        record["guard"], self._warned = self._warned + found, []
         self.log.log_round(record)
         shown = {k: v for k, v in record.items() if k not in ("step", "round", "examples")}
         self.trackers.log(state.step, {"round": shown})
         for example in record.get("examples", []):
             self.trackers.log_text(state.step, "samples", _as_text(example))
         write_report(self.folder.path)
+
+    def warn(self, text: str) -> None:
+        """Say something of the round in progress, on the console and in the round's line."""
+        if self.is_main:
+            self.progress.warn(text)
+            self._warned.append(text)
 
     def generated(self, seconds: float) -> None:
         """Count time spent generating, for the share shown while training."""

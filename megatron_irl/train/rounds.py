@@ -73,6 +73,8 @@ def previous_pairs(session: Session, round_index: int) -> list[Pair]:
         if is_main:
             for chunk in session.bank.complete_chunks(round_index - 1):
                 pairs = session.bank.read_chunk(round_index - 1, chunk)
+                for pair in pairs:  # so that a run killed before the pass below repeats it
+                    pair.ref_demo_logp = pair.ref_sample_logp = None
                 bank.write_chunk(round_index, chunk, pairs)
         session.topology.barrier()
         add_references(session, bank, round_index)
@@ -91,16 +93,19 @@ def sample_pairs(
     on to the samples it would have drawn. Collectives: every rank must call.
     """
     topology, size = session.topology, session.recipe.generation.chunk_size
-    num_chunks = -(-len(demonstrations) // size)
-    done = from_main(bank.complete_chunks(round_index) if topology.is_main else None, topology)
+    parts = [
+        [d for d in demonstrations[first : first + size] for _ in range(samples_per_prompt)]
+        for first in range(0, len(demonstrations), size)
+    ]
+    done = from_main(
+        bank.keep_chunks_of(round_index, parts) if topology.is_main else None, topology
+    )
     stream = _HELDOUT_STREAM if bank is session.heldout_bank else 0
     tokens, start = 0, time.perf_counter()
     with session.timed("generation"):
-        for chunk in range(num_chunks):
+        for chunk, part in enumerate(parts):
             if chunk in done:
                 continue
-            prompts = demonstrations[chunk * size : (chunk + 1) * size]
-            part = [d for d in prompts for _ in range(samples_per_prompt)]
             seed = chunk_seed(session.recipe.seed, round_index, stream + chunk)
             samples = generate(session, [d.prompt_ids for d in part], seed=seed)
             tokens += sum(len(sample.token_ids) for sample in samples)

@@ -40,12 +40,8 @@ class RunFolder:
     def is_finished(self) -> bool:
         return bool(self._read().get("finished"))
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UserError if the folder belongs to another recipe, or to something else.
-
-        Args:
-            recipe: Resolved.
-        """
+    def check_place(self) -> None:
+        """Raise UserError unless the folder can be written and is new, empty or a run's."""
         _check_writable(self.path)
         if not self._identity.exists():
             # A run killed while it claimed the folder leaves no more than a temporary file.
@@ -55,22 +51,41 @@ class RunFolder:
                     f"output_dir={self.path} is not empty and is not a run of megatron-irl. Set "
                     "output_dir to a new or empty folder."
                 )
+
+    def check(self, recipe: Recipe, data: str) -> None:
+        """Raise UserError if the folder belongs to another recipe or to other data.
+
+        Args:
+            recipe: Resolved.
+            data: Digest of what is trained on. Order and ordinals of records are a run's
+                coordinates: after a change they would mean other records.
+        """
+        self.check_place()
+        known = self._read()
+        if not known:
             return
-        if self._read().get("fingerprint") != fingerprint(recipe):
+        if known.get("fingerprint") != fingerprint(recipe):
             raise UserError(
                 f"output_dir={self.path} belongs to another recipe; its own is "
                 f"{self.path / 'recipe.yaml'}. Set output_dir to a new folder, or start with that "
                 "recipe to resume it."
             )
 
-    def claim(self, recipe: Recipe, argv: list[str]) -> None:
+        if known.get("data", data) != data:
+            raise UserError(
+                f"output_dir={self.path} was begun with other records of data.train or "
+                f"reward.preferences, or another tokenizer: their digest was {known['data']} and "
+                f"is {data}. Restore the files to resume, or set output_dir to a new folder."
+            )
+
+    def claim(self, recipe: Recipe, data: str, argv: list[str]) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
         In this order, so that a folder with anything in it is known as a run's.
         """
         environment = {"environment": describe_environment(argv)}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
-        self._write({"fingerprint": fingerprint(recipe), "finished": False})
+        self._write({"fingerprint": fingerprint(recipe), "data": data, "finished": False})
         with replacing(self.path / "recipe.yaml") as file:
             file.write(text.encode())
 

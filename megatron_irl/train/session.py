@@ -14,15 +14,22 @@ from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.data.demonstrations import load_demonstrations
+from megatron_irl.data.digest import digest_of
 from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.packing import alignment
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.preferences import Preference, load_preferences
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
+from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
 from megatron_irl.generation.interface import Generator
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.model.build import (
+    build_chunks,
+    build_config,
+    build_ddp_config,
+    wrap_data_parallel,
+)
 from megatron_irl.model.reward_head import attach_reward_head
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
@@ -120,6 +127,7 @@ class Inputs:
     heldout_preferences: list[Preference]
     architecture: Architecture
     hf_config: dict[str, Any]
+    data_digest: str
     notes: list[str]
 
 
@@ -130,12 +138,15 @@ def read_inputs(recipe: Recipe) -> Inputs:
         UserError: Anything that is wrong with the user's input.
     """
     hf_dir = Path(recipe.model.hf)
+    folder = RunFolder(Path(recipe.output_dir))
+    folder.check_place()  # reading the data may take minutes
     hf_config = read_hf_config(hf_dir)
     arch = architecture(hf_config)
     config = build_config(
         arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides
     )
     build_optimizer_config(recipe, config)
+    build_ddp_config(recipe.ddp)
     validate_hf_folder(hf_dir, arch)
     tokenizer = load_tokenizer(recipe.data.tokenizer or hf_dir, recipe.data.chat_template)
     check_vocabulary(tokenizer, arch)
@@ -167,9 +178,16 @@ def read_inputs(recipe: Recipe) -> Inputs:
             f"max_position_embeddings={arch.max_sequence_length}. Set data.max_prompt_length, "
             "data.max_response_length or generation.max_new_tokens lower."
         )
-    RunFolder(Path(recipe.output_dir)).check(resolved)
+    length = generation_length(resolved)
+    cache_gb(config, max_sequence_length=length, max_requests=recipe.generation.max_requests,
+             block_tokens=default_block_tokens(length), kv_cache_gb=recipe.generation.kv_cache_gb)
+    data_digest = digest_of([
+        *((d.prompt_ids, d.response_ids) for d in demonstrations),
+        *((p.prompt_ids, ids) for p in preferences for ids in (p.chosen_ids, p.rejected_ids)),
+    ])
+    folder.check(resolved, data_digest)
     return Inputs(resolved, tokenizer, demonstrations, heldout, preferences, heldout_preferences,
-                  arch, hf_config, notes)
+                  arch, hf_config, data_digest, notes)
 
 
 def _read_preferences(
@@ -229,7 +247,7 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
         progress.note(f"resuming at step {state.step}, round {state.round}")
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
     if topology.is_main:  # written
-        folder.claim(recipe, argv)
+        folder.claim(recipe, inputs.data_digest, argv)
     bank = PairBank(folder.pairs, recipe.seed)
     heldout_bank = PairBank(folder.heldout, recipe.seed)
     previous_bank = PairBank(folder.previous, recipe.seed)
@@ -253,13 +271,18 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
         generator=MegatronGenerator(
             wrapped,
             topology,
-            max_sequence_length=recipe.data.max_prompt_length
-            + (recipe.generation.max_new_tokens or recipe.data.max_response_length),
+            max_sequence_length=generation_length(recipe),
             vocab_size=arch.vocab_size,
             max_requests=recipe.generation.max_requests,
             kv_cache_gb=recipe.generation.kv_cache_gb,
         ),
     )
+
+
+def generation_length(recipe: Recipe) -> int:
+    """Longest prompt plus response that is generated, in tokens; ``recipe`` must be resolved."""
+    assert recipe.generation.max_new_tokens is not None
+    return recipe.data.max_prompt_length + recipe.generation.max_new_tokens
 
 
 def packing_multiple(recipe: Recipe, config: Any) -> int:

@@ -14,6 +14,7 @@ class RunState:
         step_in_round: Optimizer steps done in that round.
         evaluation: Held-out numbers of the policy at the start of the round.
         examples: A few prompts with the responses of that policy.
+        summary: What the phases of the round in progress have said for the round's line.
         seconds: Time spent so far, by phase of the round in progress.
     """
 
@@ -22,6 +23,7 @@ class RunState:
     step_in_round: int = 0
     evaluation: dict[str, Any] = field(default_factory=dict)
     examples: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

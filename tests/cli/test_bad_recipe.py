@@ -13,6 +13,8 @@ from tests.cli.harness import edited_copy, refused, run, write_jsonl, write_reci
         ("optimizer.weight_deca=0.1", ("optimizer.weight_deca", "optimizer.weight_decay")),
         ("model.atention_dropout=0.1", ("model.atention_dropout", "model.attention_dropout")),
         ("ddp.overlap_grad_reduc=true", ("ddp.overlap_grad_reduc", "ddp.overlap_grad_reduce")),
+        ("ddp.average_in_collective=true", ("ddp.average_in_collective=true", "Remove")),
+        ("generation.kv_cache_gb=1e-9", ("generation.kv_cache_gb=1e-09", "one sequence needs")),
         ("model.num_layers=4", ("model.num_layers=4", "config.json", "2", "Remove")),
         ("algorithm.rounds=two", ("algorithm.rounds", "'two'", "an integer")),
         ("algorithm.rounds=0", ("algorithm.rounds=0", "1 or more")),
@@ -39,6 +41,7 @@ def test_value_is_refused(recipe, tmp_path, monkeypatch, override, named):
     monkeypatch.setenv("RANK", "0")  # as one rank of a launcher: nothing is started from here
     monkeypatch.setenv("WORLD_SIZE", "2" if "context" in override else "1")
     refused("train", recipe, override, named=named)
+    refused("plan", recipe, override, named=named)
     assert not (tmp_path / "run").exists()
 
 

@@ -190,6 +190,11 @@ def test_killed_and_resumed_equals_uninterrupted(
     rewards = [[(p.reward_demo, p.reward_sample, p.ref_sample_logp) for p in b] for b in banks]
     assert rewards[:ROUNDS] == rewards[ROUNDS:]
     assert read_ledger(folder / "ledger") == read_ledger(finished / "ledger")
+    said = [
+        [(line["lengths"], line["rewards"]) for line in read_jsonl(f / "rounds.jsonl")]
+        for f in (folder, finished)
+    ]
+    assert said[0] == said[1]
     for weights in ("hf/model.safetensors", "hf_reward/model.safetensors"):
         assert (folder / weights).read_bytes() == (finished / weights).read_bytes()
 

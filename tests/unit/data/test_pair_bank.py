@@ -11,7 +11,7 @@ import pytest
 from megatron_irl.data import files
 from megatron_irl.data.pair_bank import PairBank, chunk_seed, usable_pairs
 from megatron_irl.errors import UserError
-from megatron_irl.types import Pair
+from megatron_irl.types import Demonstration, Pair
 
 
 def make_pair(rng, ordinal=0, round=0, references=False):
@@ -236,3 +236,20 @@ def test_a_bank_of_the_first_format_is_read(tmp_path):
     pq.write_table(old.replace_schema_metadata({"format_version": "2", "seed": "5"}), path)
     with pytest.raises(UserError, match="format_version=1 or 2"):
         bank.read_round(0)
+
+
+def test_chunks_of_other_demonstrations_are_removed(tmp_path):
+    bank, pairs = PairBank(tmp_path), make_pairs(8)
+    for chunk in range(4):
+        bank.write_chunk(0, chunk, pairs[2 * chunk : 2 * chunk + 2])
+
+    def demonstration(pair, **changes):
+        same = Demonstration(0, pair.prompt_ids, pair.demo_ids, "", "", None, "")
+        return replace(same, **changes)
+
+    parts = [[demonstration(p) for p in pairs[2 * c : 2 * c + 2]] for c in range(3)]
+    parts[1][1] = demonstration(pairs[3], response_ids=np.append(pairs[3].demo_ids, np.int32(1)))
+    parts[2].pop()
+    assert bank.keep_chunks_of(0, parts) == [0]  # another answer, fewer pairs, no such chunk
+    assert bank.complete_chunks(0) == [0]
+    assert_same(bank.read_chunk(0, 0), pairs[:2])

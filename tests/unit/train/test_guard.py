@@ -59,6 +59,11 @@ def test_harder_batches_are_not_forgetting():
     for step, reward in zip(steps, ramp(0, 0.4), strict=True):
         step["reward/demo"] = reward  # against the reference the demonstrations gained
     assert fed(steps).check() == []
+    # An explicit reward rises because its head learns, whatever becomes of the likelihood.
+    explicit = CollapseGuard(has_implicit_reward=False)
+    for step in steps:
+        explicit.feed(step)
+    assert "are being forgotten" in explicit.check()[0]
 
 
 def test_saturation_looks_at_the_last_quarter():
