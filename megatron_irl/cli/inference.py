@@ -29,6 +29,7 @@ from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
+from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.reduce import gather_over_data_parallel
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.train.progress import Progress
@@ -52,6 +53,11 @@ class Source:
     def has_explicit_reward(self) -> bool:
         """Whether it is a run that learns a reward head."""
         return self.recipe is not None and self.recipe.algorithm.name == "rft"
+
+    @property
+    def length_normalize(self) -> bool:
+        """Whether its implicit reward is one per token; an HF folder by itself does not say."""
+        return self.recipe is not None and self.recipe.algorithm.length_normalize
 
 
 @dataclass
@@ -163,7 +169,8 @@ def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
 def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     """``megatron-irl score``: the reward of every response.
 
-    Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise.
+    Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise, per token for a run that
+    trained so (``algorithm.length_normalize``).
     """
     records = load_score_records(options.pairs)
     source = find_source(options.model)
@@ -276,7 +283,11 @@ def _score(
     stepper = Stepper(model.chunks, model.topology)
     policy = np.array(summed(score_sequences(stepper, sequences)))
     load_weights(model, reference)
-    rewards = beta * (policy - np.array(summed(score_sequences(stepper, sequences))))
+    rewards = implicit_rewards(
+        policy, np.array(summed(score_sequences(stepper, sequences))),
+        np.array([len(response) for _, response in sequences]), beta=beta,
+        length_normalize=model.source.length_normalize,
+    )
     _write_rewards(options, model, records, rewards.tolist())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import usable_pairs
+from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.train.batches import Sequences
 from megatron_irl.train.rounds import (
@@ -79,14 +80,16 @@ def evaluate_reward(session: Session, round_index: int) -> dict[str, Any]:
         if pairs:
             rewards = score_distinct(pairs, lambda sequences: _scores(session, sequences))
             references: list[Any] = [[p.ref_demo_logp, p.ref_sample_logp] for p in pairs]
-            numbers |= _reward_numbers(session, rewards, references, round_index) | {
+            lengths = [[len(p.demo_ids), len(p.sample_ids)] for p in pairs]
+            numbers |= _reward_numbers(session, rewards, references, lengths, round_index) | {
                 "num_pairs": len(pairs)
             }
         preferences = session.heldout_preferences
         if preferences:
             scores = _scores(session, preference_sequences(session))
             references = preference_references(session)
-            found = _reward_numbers(session, scores, references, round_index)
+            lengths = [[len(p.chosen_ids), len(p.rejected_ids)] for p in preferences]
+            found = _reward_numbers(session, scores, references, lengths, round_index)
             numbers |= {
                 "preference_accuracy": found["reward_accuracy"],
                 "preference_margin": found["reward_margin"],
@@ -143,13 +146,20 @@ def _scores(session: Session, sequences: Sequences) -> list[float]:
 
 
 def _reward_numbers(
-    session: Session, scores: list[float], references: list[Any], round_index: int
+    session: Session, scores: list[float], references: list[Any], lengths: list[list[int]],
+    round_index: int,
 ) -> dict[str, float]:
-    """Accuracy, margin and means of [better_0, worse_0, better_1, ...]."""
+    """Accuracy, margin and means of [better_0, worse_0, better_1, ...].
+
+    ``references`` (not used for rft) and ``lengths`` in tokens have a row of two per pair.
+    """
     rewards = np.array(scores, dtype=np.float64).reshape(-1, 2)
     algorithm = session.recipe.algorithm
     if algorithm.name != "rft":
-        rewards = algorithm.beta[round_index] * (rewards - np.array(references, dtype=np.float64))
+        rewards = implicit_rewards(
+            rewards, np.array(references, dtype=np.float64), np.array(lengths),
+            beta=algorithm.beta[round_index], length_normalize=algorithm.length_normalize,
+        )
     margins = rewards[:, 0] - rewards[:, 1]
     return {
         "reward_accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()),
