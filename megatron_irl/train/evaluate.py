@@ -55,12 +55,7 @@ def evaluate(session: Session, next_round: int) -> dict[str, Any]:
             ids = [pair.sample_ids for pair in pairs]
             numbers |= _sample_numbers(session, subset, pairs)
         if options.greedy and any(d.answer is not None for d in subset):
-            with session.timed("generation"):
-                samples = generate(
-                    session, [d.prompt_ids for d in subset], seed=GREEDY_SEED, temperature=0.0
-                )
-                session.generator.close()
-            ids = [sample.token_ids for sample in samples]
+            ids = _greedy_ids(session, subset)
             numbers |= _exact_match(session, subset, ids, "greedy_exact_match")
         shown = session.recipe.logging.samples
         examples = [_example(session, d, i) for d, i in zip(subset[:shown], ids, strict=False)]
@@ -189,6 +184,19 @@ def _example(session: Session, demonstration: Demonstration, ids: np.ndarray) ->
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     response = session.tokenizer.decode(ids)
     return {"prompt": prompt, "demonstration": demonstration.response, "response": response}
+
+
+def _greedy_ids(session: Session, demonstrations: Sequence[Demonstration]) -> list[np.ndarray]:
+    """Token ids of the likeliest responses, generated in chunks: scratch grows with a call."""
+    size = session.recipe.generation.chunk_size
+    ids: list[np.ndarray] = []
+    with session.timed("generation"):
+        for start in range(0, len(demonstrations), size):
+            prompts = [d.prompt_ids for d in demonstrations[start : start + size]]
+            samples = generate(session, prompts, seed=GREEDY_SEED, temperature=0.0)
+            ids += [sample.token_ids for sample in samples]
+        session.generator.close()
+    return ids
 
 
 def _exact_match(
