@@ -123,8 +123,10 @@ class Inputs:
     notes: list[str]
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
+def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     """Read and check recipe, model folder, data and output folder; needs no process group.
+
+    Without ``check_hardware`` the recipe may ask for what this machine does not have.
 
     Raises:
         UserError: Anything that is wrong with the user's input.
@@ -133,7 +135,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     hf_config = read_hf_config(hf_dir)
     arch = architecture(hf_config)
     config = build_config(
-        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides
+        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
+        check_hardware=check_hardware,
     )
     build_optimizer_config(recipe, config)
     validate_hf_folder(hf_dir, arch)
