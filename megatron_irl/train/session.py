@@ -182,7 +182,7 @@ def _read_preferences(
         return []
     preferences = load_preferences(
         paths, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
-        max_response_length=recipe.data.max_response_length,
+        max_response_length=recipe.data.max_response_length, overlong=recipe.data.overlong,
     )
     if not preferences:
         raise UserError(f"{key}={', '.join(paths)} has no usable preference. Set {key} to files "
