@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=1234)
+    generate.add_argument("--chunk-size", type=int, default=1024, help="prompts per model replica "
+                          "between two writes of finished lines; changes no response")
     generate.set_defaults(run=_generate)
 
     score = commands.add_parser("score", help="rewards of given responses")
@@ -65,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--reference", type=Path, help="HF folder of the reference policy (default: "
                        "the model the run started from)")
     score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
-                       "last)")
+                       "last; for HF folders 1)")
     score.set_defaults(run=_score)
 
     keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
@@ -127,7 +129,7 @@ def _plan(options: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, argv: list[str]) -> int:
-    from megatron_irl.cli.inference import run_generate
+    from megatron_irl.cli.generate import run_generate
 
     return run_generate(options, argv)
 

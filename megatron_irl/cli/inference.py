@@ -1,6 +1,7 @@
-"""``generate`` and ``score``: a model opened for inference, from an HF folder or a run folder."""
+"""``score``, and a model opened for inference from an HF folder or a run folder."""
 
 import argparse
+import hashlib
 import math
 import os
 import sys
@@ -20,18 +21,15 @@ from megatron_irl.config import ParallelConfig, Recipe, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
-from megatron_irl.data.demonstrations import load_prompts, load_score_records
+from megatron_irl.data.demonstrations import load_score_records
 from megatron_irl.data.files import write_jsonl_atomically
 from megatron_irl.data.records import RecordError
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
-from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
-from megatron_irl.parallel.reduce import gather_over_data_parallel
+from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
-from megatron_irl.train.progress import Progress
 from megatron_irl.train.scoring import score_rewards, score_sequences, summed
 from megatron_irl.train.session import check_vocabulary
 from megatron_irl.train.step import Stepper
@@ -53,16 +51,26 @@ class Source:
         """Whether it is a run that learns a reward head."""
         return self.recipe is not None and self.recipe.algorithm.name == "rft"
 
+    @property
+    def length_normalize(self) -> bool:
+        """Whether its implicit reward is one per token; an HF folder by itself does not say."""
+        return self.recipe is not None and self.recipe.algorithm.length_normalize
+
 
 @dataclass
 class OpenModel:
-    """A model ready for inference on this rank."""
+    """A model ready for inference on this rank.
+
+    ``weights`` names what was loaded: a checkpoint's step, or the state of the HF folder's files.
+    """
 
     source: Source
     topology: Topology
     architecture: Architecture
     tokenizer: Tokenizer
     chunks: list[nn.Module]
+    precision: str
+    weights: str
 
 
 def find_source(folder: Path) -> Source:
@@ -116,11 +124,12 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     check_vocabulary(tokenizer, arch)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
-    model = OpenModel(source, topology, arch, tokenizer, chunks)
+    model = OpenModel(source, topology, arch, tokenizer, chunks, precision, weights="")
     if with_reward_head:
         attach_reward_head(chunks, topology)
     if source.checkpoints is None:
         load_weights(model, source.hf_dir)
+        model.weights = _state_of_files(source.hf_dir)
         if with_reward_head and source.hf_reward is not None:
             _load_reward_head(model, source.hf_reward)
     else:
@@ -128,6 +137,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         step = checkpointer.latest()
         assert step is not None
         checkpointer.load(step, chunks)
+        model.weights = f"step {step}"
     return model
 
 
@@ -139,6 +149,15 @@ def load_weights(model: OpenModel, hf_dir: Path) -> None:
     )
 
 
+def _state_of_files(hf_dir: Path) -> str:
+    """A digest that changes when the weights are written again; their bytes are not read."""
+    digest = hashlib.sha256()
+    for path in sorted(hf_dir.glob("*.safetensors")):
+        state = path.stat()
+        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return f"files {digest.hexdigest()[:16]}"
+
+
 def _load_reward_head(model: OpenModel, hf_reward: Path) -> None:
     weight = read_reward_head(hf_reward)
     head = reward_head(model.chunks)
@@ -147,36 +166,24 @@ def _load_reward_head(model: OpenModel, hf_reward: Path) -> None:
             head.weight.copy_(weight)
 
 
-def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
-    """``megatron-irl generate``: one output line per prompt, in input order."""
-    if options.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be at least 1.")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
-        raise UserError(
-            f"--temperature {options.temperature} must be >= 0 and --top-p {options.top_p} in "
-            "(0, 1]."
-        )
-    records = load_prompts(options.prompts)
-    return _with_ranks(options, argv, lambda: _generate(options, records))
-
-
 def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     """``megatron-irl score``: the reward of every response.
 
-    Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise.
+    Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise, per token for a run that
+    trained so (``algorithm.length_normalize``).
     """
     records = load_score_records(options.pairs)
     source = find_source(options.model)
     if source.has_explicit_reward:
         _check_explicit(options, source)
-        return _with_ranks(options, argv, lambda: _score_explicit(options, records))
+        return with_ranks(options, argv, lambda: _score_explicit(options, records))
     reference, beta = _reward_terms(options, source)
     if not (reference / "config.json").exists():
         raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
-    return _with_ranks(options, argv, lambda: _score(options, records, reference, beta))
+    return with_ranks(options, argv, lambda: _score(options, records, reference, beta))
 
 
-def _with_ranks(
+def with_ranks(
     options: argparse.Namespace, argv: list[str], run: Callable[[], None]
 ) -> int:
     _check_out(options.out)
@@ -191,45 +198,6 @@ def _with_ranks(
     run()
     shutdown()
     return 0
-
-
-def _generate(options: argparse.Namespace, records: list[Any]) -> None:
-    model = open_model(options)
-    topology = model.topology
-    prompts = [_ids(r, model.tokenizer.render_prompt, r.prompt) for r in records]
-    longest = max(map(len, prompts)) + options.max_new_tokens
-    limit = model.architecture.max_sequence_length
-    if longest > limit:
-        raise UserError(
-            f"the longest prompt ({max(map(len, prompts))} tokens) plus --max-new-tokens "
-            f"{options.max_new_tokens} exceeds the model's {limit} positions. Set "
-            "--max-new-tokens lower or shorten the prompt."
-        )
-    generator = MegatronGenerator(
-        model.chunks, topology, max_sequence_length=longest,
-        vocab_size=model.architecture.vocab_size,
-    )
-    sampling = SamplingConfig(
-        temperature=options.temperature, top_p=options.top_p, top_k=0,
-        max_new_tokens=options.max_new_tokens, seed=options.seed,
-        eos_id=model.tokenizer.eos_id, stop_ids=model.tokenizer.stop_ids,
-    )
-    share = slice(topology.dp_rank, None, topology.dp_size)
-    mine, keys = prompts[share], range(len(prompts))[share]
-    with Progress(enabled=topology.is_main).generation(len(mine)) as advance:
-        samples = generator.generate(mine, sampling, advance, keys=keys)
-    by_rank = gather_over_data_parallel(samples, topology)
-    ordered = [by_rank[i % topology.dp_size][i // topology.dp_size] for i in range(len(prompts))]
-    if topology.is_main:
-        write_jsonl_atomically(options.out, (
-            record.record | {
-                "response": model.tokenizer.decode(sample.token_ids),
-                "token_ids": sample.token_ids.tolist(),
-                "logprobs": sample.logprobs.astype(float).tolist(),
-                "finish_reason": sample.finish_reason,
-            }
-            for record, sample in zip(records, ordered, strict=True)
-        ))
 
 
 def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, float]:
@@ -276,16 +244,20 @@ def _score(
     stepper = Stepper(model.chunks, model.topology)
     policy = np.array(summed(score_sequences(stepper, sequences)))
     load_weights(model, reference)
-    rewards = beta * (policy - np.array(summed(score_sequences(stepper, sequences))))
+    rewards = implicit_rewards(
+        policy, np.array(summed(score_sequences(stepper, sequences))),
+        np.array([len(response) for _, response in sequences]), beta=beta,
+        length_normalize=model.source.length_normalize,
+    )
     _write_rewards(options, model, records, rewards.tolist())
 
 
 def _sequences(model: OpenModel, records: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
     sequences = []
     for record in records:
-        prompt = _ids(record, model.tokenizer.render_prompt, record.prompt)
+        prompt = token_ids(record, model.tokenizer.render_prompt, record.prompt)
         for text in record.responses:
-            response = _ids(record, model.tokenizer.response_ids, text)
+            response = token_ids(record, model.tokenizer.response_ids, text)
             total, limit = len(prompt) + len(response), model.architecture.max_sequence_length
             if total > limit:
                 raise UserError(
@@ -317,7 +289,7 @@ def _check_reference(reference: Path, arch: Architecture) -> None:
     validate_hf_folder(reference, arch)
 
 
-def _ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.ndarray:
+def token_ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.ndarray:
     """Token ids int32, none empty; an error names the record's file and line."""
     try:
         ids = encode(text)

@@ -10,14 +10,20 @@ GIB = 1024**3
 
 
 def describe_plan(recipe: Recipe) -> str:
-    """Check everything ``train`` checks, then describe rounds, batches and memory as text.
+    """Check what ``train`` checks, then describe rounds, batches and memory as text.
+
+    Not checked is whether this machine can run it: a plan is made on a login node too.
 
     Raises:
         UserError: As ``train`` would.
     """
     dp_size = check_layout(recipe, None)
-    inputs = read_inputs(recipe)
-    return "\n".join([*inputs.notes, *_work(inputs), *_memory(inputs, dp_size)]) + "\n"
+    inputs = read_inputs(recipe, check_hardware=False)
+    lines = [*inputs.notes, *_work(inputs), *_memory(inputs, dp_size)]
+    if recipe.precision == "fp8":
+        lines.append("the hardware was not checked: precision=fp8 needs GPUs of compute capability "
+                     "8.9 or newer (Blackwell for mxfp8) and Transformer Engine")
+    return "\n".join(lines) + "\n"
 
 
 def count_parameters(arch: Architecture) -> int:

@@ -46,8 +46,9 @@ class DataConfig:
     chat_template: str | None = None
     """Jinja chat template, or a file holding one; none: the tokenizer's."""
     overlong: Literal["drop", "error", "truncate_prompt"] = "drop"
-    """What to do with a record over a limit: drop and count it, stop, or keep the prompt's end.
-    A response is never cut, since that would teach the model to stop nowhere."""
+    """What to do with a record over a limit, of demonstrations or preferences: drop and count it,
+    stop, or keep the prompt's end. A response is never cut, since that would teach the model to
+    stop nowhere; one over its limit is dropped under ``truncate_prompt`` too."""
     eval_limit: int | None = None
     """Use the first so many records of ``data.eval``; none: all of them."""
     eval_preferences: tuple[str, ...] = ()
@@ -255,10 +256,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Console and trackers. ``metrics.jsonl`` has every step whatever is set here."""
+    """Trackers and examples. ``metrics.jsonl`` has every step whatever is set here; the console
+    shows the newest step on a terminal, and in a log file a step every ten seconds at most."""
 
     interval: int = 1
-    """Optimizer steps between console and tracker lines."""
+    """Optimizer steps between two lines to TensorBoard and wandb; rounds are logged always."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run folder."""
     wandb: bool = False

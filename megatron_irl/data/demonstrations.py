@@ -119,8 +119,8 @@ def load_demonstrations(
         response_ids = tokenizer.response_ids(response)
         if not prompt_ids or len(response_ids) == 1:
             raise RecordError(f"the {'response' if prompt_ids else 'prompt'} has no tokens")
-        reason = _overlong(len(prompt_ids), len(response_ids), max_prompt_length,
-                           max_response_length, overlong)
+        reason = overlong_count(len(prompt_ids), len(response_ids), max_prompt_length,
+                                max_response_length, overlong)
         if reason is not None:
             counts[reason] += 1
             return None
@@ -184,9 +184,13 @@ def _answer(record: dict[str, Any]) -> str | None:
     return None if answer is None else str(answer)
 
 
-def _overlong(prompt: int, response: int, max_prompt: int, max_response: int,
-              overlong: Overlong) -> str | None:
-    """Return the count to raise if the record is to be left out, else None."""
+def overlong_count(prompt: int, response: int, max_prompt: int, max_response: int,
+                   overlong: Overlong) -> str | None:
+    """Return the count to raise if a record of these lengths is to be left out, else None.
+
+    Raises:
+        RecordError: It is over a limit, and ``overlong`` is ``error``.
+    """
     too_long = [
         (f"{what} has {length} tokens, data.max_{what}_length={limit}", f"dropped_{what}")
         for what, length, limit in (("prompt", prompt, max_prompt),

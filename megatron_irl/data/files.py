@@ -14,7 +14,7 @@ from megatron_irl.errors import UserError
 TEMPORARY_PATTERN = ".*.tmp"
 
 # What the user can put right: a full disk or quota, a path that cannot be written.
-_USER_ERRNOS = {
+USER_ERRNOS = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
 }  # fmt: skip
@@ -44,9 +44,9 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
-        if error.errno not in _USER_ERRNOS:
+        if error.errno not in USER_ERRNOS:
             raise
         raise UserError(
             f"cannot write {path}: {os.strerror(error.errno)}. Nothing was written; free some "
@@ -68,7 +68,7 @@ def disk_errors(target: str | Path, *, cleanup: str | Path) -> Iterator[None]:
     except Exception as error:
         shutil.rmtree(cleanup, ignore_errors=True)
         in_words = any(text in str(error) for text in ("No space left", "os error 28", "code: 28"))
-        if in_words or (isinstance(error, OSError) and error.errno in _USER_ERRNOS):
+        if in_words or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
             raise UserError(
                 f"cannot write {target}: {error}. Nothing was left half-written; free some space "
                 "or choose another folder, then start again."
@@ -88,14 +88,20 @@ def write_jsonl_atomically(path: str | Path, records: Iterable[Mapping[str, Any]
     count = 0
     with replacing(path) as file:
         for record in records:
-            line = json.dumps(record, ensure_ascii=False, default=str)
-            # An unpaired surrogate has no UTF-8; "backslashreplace" spells it as JSON would.
-            file.write(line.encode("utf-8", "backslashreplace") + b"\n")
+            file.write(json_line(record))
             count += 1
     return count
 
 
-def _sync_folder(folder: Path) -> None:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A line of a JSON Lines file, its line break included."""
+    line = json.dumps(record, ensure_ascii=False, default=str)
+    # An unpaired surrogate has no UTF-8; "backslashreplace" spells it as JSON would.
+    return line.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to disk: a file renamed into it survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

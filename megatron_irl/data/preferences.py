@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_irl.data.demonstrations import Overlong, overlong_count
 from megatron_irl.data.records import (
     Messages,
     RecordError,
@@ -42,9 +43,10 @@ class Preferences(list[Preference]):
     Attributes:
         dropped_prompt, dropped_response: Records with an over-long prompt, or answer.
         equal: Records whose answers are the same tokens.
+        truncated_prompts: Preferences kept whose prompt lost its beginning.
     """
 
-    dropped_prompt = dropped_response = equal = 0
+    dropped_prompt = dropped_response = equal = truncated_prompts = 0
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -55,6 +57,8 @@ class Preferences(list[Preference]):
                          "response)")
         if self.equal:
             parts.append(f"dropped {self.equal} with equal answers")
+        if self.truncated_prompts:
+            parts.append(f"cut the beginning of {self.truncated_prompts} prompts")
         return "; ".join(parts)
 
 
@@ -64,6 +68,7 @@ def load_preferences(
     *,
     max_prompt_length: int,
     max_response_length: int,
+    overlong: Overlong = "drop",
 ) -> Preferences:
     """Read ``{"prompt", "chosen", "rejected"}`` records from JSONL or Parquet files, in order.
 
@@ -75,15 +80,17 @@ def load_preferences(
     Args:
         paths: One file or several.
         tokenizer: The model's.
-        max_prompt_length: Tokens of the rendered prompt; longer ones are dropped and counted.
-        max_response_length: Tokens of either answer, EOS included; likewise.
+        max_prompt_length: Tokens of the rendered prompt.
+        max_response_length: Tokens of either answer, EOS included.
+        overlong: What becomes of longer ones, as in ``load_demonstrations``.
 
     Returns:
         The preferences, with counts of what was left out; possibly none.
 
     Raises:
-        UserError: Malformed records (a side missing, prompts that differ), named by file and
-            line; a file that is missing or empty; messages, but no chat template.
+        UserError: Malformed records (a side missing, prompts that differ, over-long under
+            ``overlong="error"``), named by file and line; a file that is missing or empty;
+            messages, but no chat template.
     """
     counts: Counter[str] = Counter()
 
@@ -96,16 +103,18 @@ def load_preferences(
                    for key, text in zip(("chosen", "rejected"), texts, strict=True)]
         if not prompt_ids:
             raise RecordError("the prompt has no tokens")
+        reason = overlong_count(len(prompt_ids), max(map(len, answers)), max_prompt_length,
+                                max_response_length, overlong)
+        if reason is None and answers[0] == answers[1]:
+            reason = "equal"
+        if reason is not None:
+            counts[reason] += 1
+            return None
         if len(prompt_ids) > max_prompt_length:
-            counts["dropped_prompt"] += 1
-        elif max(map(len, answers)) > max_response_length:
-            counts["dropped_response"] += 1
-        elif answers[0] == answers[1]:
-            counts["equal"] += 1
-        else:
-            ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
-            return Preference(ids[0], ids[1], ids[2], source)
-        return None
+            counts["truncated_prompts"] += 1
+            prompt_ids = prompt_ids[-max_prompt_length:]
+        ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
+        return Preference(ids[0], ids[1], ids[2], source)
 
     preferences = Preferences(collect(paths, build))
     for name, count in counts.items():

@@ -48,8 +48,11 @@ def build_config(
     *,
     precision: Precision = "fp32",
     overrides: dict[str, Any] | None = None,
+    check_hardware: bool = True,
 ) -> TransformerConfig:
     """Megatron's config from the HF architecture, the layout, and the recipe's ``model:`` keys.
+
+    Without ``check_hardware`` it may be one that this machine cannot run, to be checked only.
 
     Raises:
         UserError: Unknown ``model:`` keys, a layout that does not divide the model, a precision
@@ -91,7 +94,8 @@ def build_config(
         "persist_layer_norm": False,
         "attention_backend": AttnBackend.auto,
     }
-    fields |= precision_fields(precision, overrides) | overrides
+    fields |= precision_fields(precision, overrides, check_hardware=check_hardware)
+    fields |= overrides
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     try:

@@ -10,10 +10,13 @@ from megatron_irl.errors import UserError
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
-def precision_fields(precision: str, overrides: dict[str, Any]) -> dict[str, Any]:
+def precision_fields(
+    precision: str, overrides: dict[str, Any], *, check_hardware: bool = True
+) -> dict[str, Any]:
     """TransformerConfig fields for ``precision`` (fp32, bf16 or fp8).
 
     ``model.fp8`` (``hybrid`` by default, or ``e4m3``) and ``model.fp8_recipe`` pass through.
+    Without ``check_hardware`` the fields are for a run on another machine.
 
     Raises:
         UserError: FP8 without a GPU and Transformer Engine, or an unknown FP8 recipe.
@@ -30,7 +33,7 @@ def precision_fields(precision: str, overrides: dict[str, Any]) -> dict[str, Any
         raise UserError(
             f"model.fp8_recipe={recipe} is not one of {', '.join(FP8_RECIPES)}. Set one of these."
         )
-    if not platform.IS_CUDA:
+    if check_hardware and not platform.IS_CUDA:
         raise UserError(
             "precision=fp8 conflicts with running on CPU; FP8 matrix products need an NVIDIA GPU "
             "of compute capability 8.9 or newer (Blackwell for mxfp8) and Transformer Engine. "

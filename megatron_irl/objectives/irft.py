@@ -8,6 +8,7 @@ Shape suffixes: S sequences in the order demo_0, sample_0, demo_1, sample_1, ...
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,28 @@ MARGIN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda margin: torch.clamp(1 - margin, min=0),
     "linear": lambda margin: -margin,
 }
+
+
+def implicit_rewards[Array: (Tensor, np.ndarray)](
+    policy_logps: Array, ref_logps: Array, lengths: Array, *, beta: float,
+    length_normalize: bool = False,
+) -> Array:
+    """The implicit reward beta * log(pi / pi_ref); with ``length_normalize``, per token.
+
+    The one definition: training, evaluation and ``score`` call it.
+
+    Args:
+        policy_logps: Any shape, nats, summed response log-probabilities under the policy.
+        ref_logps: The same under the reference.
+        lengths: The responses' tokens, EOS included.
+        beta: Scale of the reward.
+        length_normalize: Divide each log-ratio by its length.
+    """
+    log_ratios = policy_logps - ref_logps
+    if length_normalize:
+        # Empty responses are dropped before they get here; the clip keeps 0/0 out all the same.
+        log_ratios = log_ratios / lengths.clip(min=1)
+    return beta * log_ratios
 
 
 def irft_loss(
@@ -70,19 +93,17 @@ def irft_loss(
     _check_inputs(policy_logps_S, ref_logps_S, lengths_S, loss)
     policy_logps_S = at_least_float32(policy_logps_S)
     lengths_S = lengths_S.to(policy_logps_S.dtype)
-    # Empty responses are dropped before they get here; the clamp keeps 0/0 out all the same.
-    token_counts_S = lengths_S.clamp(min=1)
-    log_ratios_S = policy_logps_S - ref_logps_S.detach()
-    if length_normalize:
-        log_ratios_S = log_ratios_S / token_counts_S
-    rewards_S = beta * log_ratios_S
+    rewards_S = implicit_rewards(
+        policy_logps_S, ref_logps_S.detach(), lengths_S, beta=beta,
+        length_normalize=length_normalize,
+    )
     margins_P = rewards_S[0::2] - rewards_S[1::2]
     total = margin_total = MARGIN_LOSSES[loss](margins_P).sum()
 
     num_pairs = margins_P.numel()
     metrics = _pair_metrics(rewards_S.detach(), policy_logps_S.detach(), lengths_S)
     if nll_coefficient:
-        nll_total = -(policy_logps_S[0::2] / token_counts_S[0::2]).sum()
+        nll_total = -(policy_logps_S[0::2] / lengths_S[0::2].clamp(min=1)).sum()
         total = margin_total + nll_coefficient * nll_total
         metrics["loss/margin"] = Metric(margin_total.detach(), num_pairs)
         metrics["loss/nll"] = Metric(nll_total.detach(), num_pairs)

@@ -67,12 +67,14 @@ _COMMON_CHARTS = (
            note="Optimizer steps only, prompts included."),
 )
 STEP_CHARTS = (
-    Curves("Loss", "per pair (irft) or token (sft)", (("loss", "loss", OTHER),)),
+    Curves("Loss", "per pair (irft) or token (sft)", (
+        ("loss", "loss", OTHER), ("loss/margin", "margin loss", MARGIN))),
     Curves("Implicit rewards", "β · log(π / π_ref)", _REWARDS),
     *_COMMON_CHARTS,
 )
 RFT_CHARTS = (
-    Curves("Loss", "per pair", (("reward/loss", "reward loss", OTHER),),
+    Curves("Loss", "per pair", (
+        ("reward/loss", "reward loss", OTHER), ("loss/reward", "margin loss", MARGIN)),
            note="Of the reward steps."),
     Curves("Rewards", "of the head", _REWARDS),
     Curves("Policy loss", "per sample", (("policy/loss", "policy loss", OTHER),)),
@@ -91,7 +93,7 @@ def step_charts(metrics: Sequence[Record], *, ln2_line: bool) -> list[Chart]:
 
     Args:
         metrics: Lines of ``metrics.jsonl``.
-        ln2_line: Mark ln 2 in the loss: the sigmoid loss where the policy is its reference.
+        ln2_line: Mark ln 2 in the loss: the sigmoid margin loss where the policy is its reference.
     """
     steps = [line.get("step") for line in metrics]
     starts = _round_starts(metrics)

@@ -9,6 +9,7 @@ import numpy as np
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import usable_pairs
+from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.train.batches import Sequences
 from megatron_irl.train.rounds import (
@@ -55,12 +56,7 @@ def evaluate(session: Session, next_round: int) -> dict[str, Any]:
             ids = [pair.sample_ids for pair in pairs]
             numbers |= _sample_numbers(session, subset, pairs)
         if options.greedy and any(d.answer is not None for d in subset):
-            with session.timed("generation"):
-                samples = generate(
-                    session, [d.prompt_ids for d in subset], seed=GREEDY_SEED, temperature=0.0
-                )
-                session.generator.close()
-            ids = [sample.token_ids for sample in samples]
+            ids = _greedy_ids(session, subset)
             numbers |= _exact_match(session, subset, ids, "greedy_exact_match")
         shown = session.recipe.logging.samples
         examples = [_example(session, d, i) for d, i in zip(subset[:shown], ids, strict=False)]
@@ -80,14 +76,16 @@ def evaluate_reward(session: Session, round_index: int) -> dict[str, Any]:
         if pairs:
             rewards = score_distinct(pairs, lambda sequences: _scores(session, sequences))
             references: list[Any] = [[p.ref_demo_logp, p.ref_sample_logp] for p in pairs]
-            numbers |= _reward_numbers(session, rewards, references, round_index) | {
+            lengths = [[len(p.demo_ids), len(p.sample_ids)] for p in pairs]
+            numbers |= _reward_numbers(session, rewards, references, lengths, round_index) | {
                 "num_pairs": len(pairs)
             }
         preferences = session.heldout_preferences
         if preferences:
             scores = _scores(session, preference_sequences(session))
             references = preference_references(session)
-            found = _reward_numbers(session, scores, references, round_index)
+            lengths = [[len(p.chosen_ids), len(p.rejected_ids)] for p in preferences]
+            found = _reward_numbers(session, scores, references, lengths, round_index)
             numbers |= {
                 "preference_accuracy": found["reward_accuracy"],
                 "preference_margin": found["reward_margin"],
@@ -151,13 +149,20 @@ def _scores(session: Session, sequences: Sequences) -> list[float]:
 
 
 def _reward_numbers(
-    session: Session, scores: list[float], references: list[Any], round_index: int
+    session: Session, scores: list[float], references: list[Any], lengths: list[list[int]],
+    round_index: int,
 ) -> dict[str, float]:
-    """Accuracy, margin and means of [better_0, worse_0, better_1, ...]."""
+    """Accuracy, margin and means of [better_0, worse_0, better_1, ...].
+
+    ``references`` (not used for rft) and ``lengths`` in tokens have a row of two per pair.
+    """
     rewards = np.array(scores, dtype=np.float64).reshape(-1, 2)
     algorithm = session.recipe.algorithm
     if algorithm.name != "rft":
-        rewards = algorithm.beta[round_index] * (rewards - np.array(references, dtype=np.float64))
+        rewards = implicit_rewards(
+            rewards, np.array(references, dtype=np.float64), np.array(lengths),
+            beta=algorithm.beta[round_index], length_normalize=algorithm.length_normalize,
+        )
     margins = rewards[:, 0] - rewards[:, 1]
     return {
         "reward_accuracy": float(((margins > 0) + 0.5 * (margins == 0)).mean()),
@@ -187,6 +192,19 @@ def _example(session: Session, demonstration: Demonstration, ids: np.ndarray) ->
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
     response = session.tokenizer.decode(ids)
     return {"prompt": prompt, "demonstration": demonstration.response, "response": response}
+
+
+def _greedy_ids(session: Session, demonstrations: Sequence[Demonstration]) -> list[np.ndarray]:
+    """Token ids of the likeliest responses, generated in chunks: scratch grows with a call."""
+    size = session.recipe.generation.chunk_size
+    ids: list[np.ndarray] = []
+    with session.timed("generation"):
+        for start in range(0, len(demonstrations), size):
+            prompts = [d.prompt_ids for d in demonstrations[start : start + size]]
+            samples = generate(session, prompts, seed=GREEDY_SEED, temperature=0.0)
+            ids += [sample.token_ids for sample in samples]
+        session.generator.close()
+    return ids
 
 
 def _exact_match(

@@ -66,11 +66,7 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
     """
     evaluations = evaluation_rows(rounds)
     columns = shown_columns([evaluation for _, evaluation in evaluations])
-    algorithm = _section(recipe, "algorithm")
-    is_rft = algorithm.get("name") == "rft"
-    loss = _section(recipe, "reward").get("loss") if is_rft else algorithm.get("loss")
-    charts = step_charts(metrics, ln2_line=algorithm.get("name") != "sft"
-                         and loss in ("sigmoid", "logistic"))
+    charts = step_charts(metrics, ln2_line=_starts_at_ln2(recipe, metrics))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -102,6 +98,24 @@ def evaluation_rows(rounds: Sequence[Record]) -> list[tuple[str, Record]]:
         if evaluation:
             rows.append((f"round {record.get('round', i)}", evaluation))
     return rows
+
+
+def _starts_at_ln2(recipe: Record, metrics: Sequence[Record]) -> bool:
+    """Whether a curve of the loss chart is a sigmoid margin loss, ln 2 where nothing is learnt yet.
+
+    With an anchor or a stream of preferences the whole loss is more than that; then it is the part
+    that the metrics name, where they do.
+    """
+    algorithm, reward = _section(recipe, "algorithm"), _section(recipe, "reward")
+    if algorithm.get("name") == "rft":
+        loss, part = reward.get("loss"), "loss/reward"
+        is_sum = algorithm.get("nll_coefficient") or reward.get("preferences")
+    else:
+        loss, part = algorithm.get("loss"), "loss/margin"
+        is_sum = algorithm.get("nll_coefficient")
+    if algorithm.get("name") == "sft" or loss not in ("sigmoid", "logistic"):
+        return False
+    return not is_sum or any(part in line for line in metrics)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

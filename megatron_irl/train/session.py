@@ -131,8 +131,10 @@ class Inputs:
     notes: list[str]
 
 
-def read_inputs(recipe: Recipe) -> Inputs:
+def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     """Read and check recipe, model folder, data and output folder; needs no process group.
+
+    Without ``check_hardware`` the recipe may ask for what this machine does not have.
 
     Raises:
         UserError: Anything that is wrong with the user's input.
@@ -143,7 +145,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     hf_config = read_hf_config(hf_dir)
     arch = architecture(hf_config)
     config = build_config(
-        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides
+        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
+        check_hardware=check_hardware,
     )
     build_optimizer_config(recipe, config)
     build_ddp_config(recipe.ddp)
@@ -197,7 +200,7 @@ def _read_preferences(
         return []
     preferences = load_preferences(
         paths, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
-        max_response_length=recipe.data.max_response_length,
+        max_response_length=recipe.data.max_response_length, overlong=recipe.data.overlong,
     )
     if not preferences:
         raise UserError(f"{key}={', '.join(paths)} has no usable preference. Set {key} to files "

@@ -281,6 +281,15 @@ def test_preference_file_with_a_missing_side_is_refused(sections, tmp_path, key)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("key", ["reward.preferences", "data.eval_preferences"])
+def test_overlong_preferences_are_refused_as_demonstrations_are(sections, tmp_path, key):
+    long = write_jsonl(tmp_path / "b.jsonl", [preference(1, 1), preference(1, 1) | {
+        "prompt": "1" * 60}])
+    refused("train", write_recipe(tmp_path / "r.yaml", **sections), f"{key}={long}",
+            "data.overlong=error", named=("b.jsonl:2", "60 tokens", "data.max_prompt_length=48"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_score_options_that_contradict_an_explicit_reward(finished, tmp_path):
     pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1", "responses": ["2"]}])
     common = ("score", "--pairs", pairs, "--out", tmp_path / "o.jsonl", "--model")

@@ -45,6 +45,27 @@ def test_readme_commands_exist():
         assert f"make {target}" in readme and f"\n{target}:" in makefile
 
 
+def test_llama_70b_says_which_loss_is_ln2():
+    """The recipe has an anchor, so the whole loss starts above ln 2."""
+    folder = ROOT / "examples" / "llama_70b"
+    recipe = load_recipe(folder / "recipe.yaml", [], check_files=False)
+    assert recipe.algorithm.nll_coefficient == 0.1
+    assert "`loss/margin` is ln 2" in (folder / "README.md").read_text()
+
+
+def test_pythia_passes_are_what_the_comments_say():
+    path = ROOT / "examples" / "pythia_rft" / "recipe.yaml"
+    recipe = load_recipe(path, [], check_files=False)
+    algorithm, batch = recipe.algorithm, recipe.train.global_batch_size
+    pairs = algorithm.prompts_per_round * recipe.policy.samples_per_prompt
+    text = path.read_text()
+    assert f"one pass over round 0's {pairs} pairs" in text
+    assert algorithm.reward_steps * batch == pairs
+    assert f"two passes over the round's {pairs} samples" in text
+    assert algorithm.policy_steps * batch == 2 * pairs
+    assert f"later rounds have {pairs * (1 + recipe.reward.mix_rounds)}" in text
+
+
 def test_unknown_recipe_key_fails():
     with pytest.raises(ValueError, match="rounds"):
         recipe_from_mapping(

@@ -63,6 +63,18 @@ def test_conversations_and_parquet(tmp_path, byte_tokenizer):
     assert preference.source == f"{tmp_path}/a.parquet:row 1"
 
 
+def test_overlong_prompts_are_refused_or_cut_as_asked(tmp_path, byte_tokenizer):
+    records = [{"prompt": "Q" * 60 + "tail", "chosen": "A", "rejected": "B"},
+               {"prompt": "Q" * 70 + "tail", "chosen": "A", "rejected": "B"},
+               {"prompt": "Q", "chosen": "A", "rejected": "B" * 16}]
+    with pytest.raises(UserError, match=r"(?s)a.jsonl:2.*74 tokens.*a.jsonl:3.*17 tokens"):
+        load(tmp_path / "a.jsonl", byte_tokenizer, *records, overlong="error")
+    cut = load(tmp_path / "b.jsonl", byte_tokenizer, *records, overlong="truncate_prompt")
+    assert [p.prompt_ids.tolist() for p in cut] == [[*b"Q" * 60, *b"tail"]] * 2
+    assert cut.summary() == ("2 preferences; dropped 1 over-long (0 by the prompt, 1 by a "
+                             "response); cut the beginning of 1 prompts")
+
+
 def test_what_is_left_out_is_counted(tmp_path, byte_tokenizer):
     preferences = load(
         tmp_path / "a.jsonl", byte_tokenizer,

@@ -26,10 +26,11 @@ RECIPE = {
 
 
 def metric(step, round_index):
-    return {"step": step, "round": round_index, "loss": 0.6, "grad_norm": 1.5, "lr": 1e-5,
-            "reward/demo": 0.1, "reward/sample": -0.1, "reward/margin": 0.2,
-            "reward/accuracy": 0.7, "logp/demo": -20.0, "logp/sample": -30.0, "length/demo": 9.0,
-            "length/sample": 8.0, "tokens": 100, "time/step": 0.5}
+    return {"step": step, "round": round_index, "loss": 0.6, "loss/margin": 0.5,
+            "grad_norm": 1.5, "lr": 1e-5, "reward/demo": 0.1, "reward/sample": -0.1,
+            "reward/margin": 0.2, "reward/accuracy": 0.7, "logp/demo": -20.0,
+            "logp/sample": -30.0, "length/demo": 9.0, "length/sample": 8.0, "tokens": 100,
+            "time/step": 0.5}
 
 
 def round_line(index):
@@ -129,6 +130,32 @@ def test_sft_shows_only_what_it_has():
         assert absent not in page
     for present in ("Loss", "Log-probability", "Held-out NLL", "NLL/token"):
         assert present in page
+
+
+@pytest.mark.parametrize(("changed", "part", "marked"), [
+    ({"nll_coefficient": 0.0}, {}, True),
+    ({}, {"loss/margin": 0.5}, True),  # its own curve under the whole loss
+    ({}, {}, False),  # the whole loss starts elsewhere
+    ({"nll_coefficient": 0.0, "loss": "hinge"}, {}, False),
+])
+def test_ln2_is_marked_where_a_margin_loss_is_drawn(changed, part, marked):
+    recipe = RECIPE | {"algorithm": RECIPE["algorithm"] | changed}
+    plain = [{k: v for k, v in line.items() if k != "loss/margin"} for line in METRICS[:3]]
+    page = Balanced(render_report("r", recipe, [line | part for line in plain], [])).text
+    assert ("ln 2" in page) == marked
+    assert ("margin loss" in page) == bool(part)
+
+
+@pytest.mark.parametrize(("anchor", "preferences", "part", "marked"), [
+    (0.0, [], {}, True), (0.1, [], {"loss/reward": 0.6}, True), (0.1, [], {}, False),
+    (0.0, ["p.jsonl"], {}, False),
+])
+def test_ln2_of_rewards(anchor, preferences, part, marked):
+    recipe = {"algorithm": {"name": "rft", "nll_coefficient": anchor},
+              "reward": {"loss": "logistic", "preferences": preferences}}
+    metrics = [{"step": s, "round": 0, "phase": "reward", "reward/loss": 1.4} | part
+               for s in range(1, 4)]
+    assert ("ln 2" in Balanced(render_report("r", recipe, metrics, [])).text) == marked
 
 
 def test_a_run_that_has_only_begun(tmp_path):
