@@ -20,6 +20,9 @@ from megatron.core.utils import unwrap_model  # isort: skip
 def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Yield the GPTModels inside ``chunks``, in evaluation mode and ready for the engine.
 
+    A model that trains in FP8 is lent in bf16, its parameters' type; the difference is part of the
+    engine-trainer mismatch.
+
     On exit, also after an exception: train/eval flags, config fields, DDP's parameter-gathering
     hooks and process-wide inference flags are as before, and no tensor made in inference mode
     stays where training would find it (rotary caches, pipeline inputs, shared buffers).
@@ -38,6 +41,10 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
             # own; interleaved stages are run one after the other by our own forward.
             stack.enter_context(_set(config, "context_parallel_size", 1))
             stack.enter_context(_set(config, "virtual_pipeline_model_parallel_size", None))
+            # In 8 bits the engine would replace the forward of Transformer Engine's layers for
+            # good, read its cached 8-bit weights of an earlier update, and fail on later stages.
+            stack.enter_context(_set(config, "fp8", None))
+            stack.enter_context(_set(config, "fp4", None))
         for model in models:
             stack.enter_context(_set(model.rotary_pos_emb, "cp_group", None))
         stack.callback(_forget, models)
