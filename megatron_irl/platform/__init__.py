@@ -40,6 +40,12 @@ def select_device(local_rank: int) -> None:
         torch.cuda.set_device(local_rank)
 
 
+def keep_float32() -> None:
+    """Let fp32 products be fp32; NVIDIA's image rounds their factors to TF32 by an environment."""
+    if IS_CUDA:
+        torch.set_float32_matmul_precision("highest")
+
+
 def synchronize() -> None:
     """Wait for queued device work, before reading a host clock."""
     if IS_CUDA:
