@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron_irl import platform  # noqa: F401  (must precede megatron)
@@ -45,6 +46,8 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
             # good, read its cached 8-bit weights of an earlier update, and fail on later stages.
             stack.enter_context(_set(config, "fp8", None))
             stack.enter_context(_set(config, "fp4", None))
+            if config.params_dtype == torch.float32:
+                _use_paged_attention(models, stack)
         for model in models:
             stack.enter_context(_set(model.rotary_pos_emb, "cp_group", None))
         stack.callback(_forget, models)
@@ -77,6 +80,16 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, old)
+
+
+def _use_paged_attention(models: Sequence[nn.Module], stack: ExitStack) -> None:
+    """Lead the attention of fp32 models to the entries that ``paged_attention`` serves.
+
+    They are flash-attn 2's; the newer ones, preferred where installed, do not take fp32.
+    """
+    for model in models:
+        for module in model.modules():
+            stack.enter_context(_set(module, "flash_attention_version", 2))
 
 
 @contextmanager

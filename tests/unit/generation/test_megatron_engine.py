@@ -201,6 +201,19 @@ def test_a_model_that_trains_in_fp8_is_lent_in_bf16(model, monkeypatch):
     assert config.fp8 == "hybrid"
 
 
+def test_an_fp32_model_uses_the_attention_that_takes_fp32(model, monkeypatch):
+    """flash-attn 3 and 4 do not, and are preferred where they are installed."""
+    chunks, _ = model
+    attention = chunks[0].decoder.layers[0].self_attention
+    with borrow(chunks):
+        assert attention._resolve_flash_version() == (False, False)
+        assert attention.flash_attention_version == 2
+    assert attention.flash_attention_version is None
+    monkeypatch.setattr(chunks[0].config, "params_dtype", torch.bfloat16)
+    with borrow(chunks):
+        assert attention.flash_attention_version is None
+
+
 def test_training_backward_after_generation(model, make, prompts):
     (chunk,), _ = model
     chunk.train()
