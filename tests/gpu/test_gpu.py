@@ -147,10 +147,11 @@ def test_generation_leaves_fp8_as_it_was(setup):
     np.testing.assert_array_equal(logprobs(chunks, setup[1], multiple_of=multiple), before)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_training_lowers_the_loss(setup, precision):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp_path):
     from megatron.core.optimizer import OptimizerConfig
 
+    from megatron_irl.checkpoint import Checkpointer
     from megatron_irl.data.packing import alignment
     from megatron_irl.model.build import wrap_data_parallel
     from megatron_irl.train.batches import microbatches_for
@@ -162,7 +163,8 @@ def test_training_lowers_the_loss(setup, precision):
     wrapped = wrap_data_parallel(chunks, config, topology)
     optimizer = build_megatron_optimizer(
         OptimizerConfig(
-            lr=1e-3, bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True
+            lr=1e-3, bf16=config.bf16, params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
         ),
         wrapped, topology,
     )
@@ -173,3 +175,36 @@ def test_training_lowers_the_loss(setup, precision):
     )
     losses = [stepper.train_step(batches, objective).loss for _ in range(8)]
     assert losses[-1] < losses[0]
+    checkpointer = Checkpointer(tmp_path, topology, keep=1)
+    sharded = checkpointer._sharded(wrapped, optimizer, is_loading=False)
+    state = [t for t in tensors_of(sharded["optimizer"]) if t.numel() > 1]
+    assert state and all(t.device.type == "cpu" for t in state), "gathered in host memory"
+    before = logprobs(wrapped, topology, multiple_of=multiple)
+    checkpointer.save(8, wrapped, optimizer, FakeScheduler(), {})
+    with torch.no_grad():
+        for parameter in wrapped[0].parameters():
+            parameter.zero_()
+    checkpointer.load(8, wrapped, optimizer, FakeScheduler())
+    np.testing.assert_array_equal(logprobs(wrapped, topology, multiple_of=multiple), before)
+
+
+class FakeScheduler:
+    """What a checkpoint asks of a schedule."""
+
+    num_steps = 0
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def tensors_of(tree):
+    """Tensors of a nested sharded state, at any depth."""
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        data = getattr(tree, "data", tree)
+        return [data] if isinstance(data, torch.Tensor) else []
+    return [tensor for part in tree for tensor in tensors_of(part)]
