@@ -146,8 +146,9 @@ class Checkpointer:
     def _sharded(self, chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> Any:
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
-            # Gathered on one data-parallel rank where memory is the host's; see build_optimizer.
-            "distrib_optim_fully_reshardable_mem_efficient": platform.BACKEND == "gloo",
+            # Gathered in the host memory of one data-parallel rank (see build_optimizer); otherwise
+            # every GPU would hold the whole fp32 state for a moment.
+            "distrib_optim_fully_reshardable_mem_efficient": True,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             "dp_cp_group": self.topology.dp_group,

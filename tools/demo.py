@@ -9,7 +9,6 @@ every demonstration twice. Stopped at any time, the same command goes on where i
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -45,6 +44,13 @@ def train(recipe: str, folder: Path, overrides: list[str]) -> list[dict[str, Any
     return RunLog(folder).read_rounds()
 
 
+def pick_ranks() -> int:
+    """Two data-parallel ranks where the machine has room for them."""
+    from megatron_irl import platform
+
+    return min(2, platform.device_count())
+
+
 def pick_precision() -> str:
     """bf16 where it is the faster one."""
     from megatron_irl import platform
@@ -65,7 +71,7 @@ def main() -> int:
     common = [
         f"data.train={data / 'train.jsonl'}", f"data.eval={data / 'eval.jsonl'}",
         f"precision={pick_precision()}",
-        f"parallel.data_parallel_size={min(2, os.cpu_count() or 1)}",
+        f"parallel.data_parallel_size={pick_ranks()}",
     ]
     # Nothing is evaluated twice: IRFT evaluates the SFT model it starts from.
     base = train("sft.yaml", out / "sft", [

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from megatron_irl import platform  # noqa: F401  (must precede megatron)
@@ -19,6 +20,9 @@ from megatron.core.utils import unwrap_model  # isort: skip
 @contextmanager
 def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """Yield the GPTModels inside ``chunks``, in evaluation mode and ready for the engine.
+
+    A model that trains in FP8 is lent in bf16, its parameters' type; the difference is part of the
+    engine-trainer mismatch.
 
     On exit, also after an exception: train/eval flags, config fields, DDP's parameter-gathering
     hooks and process-wide inference flags are as before, and no tensor made in inference mode
@@ -38,6 +42,12 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
             # own; interleaved stages are run one after the other by our own forward.
             stack.enter_context(_set(config, "context_parallel_size", 1))
             stack.enter_context(_set(config, "virtual_pipeline_model_parallel_size", None))
+            # In 8 bits the engine would replace the forward of Transformer Engine's layers for
+            # good, read its cached 8-bit weights of an earlier update, and fail on later stages.
+            stack.enter_context(_set(config, "fp8", None))
+            stack.enter_context(_set(config, "fp4", None))
+            if config.params_dtype == torch.float32:
+                _use_paged_attention(models, stack)
         for model in models:
             stack.enter_context(_set(model.rotary_pos_emb, "cp_group", None))
         stack.callback(_forget, models)
@@ -70,6 +80,16 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, old)
+
+
+def _use_paged_attention(models: Sequence[nn.Module], stack: ExitStack) -> None:
+    """Lead the attention of fp32 models to the entries that ``paged_attention`` serves.
+
+    They are flash-attn 2's; the newer ones, preferred where installed, do not take fp32.
+    """
+    for model in models:
+        for module in model.modules():
+            stack.enter_context(_set(module, "flash_attention_version", 2))
 
 
 @contextmanager

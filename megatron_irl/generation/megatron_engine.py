@@ -153,7 +153,10 @@ class MegatronGenerator:
                 kv_cache_gb=self._kv_cache_gb,
             ),
             max_requests=self._max_requests,
-            max_tokens=max(4096, self._max_sequence_length, self._max_requests),
+            # Steps are padded to the rounding, so a limit in between would be overrun.
+            max_tokens=PagedContext.round_up_tokens(
+                max(4096, self._max_sequence_length, self._max_requests), self._topology.tp_size
+            ),
             max_sequence_length=self._max_sequence_length,
             pg_collection=self._topology.groups,
             unified_memory_level=0,

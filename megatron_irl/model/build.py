@@ -1,7 +1,6 @@
 """HF architecture + recipe → Megatron-Core ``GPTModel`` chunks, wrapped for data parallelism."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
-from megatron_irl.model.specs import SpecName, block_spec, default_spec
+from megatron_irl.model.specs import SpecName, block_spec, choose_spec
 from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
@@ -48,11 +47,15 @@ def build_config(
     *,
     precision: Precision = "fp32",
     overrides: dict[str, Any] | None = None,
+    spec: SpecName | None = None,
     check_hardware: bool = True,
 ) -> TransformerConfig:
     """Megatron's config from the HF architecture, the layout, and the recipe's ``model:`` keys.
 
-    Without ``check_hardware`` it may be one that this machine cannot run, to be checked only.
+    Args:
+        spec: What ``build_chunks`` will be asked for, if anything.
+        check_hardware: Without it the config may be one that this machine cannot run, to be
+            checked only.
 
     Raises:
         UserError: Unknown ``model:`` keys, a layout that does not divide the model, a precision
@@ -90,7 +93,6 @@ def build_config(
         "bias_activation_fusion": platform.IS_CUDA and fields["activation_func"] is F.silu,
         "bias_dropout_fusion": platform.IS_CUDA,
         "masked_softmax_fusion": False,
-        "apply_rope_fusion": default_spec() == "transformer_engine",
         "persist_layer_norm": False,
         "attention_backend": AttnBackend.auto,
     }
@@ -98,10 +100,27 @@ def build_config(
     fields |= overrides
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
+    if check_hardware:
+        spec = choose_spec(fields["params_dtype"], fields.get("fp8"), asked=spec)
+        _check_rope(spec, fields.setdefault("apply_rope_fusion", spec == "transformer_engine"))
+    else:
+        fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron-Core refuses this model configuration: {error}") from error
+
+
+def _check_rope(spec: SpecName, fused: bool) -> None:
+    """Refuse the fused RoPE over the local spec's angles.
+
+    They are one per packed token; the kernel takes angles by position in the sequence.
+    """
+    if fused and spec == "local":
+        raise UserError(
+            "apply_rope_fusion=true conflicts with the local layer spec, whose rotary angles the "
+            "fused kernel would misread. Remove model.apply_rope_fusion."
+        )
 
 
 def _check_shape_overrides(architecture: Architecture, overrides: dict[str, Any]) -> None:
@@ -150,7 +169,10 @@ def build_chunks(
     Collectives: under tied embeddings and pipeline parallelism Megatron all-reduces the embedding
     between the first and last stage; every rank must call.
     """
-    name: Any = spec or os.environ.get("MEGATRON_IRL_SPEC") or default_spec()
+    name = choose_spec(config.params_dtype, config.fp8, asked=spec)
+    _check_rope(name, config.apply_rope_fusion)
+    if config.params_dtype == torch.float32:
+        platform.keep_float32()
     chunks = []
     rows = padded_vocab_size(architecture.vocab_size, topology.tp_size)
     virtual = config.virtual_pipeline_model_parallel_size

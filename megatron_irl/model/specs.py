@@ -1,6 +1,11 @@
 """Layer specs: Transformer Engine's on CUDA, Megatron's local modules elsewhere."""
 
-from typing import Any, Literal
+import functools
+import logging
+import os
+from typing import Any, Literal, get_args
+
+import torch
 
 from megatron_irl import platform
 from megatron_irl.errors import UserError
@@ -24,9 +29,60 @@ from megatron.core.transformer.transformer_layer import TransformerLayer  # isor
 SpecName = Literal["transformer_engine", "local"]
 
 
-def default_spec() -> SpecName:
-    """Transformer Engine where there is a GPU, the local modules where there is none."""
-    return "transformer_engine" if platform.IS_CUDA else "local"
+VARIABLE = "MEGATRON_IRL_SPEC"
+
+
+def choose_spec(
+    params_dtype: torch.dtype, fp8: str | None = None, *, asked: str | None = None
+) -> SpecName:
+    """The layer spec of a model: ``asked``, else ``MEGATRON_IRL_SPEC``, else what runs best here.
+
+    That is Transformer Engine on CUDA where it is installed, and the local modules elsewhere and
+    for fp32, whose products Transformer Engine rounds to TF32.
+
+    Raises:
+        UserError: An unknown name, or a spec that cannot run here or not in this precision.
+    """
+    origin = f"spec={asked}" if asked else f"{VARIABLE}={os.environ.get(VARIABLE)}"
+    name: Any = asked or os.environ.get(VARIABLE)
+    if not name:
+        name = "local"
+        if platform.IS_CUDA and params_dtype != torch.float32:
+            name = "local" if _why_no_transformer_engine(warn=not fp8) else "transformer_engine"
+        origin = "running without Transformer Engine"
+    if name not in (names := get_args(SpecName)):
+        raise UserError(f"{origin} is not one of {', '.join(names)}. Set one of these.")
+    if name == "transformer_engine" and not platform.IS_CUDA:
+        raise UserError(
+            f"{origin} conflicts with running on CPU; Transformer Engine needs an NVIDIA GPU. "
+            f"Unset {VARIABLE}, or set it to local."
+        )
+    if name == "transformer_engine" and (reason := _why_no_transformer_engine()):
+        raise UserError(
+            f"{origin} conflicts with this environment: {reason}. Install transformer-engine "
+            f"(NVIDIA's PyTorch container has it), or set {VARIABLE}=local."
+        )
+    if name == "local" and fp8:
+        raise UserError(
+            f"precision=fp8 conflicts with {origin}; FP8 products are Transformer Engine's. "
+            f"Install transformer-engine and unset {VARIABLE}, or set precision to bf16."
+        )
+    return name
+
+
+@functools.cache
+def _why_no_transformer_engine(*, warn: bool = False) -> str | None:
+    """Why Transformer Engine cannot be imported; None if it can."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        if warn:
+            logging.getLogger(__name__).warning(
+                "Transformer Engine cannot be imported (%s); Megatron's local layers are used, "
+                "which are slower.", error,
+            )
+        return str(error)
+    return None
 
 
 def block_spec(
@@ -36,19 +92,10 @@ def block_spec(
     """The transformer block spec of one pipeline stage.
 
     Args:
+        name: What ``choose_spec`` gave.
         parallel_residual: Attention and MLP of a layer both read the layer's input.
-
-    Raises:
-        UserError: Transformer Engine is asked for where it cannot run.
     """
     if name == "transformer_engine":
-        try:
-            import transformer_engine.pytorch  # noqa: F401
-        except ImportError as error:
-            raise UserError(
-                f"the Transformer Engine spec cannot be used: {error}. Install transformer-engine "
-                "(NVIDIA's PyTorch container has it), or set MEGATRON_IRL_SPEC=local."
-            ) from error
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         layer = _local_layer_spec(config)

@@ -23,6 +23,7 @@ class Topology:
         groups: Megatron's own collection, as its modules want it.
         tp_group, pp_group, dp_group: Tensor, pipeline and data parallel groups. ``dp_group``
             includes the context-parallel ranks, because they share weights.
+        host_dp_group: The ranks of ``dp_group`` over gloo, for tensors in host memory.
         vpp_size: Model chunks a rank holds (virtual pipeline stages), 1 without interleaving.
     """
 
@@ -38,6 +39,7 @@ class Topology:
     tp_group: Any
     pp_group: Any
     dp_group: Any
+    host_dp_group: Any
     groups: ProcessGroupCollection
 
     @property
@@ -82,7 +84,7 @@ def initialize(
             dist.init_process_group(
                 platform.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
-    return build_topology(parallel, seed=seed)
+    return build_topology(parallel, seed=seed, timeout_minutes=timeout_minutes)
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
@@ -98,8 +100,12 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
+def build_topology(
+    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: int = 60
+) -> Topology:
     """Build Megatron's groups over an initialised process group, replacing earlier ones.
+
+    A collective of any of them fails after ``timeout_minutes``.
 
     Collectives: every rank must call.
     """
@@ -109,7 +115,8 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=platform.IS_CUDA,
+        create_gloo_process_groups=platform.IS_CUDA,  # on CPU all groups are
+        distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -126,6 +133,8 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         tp_group=groups.tp,
         pp_group=groups.pp,
         dp_group=groups.dp_cp,
+        host_dp_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
+        if platform.IS_CUDA else groups.dp_cp,
         groups=groups,
     )
 

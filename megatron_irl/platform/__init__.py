@@ -11,6 +11,8 @@ import warnings
 
 import torch
 
+from megatron_irl.errors import UserError
+
 IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATFORM") != "cpu"
 BACKEND: str = "nccl" if IS_CUDA else "gloo"
 
@@ -35,9 +37,32 @@ def device() -> torch.device:
 
 
 def select_device(local_rank: int) -> None:
-    """Bind this process to its accelerator; nothing to do on CPU."""
+    """Bind this process to its accelerator; nothing to do on CPU.
+
+    Raises:
+        UserError: There is no accelerator for this rank.
+    """
+    if not IS_CUDA:
+        return
+    if local_rank >= device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank} conflicts with the {device_count()} GPU(s) that this rank "
+            "sees; each rank of a machine needs one. Lower parallel.data_parallel_size or another "
+            "parallel size, show every rank all GPUs (CUDA_VISIBLE_DEVICES), or set "
+            "MEGATRON_IRL_PLATFORM=cpu."
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def device_count() -> int:
+    """How many ranks this machine has room for: its GPUs, or on CPU its cores."""
+    return torch.cuda.device_count() if IS_CUDA else os.cpu_count() or 1
+
+
+def keep_float32() -> None:
+    """Let fp32 products be fp32; NVIDIA's image rounds their factors to TF32 by an environment."""
     if IS_CUDA:
-        torch.cuda.set_device(local_rank)
+        torch.set_float32_matmul_precision("highest")
 
 
 def synchronize() -> None:

@@ -5,7 +5,9 @@ Megatron-Core names the CUDA device directly: ``device="cuda"``, ``torch.cuda.cu
 On a machine without a GPU an import hook rewrites those expressions in the syntax tree of
 ``megatron.core.*`` (and nothing else) as each module is imported; ``torch.cuda`` becomes the
 stand-in :mod:`megatron_irl.platform.fake_cuda`. torch itself stays as it is, so the user's own
-code sees no difference. Algorithms, schedules, collectives and state are Megatron's own.
+code sees no difference. For the same reason the packages of CUDA kernels that NVIDIA's images have
+are missing for Megatron-Core alone, and not blocked in ``sys.modules``, where transformers and trl
+look for them too. Algorithms, schedules, collectives and state are Megatron's own.
 
 Removal condition: upstream takes its device from the process group or the parameters.
 """
@@ -26,6 +28,10 @@ from typing import Any
 
 PACKAGE = "megatron.core"
 STAND_IN = "__megatron_irl_cuda__"
+CUDA_ONLY = frozenset({
+    "transformer_engine", "transformer_engine_torch", "apex", "amp_C", "flash_attn",
+    "flash_attn_3", "flashattn_hopper", "flash_mla", "flashinfer", "fused_weight_gradient_mlp_cuda",
+})
 
 
 class _CudaToCpu(ast.NodeTransformer):
@@ -54,7 +60,12 @@ class _CudaToCpu(ast.NodeTransformer):
             node.attr = "is_cpu"
         return node
 
+    def visit_Import(self, node: ast.Import) -> ast.stmt:
+        return next((_missing(a.name, node) for a in node.names if _is_cuda_only(a.name)), node)
+
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | list[ast.stmt]:
+        if node.module and not node.level and _is_cuda_only(node.module):
+            return _missing(node.module, node)
         # ``_lazy_call`` above all: the real one waits, with all it was given, for CUDA to start.
         if node.module not in ("torch.cuda", "torch.cuda.nvtx"):
             return node
@@ -71,6 +82,17 @@ class _CudaToCpu(ast.NodeTransformer):
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("cuda", "pin_memory"):
             node.func.attr, node.args, node.keywords = "cpu", [], []
         return node
+
+
+def _is_cuda_only(module: str) -> bool:
+    return module.split(".")[0] in CUDA_ONLY
+
+
+def _missing(module: str, node: ast.stmt) -> ast.stmt:
+    """What importing a package that is not installed does; upstream is prepared for that."""
+    message = f"No module named {module!r} (it needs CUDA)"
+    error = ast.parse(f"raise ModuleNotFoundError({message!r}, name={module!r})").body[0]
+    return ast.copy_location(error, node)
 
 
 def _stand_in_has(module: str, name: str) -> bool:

@@ -114,11 +114,14 @@ def build_megatron_optimizer(
         options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    for part in parts:
+        # Checkpoints are gathered over it. Megatron would set it itself if it were told to take
+        # all groups from its globals instead of from the topology.
+        part.data_parallel_group_gloo = topology.host_dp_group
     if platform.BACKEND == "gloo":
         cpu_updates.install()
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-            # The group itself can gather a checkpoint in host memory.
-            part.data_parallel_group_gloo = topology.dp_group
+        for part in parts:
             cpu_updates.fuse(part.optimizer)
     return optimizer
 

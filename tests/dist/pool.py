@@ -84,7 +84,10 @@ class Pool:
     def _start(self, count: int) -> None:
         while len(self._pipes) < count:
             address = str(Path(self._folder.name) / f"{time.monotonic_ns()}.sock")
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            environment = os.environ | {
+                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                "MEGATRON_IRL_PLATFORM": "cpu",  # gloo, and more ranks than there may be GPUs
+            }
             with Listener(address, "AF_UNIX") as listener:
                 self._processes.append(subprocess.Popen(
                     [sys.executable, "-m", "tests.dist.worker", address], cwd=ROOT, env=environment,

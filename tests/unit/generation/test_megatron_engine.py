@@ -11,6 +11,8 @@ from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.errors import UserError
 from megatron_irl.generation import SamplingConfig
+from megatron_irl.generation.borrow import borrow
+from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import initialize, shutdown
@@ -144,6 +146,14 @@ def test_prompts_that_do_not_fit_are_the_users_error(make):
     assert generator.generate([], SAMPLED) == []
 
 
+def test_the_step_size_is_a_multiple_of_the_token_rounding(make, prompts, monkeypatch):
+    """Every step is padded to it, so the last tokens below the limit need room to be padded."""
+    monkeypatch.setattr(PagedContext, "TOKEN_ROUNDER", 64)
+    generator = make(max_sequence_length=4100)
+    generator.generate(prompts[:1], SamplingConfig(max_new_tokens=1))
+    assert generator._engine.context.max_tokens == 4160
+
+
 def test_close_frees_the_cache(make, prompts):
     generator = make()
     generator.generate(prompts, SAMPLED)
@@ -176,6 +186,32 @@ def test_an_exception_leaves_module_and_generator_usable(model, make, prompts):
     assert chunk.training and all(m.training for m in chunk.modules())
     assert not InferenceMode.is_active()
     assert ids(generator.generate(prompts, SAMPLED)) == expected
+
+
+def test_a_model_that_trains_in_fp8_is_lent_in_bf16(model, monkeypatch):
+    """The engine would otherwise wrap Transformer Engine's layers for good."""
+    chunks, _ = model
+    config = chunks[0].config
+    monkeypatch.setattr(config, "fp8", "hybrid")
+    with borrow(chunks):
+        assert (config.fp8, config.fp4) == (None, None)
+    assert config.fp8 == "hybrid"
+    with pytest.raises(KeyboardInterrupt), borrow(chunks):
+        raise KeyboardInterrupt
+    assert config.fp8 == "hybrid"
+
+
+def test_an_fp32_model_uses_the_attention_that_takes_fp32(model, monkeypatch):
+    """flash-attn 3 and 4 do not, and are preferred where they are installed."""
+    chunks, _ = model
+    attention = chunks[0].decoder.layers[0].self_attention
+    with borrow(chunks):
+        assert attention._resolve_flash_version() == (False, False)
+        assert attention.flash_attention_version == 2
+    assert attention.flash_attention_version is None
+    monkeypatch.setattr(chunks[0].config, "params_dtype", torch.bfloat16)
+    with borrow(chunks):
+        assert attention.flash_attention_version is None
 
 
 def test_training_backward_after_generation(model, make, prompts):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from megatron_irl.platform import paged_attention
 from megatron_irl.platform.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
 HEADS, KEY_HEADS, SIZE = 6, 2, 8
@@ -155,3 +156,25 @@ def test_attention_sinks_are_refused():
             torch.randn(1, 1, HEADS, SIZE), paged.k_cache, paged.v_cache, return_softmax_lse=True,
             cache_seqlens=torch.tensor([4]), block_table=paged.table,
         )
+
+
+def test_flash_attn_keeps_its_types_and_fp32_comes_here(monkeypatch):
+    from megatron.core.transformer import attention
+
+    def theirs(q, *_, **__):
+        return f"flash-attn in {q.dtype}"
+
+    monkeypatch.setattr(attention, "flash_attn_with_kvcache", theirs)
+    monkeypatch.setattr(attention, "flash_attn_varlen_func", theirs)
+    is_recent = attention.is_fa_min_version
+    paged_attention.install()
+    paged_attention.install()
+    assert attention.is_fa_min_version is is_recent
+    half = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
+    assert attention.flash_attn_with_kvcache(q=half) == "flash-attn in torch.bfloat16"
+    assert attention.flash_attn_varlen_func(half[0]) == "flash-attn in torch.bfloat16"
+    out = attention.flash_attn_with_kvcache(
+        q=half.float(), k_cache=torch.zeros(1, 4, 1, 8), v_cache=torch.ones(1, 4, 1, 8),
+        cache_seqlens=torch.tensor([2]), block_table=torch.tensor([[0]]),
+    )
+    assert torch.equal(out, torch.ones(1, 1, 2, 8))

@@ -65,6 +65,54 @@ def test_statement(source, name, expected):
     assert execute(source)[name] is expected or execute(source)[name] == expected
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import apex",
+        "import os, amp_C",
+        "import transformer_engine.pytorch as te",
+        "from flash_attn.cute import flash_attn_varlen_func",
+        "def f():\n    from transformer_engine import pytorch\nf()",
+    ],
+)
+def test_packages_of_cuda_kernels_are_missing(monkeypatch, statement):
+    for name in ("apex", "amp_C", "transformer_engine", "flash_attn"):  # not found by any other way
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    with pytest.raises(ModuleNotFoundError, match="needs CUDA"):
+        execute(statement)
+
+
+def test_a_module_of_upstream_named_like_such_a_package_is_not():
+    space = {"__package__": "megatron.core.extensions", "__name__": "x"}
+    execute("from .transformer_engine import HAVE_TE", **space)
+
+
+NVIDIA_IMAGE = """
+import importlib.util, sys
+from megatron_irl import platform
+import megatron.core.optimizer, megatron.core.transformer.attention
+import megatron.core.extensions.transformer_engine as extension
+assert not extension.HAVE_TE
+assert "transformer_engine" not in sys.modules and "flash_attn" not in sys.modules
+assert importlib.util.find_spec("flash_attn")  # what transformers asks
+print("megatron is imported", flush=True)
+import transformer_engine
+"""
+
+
+def test_on_cpu_megatron_takes_no_cuda_kernels_of_nvidias_image(tmp_path):
+    """The user's own code can still import them."""
+    for name in ("transformer_engine", "flash_attn", "apex", "amp_C"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"print('imported {name}')")
+    done = subprocess.run(
+        [sys.executable, "-c", NVIDIA_IMAGE], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "MEGATRON_IRL_PLATFORM": "cpu"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "megatron is imported\nimported transformer_engine\n"
+
+
 def test_a_from_import_with_and_without_stand_ins():
     space = execute("from torch.cuda import CudaError, device_count")
     assert space["CudaError"] is torch.cuda.CudaError

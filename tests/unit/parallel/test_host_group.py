@@ -1,0 +1,80 @@
+"""Groups on a pretended GPU: what is gathered in host memory goes over gloo, in time limits."""
+
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_irl import platform
+from megatron_irl.checkpoint import Checkpointer
+from megatron_irl.config import ParallelConfig
+from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.parallel.topology import build_topology, initialize, shutdown
+from megatron_irl.train.optimizer import build_megatron_optimizer
+from tests.convert.tiny import make_tiny_llama
+
+from megatron.core import parallel_state  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip
+
+
+@pytest.fixture
+def joined():
+    yield initialize(ParallelConfig())
+    shutdown()
+
+
+def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, monkeypatch):
+    assert joined.host_dp_group is joined.dp_group
+    monkeypatch.setattr(platform, "IS_CUDA", True)
+    topology = build_topology(ParallelConfig())
+    assert topology.host_dp_group is not topology.dp_group
+    assert dist.get_backend(topology.host_dp_group) == "gloo"
+    assert topology.host_dp_group.size() == topology.dp_size
+
+
+def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(joined, monkeypatch, tmp_path):
+    """Otherwise each GPU holds the whole optimizer state of its data-parallel group."""
+    hf = make_tiny_llama(tmp_path / "hf", layers=1)
+    monkeypatch.setattr(platform, "IS_CUDA", True)
+    topology = build_topology(ParallelConfig())
+    monkeypatch.setattr(platform, "IS_CUDA", False)
+    arch = architecture(read_hf_config(hf))
+    config = build_config(arch, ParallelConfig())
+    chunks = wrap_data_parallel(build_chunks(config, arch, topology), config, topology)
+    options = OptimizerConfig(
+        lr=1e-3, params_dtype=torch.float32, use_distributed_optimizer=True
+    )
+    monkeypatch.setattr(platform, "BACKEND", "nccl")
+    optimizer = build_megatron_optimizer(options, chunks, topology)
+    optimizer.step()  # Megatron's state begins with it
+    gathered = []
+    original = DistributedOptimizer.get_parameter_state_dp_zero
+
+    def spy(self, **how):
+        gathered.append((how["use_gloo_comm"], self.data_parallel_group_gloo))
+        return original(self, **how)
+
+    monkeypatch.setattr(DistributedOptimizer, "get_parameter_state_dp_zero", spy)
+    checkpointer = Checkpointer(tmp_path / "checkpoints", topology, keep=1)
+    checkpointer._sharded(chunks, optimizer, is_loading=False)
+    assert gathered == [(True, topology.host_dp_group)]
+
+
+def test_every_group_has_the_time_limit(monkeypatch):
+    """Megatron's own default is half an hour, less than a rank may have to wait for another."""
+    asked = []
+    original = parallel_state.create_group
+
+    def spy(*args, timeout=None, **options):
+        asked.append(timeout)
+        return original(*args, timeout=timeout, **options)
+
+    monkeypatch.setattr(parallel_state, "create_group", spy)
+    try:
+        initialize(ParallelConfig(), timeout_minutes=77)
+    finally:
+        shutdown()
+    assert set(asked) == {datetime.timedelta(minutes=77)}
