@@ -66,25 +66,12 @@ def build_config(
     check_field_names("model", overrides, allowed)
     _check_shape_overrides(architecture, overrides)
     check_layout(architecture, parallel, precision)
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     fields = dict(architecture.transformer)
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
-    fields |= {
-        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
-        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
-        "context_parallel_size": parallel.context_parallel_size,
-        "sequence_parallel": parallel.sequence_parallel,
+    fields |= _layout_fields(parallel) | {
         # A loss contract of sums and counts: Megatron divides once by the global count, so
         # neither microbatching nor data parallelism can change the gradient.
         "calculate_per_token_loss": True,
-        # Packs differ in length, and stages tell each other the shape. The interleaved schedule
-        # cannot: between two stages a shape to the next and one to the previous are mistaken for
-        # each other. There the packs of a step are padded to one length, and the exchanges are
-        # ordered ones.
-        "variable_seq_lengths": not interleaved,
-        "overlap_p2p_comm": interleaved,
-        "batch_p2p_comm": not interleaved,
         "moe_token_dispatcher_type": "alltoall",  # the one that allows variable lengths
         "use_cpu_initialization": not platform.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
@@ -109,6 +96,24 @@ def build_config(
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron-Core refuses this model configuration: {error}") from error
+
+
+def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        # Packs differ in length, and stages tell each other the shape. The interleaved schedule
+        # cannot: between two stages a shape to the next and one to the previous are mistaken for
+        # each other. There the packs of a step are padded to one length, and the exchanges are
+        # ordered ones.
+        "variable_seq_lengths": not interleaved,
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
 
 
 def _check_rope(spec: SpecName, fused: bool) -> None:

@@ -150,6 +150,7 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     )
     build_optimizer_config(recipe, config)
     build_ddp_config(recipe.ddp)
+    check_lengths(recipe, arch, config)
     validate_hf_folder(hf_dir, arch)
     tokenizer = load_tokenizer(recipe.data.tokenizer or hf_dir, recipe.data.chat_template)
     check_vocabulary(tokenizer, arch)
@@ -171,19 +172,6 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     heldout_preferences = _read_preferences("data.eval_preferences", recipe.data.eval_preferences,
                                             recipe, tokenizer, notes)
     resolved = resolve(recipe, len(demonstrations))
-    longest = recipe.data.max_prompt_length + max(
-        recipe.data.max_response_length, resolved.generation.max_new_tokens or 0
-    )
-    if longest > arch.max_sequence_length:
-        raise UserError(
-            f"data.max_prompt_length={recipe.data.max_prompt_length} plus responses of up to "
-            f"{longest - recipe.data.max_prompt_length} tokens conflicts with the model's "
-            f"max_position_embeddings={arch.max_sequence_length}. Set data.max_prompt_length, "
-            "data.max_response_length or generation.max_new_tokens lower."
-        )
-    length = generation_length(resolved)
-    cache_gb(config, max_sequence_length=length, max_requests=recipe.generation.max_requests,
-             block_tokens=default_block_tokens(length), kv_cache_gb=recipe.generation.kv_cache_gb)
     data_digest = digest_of([
         *((d.prompt_ids, d.response_ids) for d in demonstrations),
         *((p.prompt_ids, ids) for p in preferences for ids in (p.chosen_ids, p.rejected_ids)),
@@ -191,6 +179,23 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     folder.check(resolved, data_digest)
     return Inputs(resolved, tokenizer, demonstrations, heldout, preferences, heldout_preferences,
                   arch, hf_config, data_digest, notes)
+
+
+def check_lengths(recipe: Recipe, arch: Architecture, config: Any) -> None:
+    """Raise UserError unless the model and the KV cache hold the longest sequences."""
+    generated = generation_length(recipe)
+    longest = max(generated, recipe.data.max_prompt_length + recipe.data.max_response_length)
+    if longest > arch.max_sequence_length:
+        raise UserError(
+            f"data.max_prompt_length={recipe.data.max_prompt_length} plus responses of up to "
+            f"{longest - recipe.data.max_prompt_length} tokens conflicts with the model's "
+            f"max_position_embeddings={arch.max_sequence_length}. Set data.max_prompt_length, "
+            "data.max_response_length or generation.max_new_tokens lower."
+        )
+    cache_gb(
+        config, max_sequence_length=generated, max_requests=recipe.generation.max_requests,
+        block_tokens=default_block_tokens(generated), kv_cache_gb=recipe.generation.kv_cache_gb,
+    )
 
 
 def _read_preferences(
@@ -283,9 +288,9 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
 
 
 def generation_length(recipe: Recipe) -> int:
-    """Longest prompt plus response that is generated, in tokens; ``recipe`` must be resolved."""
-    assert recipe.generation.max_new_tokens is not None
-    return recipe.data.max_prompt_length + recipe.generation.max_new_tokens
+    """Longest prompt plus response that is generated, in tokens."""
+    new_tokens = recipe.generation.max_new_tokens or recipe.data.max_response_length
+    return recipe.data.max_prompt_length + new_tokens
 
 
 def packing_multiple(recipe: Recipe, config: Any) -> int:

@@ -41,7 +41,8 @@ def test_value_is_refused(recipe, tmp_path, monkeypatch, override, named):
     monkeypatch.setenv("RANK", "0")  # as one rank of a launcher: nothing is started from here
     monkeypatch.setenv("WORLD_SIZE", "2" if "context" in override else "1")
     refused("train", recipe, override, named=named)
-    refused("plan", recipe, override, named=named)
+    if override != "precision=fp8":  # which may be planned where it cannot run
+        refused("plan", recipe, override, named=named)
     assert not (tmp_path / "run").exists()
 
 
