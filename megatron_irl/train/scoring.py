@@ -55,6 +55,7 @@ def score_sequences(
 
 def score_rewards(
     stepper: Stepper, sequences: Sequences, *, max_tokens: int = 4096, multiple_of: int = 1,
+    on_progress: OnProgress | None = None,
 ) -> list[float]:
     """The explicit reward of every response; as ``score_sequences``.
 
@@ -63,7 +64,9 @@ def score_rewards(
     """
     rewards = [
         float(value)
-        for value in _in_packs(stepper, stepper.rewards, sequences, max_tokens, multiple_of)
+        for value in _in_packs(
+            stepper, stepper.rewards, sequences, max_tokens, multiple_of, on_progress
+        )
     ]
     bad = sum(not np.isfinite(value) for value in rewards)
     if bad:
