@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_irl.data.demonstrations import conversation
 from megatron_irl.data.files import write_jsonl_atomically
-from megatron_irl.data.ledger import LedgerRow, digest, ledger_rounds, read_ledger
+from megatron_irl.data.ledger import LedgerRow, complete_rounds, digest, ledger_rounds, read_ledger
 from megatron_irl.data.records import collect
 from megatron_irl.errors import UserError
 
@@ -28,14 +28,15 @@ def filter_demonstrations(
         min_reward: Keep rewards of at least this.
         top_quantile: Keep the best share, in (0, 1], rounded up; records that tie with the last
             one kept are kept too. Exactly one of the two.
-        round: Of the ledger; None: the newest.
+        round: Of the ledger; None: the newest. It must have every demonstration.
 
     Returns:
         One line for the user.
 
     Raises:
-        UserError: No ledger, both thresholds or none, nothing that reaches the threshold, files
-            that have changed since the run or cannot be found, an ``out`` that cannot be used.
+        UserError: No ledger, or one of some demonstrations only; both thresholds or none, nothing
+            that reaches the threshold, files that have changed since the run or cannot be found,
+            an ``out`` that cannot be used.
     """
     _check_options(run, out, min_reward, top_quantile)
     rounds = ledger_rounds(run / "ledger")
@@ -43,6 +44,8 @@ def filter_demonstrations(
         raise UserError(f"{run} has no demonstration ledger. Runs with algorithm.name=rft write "
                         "one, each round after its reward steps.")
     rows = read_ledger(run / "ledger", round)
+    chosen = rounds[-1] if round is None else round
+    _check_complete(run, chosen, len(rows))
     rewards = sorted((row.reward for row in rows), reverse=True)
     if top_quantile is not None:
         threshold = rewards[math.ceil(top_quantile * len(rows)) - 1]
@@ -51,7 +54,7 @@ def filter_demonstrations(
         threshold = min_reward
     records = _unchanged_records(rows, out)
     kept = [records[row.source] for row in rows if row.reward >= threshold]
-    where = f"round {rounds[-1] if round is None else round}"
+    where = f"round {chosen}"
     if not kept:
         raise UserError(f"--min-reward {min_reward} leaves no demonstration; the highest reward in "
                         f"{where} is {rewards[0]:.6g}. Set it lower, or use --top-quantile.")
@@ -75,6 +78,19 @@ def _check_options(
                         "the best quarter.")
     if out.suffix != ".jsonl":
         raise UserError(f"--out {out} must end with .jsonl, the form it is written in.")
+
+
+def _check_complete(run: Path, round: int, num_rows: int) -> None:
+    complete = complete_rounds(run / "ledger")
+    if round in complete:
+        return
+    remedy = (f"Rounds that have all: {', '.join(map(str, complete))}; set --round to one."
+              if complete else
+              "Start `megatron-irl train` on the run again to finish it, or set "
+              "reward.ledger=every_round for a new run.")
+    raise UserError(f"round {round} of {run} has the rewards of the {num_rows} demonstrations that "
+                    "it sampled for and not of the others, which with reward.ledger=last are "
+                    f"scored in the last round only. {remedy}")
 
 
 def _unchanged_records(rows: Sequence[LedgerRow], out: Path) -> dict[str, dict[str, Any]]:

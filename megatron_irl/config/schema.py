@@ -132,6 +132,10 @@ class RewardConfig:
     step takes ``train.global_batch_size`` of its pairs too."""
     preference_weight: float = 1.0
     """Weight of the preference stream's mean loss against the demonstrations' mean loss."""
+    ledger: Literal["last", "every_round"] = "last"
+    """Rounds whose ledger has the reward of every demonstration, as ``filter`` needs it: the last
+    one, or each, at the price of a forward pass over all of ``data.train`` a round. Those that the
+    round sampled for are in its ledger anyway."""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from megatron_irl.data.records import (
     checked_text,
     checked_texts,
     collect,
+    collect_in_batches,
 )
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
@@ -81,6 +83,16 @@ class ScoreRecord:
     source: str
 
 
+class _Texts(NamedTuple):
+    """A record on its way to a demonstration: what it says, and its prompt as it is encoded."""
+
+    record: dict[str, Any]
+    source: str
+    prompt: str | Messages
+    rendered: str
+    response: str
+
+
 def load_demonstrations(
     paths: str | Path | Iterable[str | Path],
     tokenizer: Tokenizer,
@@ -111,12 +123,13 @@ def load_demonstrations(
     """
     counts: Counter[str] = Counter()
 
-    def build(record: dict[str, Any], source: str) -> Demonstration | None:
+    def prepare(record: dict[str, Any], source: str) -> _Texts:
         prompt, response = conversation(record)
-        if not isinstance(prompt, str):
-            tokenizer.require_chat_template()
-        prompt_ids = tokenizer.render_prompt(prompt)
-        response_ids = tokenizer.response_ids(response)
+        return _Texts(record, source, prompt, tokenizer.prompt_text(prompt), response)
+
+    def build(texts: _Texts, ids: tuple[list[int], list[int]]) -> Demonstration | None:
+        prompt_ids = tokenizer.prompt_ids(texts.prompt, ids[0])
+        response_ids = tokenizer.ended(ids[1])
         if not prompt_ids or len(response_ids) == 1:
             raise RecordError(f"the {'response' if prompt_ids else 'prompt'} has no tokens")
         reason = overlong_count(len(prompt_ids), len(response_ids), max_prompt_length,
@@ -130,15 +143,21 @@ def load_demonstrations(
         counts.update(kept=1, prompt_tokens=len(prompt_ids), response_tokens=len(response_ids))
         return Demonstration(
             counts["kept"] - 1, np.array(prompt_ids, np.int32), np.array(response_ids, np.int32),
-            prompt, response, _answer(record), source)
+            texts.prompt, texts.response, _answer(texts.record), texts.source)
 
-    demonstrations = collect(paths, build, limit)
+    demonstrations = collect_in_batches(paths, prepare, partial(_encode, tokenizer), build, limit)
     report = LoadReport(**{name: counts[name] for name in LoadReport.__dataclass_fields__})
     if not demonstrations:
         raise UserError(f"no demonstration is left in {_names(paths)}: {report.summary()}. "
                         f"Raise data.max_prompt_length={max_prompt_length} or "
                         f"data.max_response_length={max_response_length}.")
     return demonstrations, report
+
+
+def _encode(tokenizer: Tokenizer, batch: list[_Texts]) -> list[tuple[list[int], list[int]]]:
+    """The ids of each prompt and response."""
+    ids = tokenizer.encode_batch([t for texts in batch for t in (texts.rendered, texts.response)])
+    return list(zip(ids[0::2], ids[1::2], strict=True))
 
 
 def load_prompts(path: str | Path) -> list[PromptRecord]:

@@ -1,4 +1,7 @@
-"""The demonstration ledger: what each demonstration's reward was, round by round, as Parquet."""
+"""The demonstration ledger: what each demonstration's reward was, round by round, as Parquet.
+
+A round's file has the demonstrations that the round sampled for, or all of them; it says which.
+"""
 
 import hashlib
 import json
@@ -68,11 +71,16 @@ def digest(prompt: str | Messages, response: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def write_ledger(folder: Path, round: int, rows: Sequence[LedgerRow]) -> None:
+def write_ledger(
+    folder: Path, round: int, rows: Sequence[LedgerRow], *, is_complete: bool = True
+) -> None:
     """Commit a round as ``<folder>/round_NNNN.parquet``, replacing an earlier version.
 
     The file appears whole or not at all, so a round repeated after a kill ends the same. One
     writer at a time. Rewards are float32, as they are computed.
+
+    Args:
+        is_complete: Whether every demonstration has its row.
 
     Raises:
         UserError: The disk is full or the folder cannot be written; nothing is left behind.
@@ -81,7 +89,7 @@ def write_ledger(folder: Path, round: int, rows: Sequence[LedgerRow]) -> None:
     columns["round"] = [round] * len(rows)
     # from_pandas=False keeps a NaN a NaN: only None is "not there".
     arrays = [pa.array(columns[c.name], type=c.type, from_pandas=False) for c in SCHEMA]
-    metadata = {"format_version": str(FORMAT_VERSION)}
+    metadata = {"format_version": str(FORMAT_VERSION), "complete": str(is_complete)}
     table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer)
@@ -93,6 +101,23 @@ def ledger_rounds(folder: Path) -> list[int]:
     """Return the rounds committed, ascending; none where there is no ledger."""
     names = (re.fullmatch(r"round_(\d+)\.parquet", path.name) for path in folder.glob("*"))
     return sorted(int(match[1]) for match in names if match)
+
+
+def complete_rounds(folder: Path) -> list[int]:
+    """Return the rounds committed that have every demonstration, ascending.
+
+    Raises:
+        UserError: A round's file cannot be read.
+    """
+    return [round for round in ledger_rounds(folder) if _is_complete(_path(folder, round))]
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    return metadata.get(b"complete") != b"False"  # files of earlier versions do not say: all do
 
 
 def read_ledger(folder: Path, round: int | None = None) -> list[LedgerRow]:

@@ -1,6 +1,7 @@
 """A SentencePiece model file read without a Hugging Face folder around it."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -41,13 +42,20 @@ class SentencePieceCodec:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``; nothing is added."""
-        ids: list[int] = []
-        for part in self._split.split(text) if self._control else [text]:
-            if part in self._control:
-                ids.append(self._control[part])
-            elif part:
-                ids.extend(self._model.encode(part, out_type=int))
-        return ids
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each text, encoded on all cores."""
+        split = [self._split.split(text) if self._control else [text] for text in texts]
+        plain = [p for parts in split for p in parts if p and p not in self._control]
+        encoded = iter(self._model.encode(plain, out_type=int))
+        return [
+            [i for part in parts if part for i in self._control_ids(part) or next(encoded)]
+            for parts in split
+        ]
+
+    def _control_ids(self, part: str) -> list[int]:
+        return [self._control[part]] if part in self._control else []
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``, control pieces left out."""

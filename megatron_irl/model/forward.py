@@ -61,6 +61,10 @@ class HeadProcessor:
         self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
         batch: PackedBatch, parallel: dict[str, Any],
     ) -> Tensor:
+        # The head is read without being called. With ddp.overlap_param_gather its hook is what
+        # waits for its parameters to arrive from the other data-parallel ranks.
+        for hook in output_layer._forward_pre_hooks.values():
+            hook(output_layer, ())
         weight = output_layer.weight if output_weight is None else output_weight
         return response_logprobs(
             hidden_states, weight, batch.rows_R, batch.targets_R, chunk_size=self.chunk_size,

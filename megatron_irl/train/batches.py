@@ -1,6 +1,6 @@
 """Global batches → this rank's packed microbatches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,25 +39,22 @@ def draw(items: Sequence[Item], seed: int, step: int, size: int) -> list[Item]:
     return [items[i] for i in sampler.take(size)]
 
 
-def token_budget_packs(
-    sequences: Sequences, *, max_tokens: int, multiple_of: int
-) -> Iterator[tuple[list[int], PackedBatch]]:
-    """Pack sequences for evaluation, longest first, up to ``max_tokens`` a pack.
+def token_budget_split(sequences: Sequences, *, max_tokens: int) -> list[list[int]]:
+    """Split sequences for evaluation, longest first, up to ``max_tokens`` together.
 
-    Yields the indices of the sequences with their pack. A longer sequence gets its own.
+    Only positions: there may be millions of sequences, of which a rank packs its own and those
+    only when their turn comes. A longer sequence is alone.
     """
-    order = sorted(range(len(sequences)), key=lambda i: -sum(map(len, sequences[i])))
-    chosen: list[int] = []
+    lengths = [sum(map(len, sequence)) for sequence in sequences]
+    split: list[list[int]] = []
     tokens = 0
-    for index in order:
-        length = sum(map(len, sequences[index]))
-        if chosen and tokens + length > max_tokens:
-            yield chosen, pack([sequences[i] for i in chosen], None, multiple_of=multiple_of)
-            chosen, tokens = [], 0
-        chosen.append(index)
-        tokens += length
-    if chosen:
-        yield chosen, pack([sequences[i] for i in chosen], None, multiple_of=multiple_of)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not split or tokens + lengths[index] > max_tokens:
+            split.append([])
+            tokens = 0
+        split[-1].append(index)
+        tokens += lengths[index]
+    return split
 
 
 def num_tokens(item: Item) -> int:

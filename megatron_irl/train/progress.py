@@ -59,6 +59,12 @@ class Progress:
         with self._phase("reference pass", total, "sequences") as advance:
             yield advance
 
+    @contextmanager
+    def rewards(self, total: int) -> Iterator[Advance]:
+        """Show the scoring of ``total`` sequences by the reward; yields ``advance(done)``."""
+        with self._phase("reward pass", total, "sequences") as advance:
+            yield advance
+
     def step(self, line: Mapping[str, Any], *, total_steps: int, generation_share: float,
              total_rounds: int | None = None) -> None:
         """Show one optimizer step.

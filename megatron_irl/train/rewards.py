@@ -11,6 +11,7 @@ from megatron_irl.data.ledger import LedgerRow, write_ledger
 from megatron_irl.errors import UserError
 from megatron_irl.objectives import leave_one_out
 from megatron_irl.parallel.reduce import from_main
+from megatron_irl.train.batches import Sequences
 from megatron_irl.train.rounds import score_distinct
 from megatron_irl.train.scoring import score_rewards
 from megatron_irl.train.session import Session
@@ -47,9 +48,7 @@ def score_round(session: Session) -> None:
     with session.timed("scoring"):
         for chunk in chunks:
             pairs = bank.read_chunk(round_index, chunk)
-            rewards = score_distinct(pairs, lambda sequences: score_rewards(
-                session.stepper, sequences, multiple_of=session.multiple_of
-            ))
+            rewards = score_distinct(pairs, lambda sequences: _score(session, sequences))
             for i, pair in enumerate(pairs):
                 pair.reward_demo, pair.reward_sample = rewards[2 * i], rewards[2 * i + 1]
             if topology.is_main:
@@ -59,24 +58,39 @@ def score_round(session: Session) -> None:
 
 
 def _write_ledger(session: Session) -> None:
-    """Commit the reward of every demonstration, in the round or not. Collective."""
-    round_index = session.state.round
+    """Commit the reward of the round's demonstrations, and where it is due of all the others.
+
+    The others can be thousands of times as many as the round's, so by default they have to wait for
+    the last round. Collective.
+    """
+    round_index, recipe = session.state.round, session.recipe
+    is_last = round_index + 1 == recipe.algorithm.rounds
     known: dict[int, Any] = {}
     samples: dict[int, list[Any]] = {}
     for pair in session.bank.read_round(round_index):
         known[pair.ordinal] = pair.reward_demo
         samples.setdefault(pair.ordinal, []).append(pair.reward_sample)
-    rest = [d for d in session.demonstrations if d.ordinal not in known]
-    known |= dict(zip([d.ordinal for d in rest], score_rewards(
-        session.stepper, [(d.prompt_ids, d.response_ids) for d in rest],
-        multiple_of=session.multiple_of,
-    ), strict=True))
+    if is_last or recipe.reward.ledger == "every_round":
+        rest = [d for d in session.demonstrations if d.ordinal not in known]
+        rewards = _score(session, [(d.prompt_ids, d.response_ids) for d in rest])
+        known |= dict(zip([d.ordinal for d in rest], rewards, strict=True))
     if session.topology.is_main:
-        write_ledger(session.folder.ledger, round_index, [
+        rows = [
             LedgerRow.of(d, known[d.ordinal], _mean(samples.get(d.ordinal)))
-            for d in session.demonstrations
-        ])
+            for d in session.demonstrations if d.ordinal in known
+        ]
+        write_ledger(
+            session.folder.ledger, round_index, rows,
+            is_complete=len(rows) == len(session.demonstrations),
+        )
     session.topology.barrier()
+
+
+def _score(session: Session, sequences: Sequences) -> list[float]:
+    with session.progress.rewards(len(sequences)) as advance:
+        return score_rewards(
+            session.stepper, sequences, multiple_of=session.multiple_of, on_progress=advance
+        )
 
 
 def _mean(values: list[float] | None) -> float | None:

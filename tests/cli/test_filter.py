@@ -8,7 +8,7 @@ import pandas
 import pytest
 
 from megatron_irl.data.demonstrations import load_demonstrations
-from megatron_irl.data.ledger import LedgerRow, write_ledger
+from megatron_irl.data.ledger import LedgerRow, read_ledger, write_ledger
 from megatron_irl.data.tokenizer import load_tokenizer
 from tests.cli.harness import read_jsonl, refused, run, write_jsonl
 from tests.convert.tiny import make_tokenizer
@@ -116,6 +116,18 @@ def test_folder_is_refused(run_folder, tmp_path):
         file.unlink()
     refuse(run_folder, tmp_path / "kept.jsonl", "no demonstration ledger", "rft")
     assert not (tmp_path / "kept.jsonl").exists()
+
+
+def test_ledger_of_some_demonstrations_is_refused(run_folder, tmp_path):
+    """What was not scored must not pass for a low reward."""
+    ledger, out = run_folder / "ledger", tmp_path / "kept.jsonl"
+    write_ledger(ledger, 2, read_ledger(ledger, 1)[:2], is_complete=False)
+    refuse(run_folder, out, "round 2", "the 2 demonstrations", "Rounds that have all: 0, 1",
+           "--round")
+    for round_index in (0, 1):
+        (ledger / f"round_{round_index:04d}.parquet").unlink()
+    refuse(run_folder, out, "round 2", "train", "finish", "reward.ledger=every_round")
+    assert not out.exists()
 
 
 def test_files_changed_since_are_refused(run_folder, train, tmp_path):

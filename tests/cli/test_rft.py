@@ -8,7 +8,7 @@ import pytest
 
 from megatron_irl.convert.locate import find_checkpoint, find_hf_source
 from megatron_irl.convert.stream import megatron_to_hf
-from megatron_irl.data.ledger import read_ledger
+from megatron_irl.data.ledger import complete_rounds, read_ledger
 from megatron_irl.data.pair_bank import PairBank
 from tests.cli.conftest import small_recipe
 from tests.cli.harness import deterministic, read_jsonl, refused, run, write_jsonl, write_recipe
@@ -48,6 +48,23 @@ def rft_recipe(model, data, preferences, output_dir) -> dict:
 @pytest.fixture
 def sections(model, data, preferences, tmp_path):
     return rft_recipe(model, data, preferences, tmp_path / "run")
+
+
+def test_filter_needs_the_last_round(sections, tmp_path, monkeypatch, no_report):
+    """A round before has its own demonstrations only; the run, finished, has all."""
+    recipe, run_folder = write_recipe(tmp_path / "r.yaml", **sections), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, "megatron_irl.train.rewards.score_round", 2, after=False)
+        run("train", recipe)
+    keep = ("filter", run_folder, "--out", tmp_path / "kept.jsonl", "--top-quantile", 0.5)
+    refused(*keep, named=("round 0", "the 6 demonstrations", "reward.ledger", "train"))
+    result = run("train", recipe)
+    assert result.code == 0, result.err
+    assert "reward pass 9/9 sequences" in result.err  # a chunk: 3 prompts, 2 samples of each
+    assert f"reward pass {NUM_DEMONSTRATIONS - 6}/{NUM_DEMONSTRATIONS - 6} sequences" in result.err
+    refused(*keep, "--round", 0, named=("round 0", "Rounds that have all: 1"))
+    result = run(*keep)
+    assert result.code == 0 and "kept 8 of 16" in result.err
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +124,11 @@ def test_bank_and_ledger_hold_the_rewards_once_learnt(finished):
         assert any(a.sample_ids.tolist() != b.sample_ids.tolist()
                    for a, b in zip(pairs[0::2], pairs[1::2], strict=True))
         rows = read_ledger(finished / "ledger", index)
-        assert [row.ordinal for row in rows] == list(range(NUM_DEMONSTRATIONS))
+        drawn = {pair.ordinal for pair in pairs}
+        everything = set(range(NUM_DEMONSTRATIONS))
+        assert drawn < everything
+        is_last = index == ROUNDS - 1
+        assert [row.ordinal for row in rows] == sorted(everything if is_last else drawn)
         by_ordinal = {row.ordinal: row for row in rows}
         for first, second in zip(pairs[0::2], pairs[1::2], strict=True):
             row = by_ordinal[first.ordinal]
@@ -115,8 +136,8 @@ def test_bank_and_ledger_hold_the_rewards_once_learnt(finished):
             assert row.sample_reward == pytest.approx(
                 (first.reward_sample + second.reward_sample) / 2
             )
-    drawn = {pair.ordinal for pair in bank.read_round(ROUNDS - 1)}
     assert {row.ordinal for row in rows if row.sample_reward is not None} == drawn
+    assert complete_rounds(finished / "ledger") == [ROUNDS - 1]
 
 
 def test_score_gives_the_explicit_reward_of_hf_reward(finished, tmp_path):
@@ -202,6 +223,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 def test_unfinished_run_scores_from_its_checkpoint(sections, tmp_path, monkeypatch, no_report):
     """The head is in the checkpoint: the round's ledger is what ``score`` says."""
     sections["algorithm"] |= {"policy_steps": 0, "rounds": 2}
+    sections["reward"]["ledger"] = "every_round"
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, "megatron_irl.train.session.Session.save", 1, after=True)
@@ -214,6 +236,7 @@ def test_unfinished_run_scores_from_its_checkpoint(sections, tmp_path, monkeypat
     assert result.code == 0, result.err
     scored = [line["rewards"][0] for line in read_jsonl(out)]
     ledger = [row.reward for row in read_ledger(tmp_path / "run" / "ledger", 0)]
+    assert len(ledger) == NUM_DEMONSTRATIONS
     np.testing.assert_allclose(scored, ledger, atol=1e-5)
     assert np.std(scored) > 0
     prompts = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "1+1"}])

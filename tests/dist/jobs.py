@@ -72,13 +72,13 @@ def build(hf: str, layout: Layout, **options: Any) -> tuple[Any, list[Any], Any,
 
 
 def build_trainer(
-    hf: str, layout: Layout, optimizer: dict[str, Any], *, chunk_size: int = 2048
+    hf: str, layout: Layout, optimizer: dict[str, Any], *, chunk_size: int = 2048, **ddp: Any
 ) -> Stepper:
     """A stepper on DDP-wrapped chunks; ``optimizer`` holds Megatron's OptimizerConfig fields."""
     topology, chunks, config, _ = build(hf, layout)
     sharded = optimizer.get("optimizer", "adam") == "adam"
     wrapped: list[Any] = list(
-        wrap_data_parallel(chunks, config, topology, {"use_distributed_optimizer": sharded})
+        wrap_data_parallel(chunks, config, topology, {"use_distributed_optimizer": sharded} | ddp)
     )
     options = OptimizerConfig(
         params_dtype=torch.float32, weight_decay=0.0, use_distributed_optimizer=sharded, **optimizer
@@ -124,6 +124,27 @@ def token_logprobs(
         max_tokens=max_tokens, multiple_of=multiple_of(layout),
     )
     return [score.tolist() for score in scores]
+
+
+def steps_around_scoring(
+    hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], seed: int, vocab: int,
+    **ddp: Any,
+) -> tuple[list[tuple[float, float]], list[list[float]], list[int]]:
+    """A step, a scoring of fewer packs than there are ranks, a step, a scoring of more packs.
+
+    Returns:
+        (loss, gradient norm) of the steps, all log-probabilities, and the progress shown.
+    """
+    stepper = build_trainer(hf, layout, optimizer, **ddp)
+    numbers, scores, shown = [], [], []
+    for num in (1, 24):
+        numbers += _steps(stepper, folder, layout, 1)
+        sequences = random_sequences(seed, num, vocab)
+        scores += score_sequences(
+            stepper, sequences, max_tokens=24, multiple_of=multiple_of(layout),
+            on_progress=shown.append,
+        )
+    return numbers, [score.tolist() for score in scores], shown
 
 
 def generate(

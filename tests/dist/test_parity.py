@@ -77,6 +77,28 @@ def test_trajectory_equals_one_process(pool, setting, single, name, tied, optimi
     assert difference[:, 1].max() < norm_bound, f"seed {SEED}: {difference[:, 1]}"
 
 
+@pytest.mark.parametrize(("world_size", "layout"), [
+    (2, {}), (4, {"pipeline_model_parallel_size": 2}),
+    (4, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+])
+def test_overlapped_parameter_gather_changes_nothing(pool, setting, world_size, layout):
+    """Buckets of a layer or less: the language-model head is gathered by itself."""
+    def run(**ddp):
+        return pool.run(
+            world_size, jobs.steps_around_scoring, **setting[False], layout=layout, seed=SEED,
+            vocab=VOCAB, optimizer=OPTIMIZERS["adam"], timeout=60, **ddp,
+        )
+
+    plain = run()
+    overlapped = run(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=4096)
+    assert all(rank == overlapped[0] for rank in overlapped), "ranks report different numbers"
+    for got, expected in zip(overlapped[0][:2], plain[0][:2], strict=True):
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4, err_msg=f"seed {SEED}")
+    progress = plain[0][2]
+    assert progress[0] == 1 and progress[1:] == sorted(progress[1:]) and progress[-1] == 24
+
+
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
 @pytest.mark.parametrize("chunk_size", [5, 2048])
 def test_splitting_the_batch_changes_nothing(pool, setting, single, micro_batch_size, chunk_size):

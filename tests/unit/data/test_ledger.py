@@ -6,10 +6,12 @@ import os
 
 import numpy as np
 import pandas
+import pyarrow.parquet
 import pytest
 
 from megatron_irl.data.ledger import (
     LedgerRow,
+    complete_rounds,
     digest,
     discard_ledger_after,
     ledger_rounds,
@@ -47,6 +49,21 @@ def test_pandas_reads_all_rounds_at_once(tmp_path):
     assert list(frame["round"]) == [0] * 6 + [1] * 6 + [2] * 6
     means = frame.groupby("round")["reward"].mean()
     assert means[1] == pytest.approx(np.mean([row.reward for row in make_rows(1)]))
+
+
+def test_a_round_says_whether_it_is_complete(tmp_path):
+    for round_index, is_complete in enumerate([False, True, False]):
+        write_ledger(tmp_path, round_index, make_rows(0), is_complete=is_complete)
+    write_ledger(tmp_path, 3, make_rows(0))
+    assert complete_rounds(tmp_path) == [1, 3]
+    table = pyarrow.parquet.read_table(tmp_path / "round_0003.parquet")
+    older = table.replace_schema_metadata({"format_version": "1"})  # before rounds said so
+    pyarrow.parquet.write_table(older, tmp_path / "round_0003.parquet")
+    assert complete_rounds(tmp_path) == [1, 3]
+    assert complete_rounds(tmp_path / "nowhere") == []
+    (tmp_path / "round_0004.parquet").write_text("no")
+    with pytest.raises(UserError, match="round_0004.parquet cannot be read"):
+        complete_rounds(tmp_path)
 
 
 def test_a_round_written_again_replaces_the_first(tmp_path):

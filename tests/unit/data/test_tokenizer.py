@@ -149,6 +149,27 @@ def test_sentencepiece(tmp_path, sentencepiece_model, as_folder):
     assert tokenizer.decode([1, *ids, 2]) == text
 
 
+TEXTS = ["3 plus 4 is 7", "", " ", "</s>", "<s>3 plus</s></s> is\n</s>",
+         "é\u2028 <|bos|>x<|im_end|>", "3 plus 4 is 7", "  two  spaces \n"]
+
+
+@pytest.mark.parametrize("kind", ["byte", "sentencepiece"])
+def test_texts_together_give_the_ids_they_give_alone(request, tmp_path, kind):
+    if kind == "byte":
+        tokenizer = load_tokenizer(request.getfixturevalue("byte_folder")(adds_bos=True))
+    else:
+        (tmp_path / "tokenizer.model").write_bytes(request.getfixturevalue("sentencepiece_model"))
+        tokenizer = load_tokenizer(tmp_path)
+    together = tokenizer.encode_batch(TEXTS)
+    assert together == [tokenizer.encode(text) for text in TEXTS]
+    assert together[0] == together[6] != [] == together[1]
+    assert tokenizer.encode_batch([]) == []
+    if kind == "sentencepiece":
+        reference = sentencepiece.SentencePieceProcessor(
+            model_file=str(tmp_path / "tokenizer.model"))
+        assert together[4] == [1, *reference.encode("3 plus"), 2, 2, *reference.encode(" is\n"), 2]
+
+
 def test_sentencepiece_rejects_other_files(tmp_path):
     (tmp_path / "tokenizer.model").write_text("not a model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
