@@ -42,8 +42,19 @@ class Checkpointer:
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int) -> None:
         self.folder, self.topology, self.keep = folder, topology, keep
-        if topology.is_main:
-            _put_back(folder)
+
+    def put_back(self) -> None:
+        """Undo a replacement that was killed between its two renames.
+
+        For the run itself, before it looks for its newest checkpoint: to anybody else a
+        replacement in progress looks the same.
+        """
+        if not self.topology.is_main:
+            return
+        for old in self.folder.glob(".step_*.old"):
+            final = self.folder / old.name.removeprefix(".").removesuffix(".old")
+            if not final.exists():
+                os.replace(old, final)
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
@@ -204,14 +215,6 @@ def _write(sharded: dict[str, Any], folder: Path, weight_bytes: int) -> None:
         if shutil.disk_usage(folder).free > weight_bytes and "OSError" not in str(error):
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-
-
-def _put_back(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    for old in folder.glob(".step_*.old"):
-        final = folder / old.name.removeprefix(".").removesuffix(".old")
-        if not final.exists():
-            os.replace(old, final)
 
 
 def _replace_folder(new: Path, final: Path) -> None:

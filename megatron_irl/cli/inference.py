@@ -113,6 +113,8 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     )
     arch = architecture(read_hf_config(source.hf_dir))
     default = source.recipe.precision if source.recipe else "bf16" if platform.IS_CUDA else "fp32"
+    if default == "fp8":
+        default = "bf16"  # the parameters' type; 8-bit products want padded packs and gain little
     precision = options.precision or default
     overrides = source.recipe.model.overrides if source.recipe else {}
     if precision != "fp8":

@@ -233,6 +233,7 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
     folder = RunFolder(Path(recipe.output_dir))
     progress = Progress(enabled=topology.is_main)
     checkpointer = Checkpointer(folder.checkpoints, topology, keep=recipe.checkpoint.keep)
+    checkpointer.put_back()
     resume = checkpointer.latest()
     config = build_config(
         arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides
