@@ -90,7 +90,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--data-parallel-size", type=int, default=1)
     parser.add_argument("--precision", choices=["fp32", "bf16"],
-                        help="default: the run's; for an HF folder bf16 on GPU, fp32 on CPU")
+                        help="default: the run's (fp8: bf16); for an HF folder bf16 on GPU, fp32 "
+                        "on CPU")
     parser.add_argument("--chat-template", help="Jinja file or text, if the tokenizer has none")
 
 

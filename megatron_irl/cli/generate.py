@@ -16,12 +16,10 @@ from megatron_irl.data.partial import PartialJsonl
 from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import Generator, SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.parallel.reduce import from_main, gather_over_data_parallel
+from megatron_irl.parallel.reduce import from_main, gather_in_turn
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.train.progress import Progress
 from megatron_irl.types import Sample
-
-Write = Callable[[range, list[Sample]], None]
 
 
 def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
@@ -54,21 +52,16 @@ def _generate(options: argparse.Namespace, records: list[PromptRecord]) -> None:
         max_new_tokens=options.max_new_tokens, seed=options.seed,
         eos_id=model.tokenizer.eos_id, stop_ids=model.tokenizer.stop_ids,
     )
-    if not model.topology.is_main:
-        _generate_rest(model, generator, sampling, prompts, options.chunk_size, None)
-        return
-    partial = PartialJsonl(options.out, _settings(options, model, records, prompts, sampling))
+    partial = None
+    if model.topology.is_main:
+        partial = PartialJsonl(options.out, _settings(options, model, records, prompts, sampling))
     try:
-        _generate_rest(
-            model, generator, sampling, prompts, options.chunk_size, partial,
-            lambda keys, samples: partial.append(
-                _line(model, records[key], sample)
-                for key, sample in zip(keys, samples, strict=True)
-            ),
-        )
-        partial.finish()
+        _generate_rest(model, generator, sampling, records, prompts, options.chunk_size, partial)
+        if partial is not None:
+            partial.finish()
     finally:
-        partial.close()
+        if partial is not None:
+            partial.close()
 
 
 def _longest(model: OpenModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> int:
@@ -84,10 +77,10 @@ def _longest(model: OpenModel, prompts: Sequence[np.ndarray], max_new_tokens: in
 
 def _generate_rest(
     model: OpenModel, generator: Generator, sampling: SamplingConfig,
-    prompts: Sequence[np.ndarray], chunk_size: int, partial: PartialJsonl | None,
-    write: Write | None = None,
+    records: Sequence[PromptRecord], prompts: Sequence[np.ndarray], chunk_size: int,
+    partial: PartialJsonl | None,
 ) -> None:
-    """Sample for the prompts not done yet, chunk by chunk; the main rank writes.
+    """Sample for the prompts not done yet, chunk by chunk; the main rank, with ``partial``, writes.
 
     A prompt's key is its place in the file, so neither the chunks nor where a kill fell changes a
     sample, and a resumed command may have another layout. Collective over every rank.
@@ -109,10 +102,10 @@ def _generate_rest(
             )
             finished += len(samples)
             tokens += sum(len(sample.token_ids) for sample in samples)
-            by_rank = gather_over_data_parallel(samples, topology)
-            if write is not None:
-                write(keys, [by_rank[i % topology.dp_size][i // topology.dp_size]
-                             for i in range(len(keys))])
+            samples = gather_in_turn(samples, topology)
+            if partial is not None:
+                partial.append(_line(model, records[key], sample)
+                               for key, sample in zip(keys, samples, strict=True))
 
 
 def _finished(partial: PartialJsonl | None, topology: Topology) -> int:

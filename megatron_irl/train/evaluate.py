@@ -97,12 +97,14 @@ def evaluate_reward(session: Session, round_index: int) -> dict[str, Any]:
 def heldout_pairs(session: Session, round_index: int) -> list[Pair]:
     """Usable held-out pairs of a round, with references where the reward needs them."""
     bank, algorithm, topology = session.heldout_bank, session.recipe.algorithm, session.topology
+    if not algorithm.is_pairwise:
+        return []
     found = (
         (bool(bank.complete_chunks(round_index)), bank.has_references(round_index))
         if topology.is_main else None
     )  # asked once: what follows is collective
     has_pairs, has_references = from_main(found, topology)
-    if not algorithm.is_pairwise or not has_pairs:
+    if not has_pairs:
         return []
     if algorithm.name != "rft" and not has_references:
         add_references(session, bank, round_index)

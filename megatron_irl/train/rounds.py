@@ -16,7 +16,7 @@ from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.parallel.reduce import from_main, gather_over_data_parallel
+from megatron_irl.parallel.reduce import from_main, gather_in_turn
 from megatron_irl.train.batches import Sequences
 from megatron_irl.train.scoring import score_sequences, summed
 from megatron_irl.train.session import Session
@@ -140,8 +140,7 @@ def generate(
     mine, keys = list(prompts[share]), range(len(prompts))[share]
     with session.progress.generation(len(mine)) as advance:
         samples = session.generator.generate(mine, sampling, advance, keys=keys)
-    by_rank = gather_over_data_parallel(samples, topology)
-    return [by_rank[i % topology.dp_size][i // topology.dp_size] for i in range(len(prompts))]
+    return gather_in_turn(samples, topology)
 
 
 def add_references(session: Session, bank: PairBank, round_index: int) -> dict[str, Any]:

@@ -157,3 +157,12 @@ def test_chunk_size_must_count_something(model, prompts, tmp_path):
 def test_settings_are_readable(killed):
     settings = json.loads((killed / "settings.json").read_text())
     assert settings["seed"] == 11 and settings["max_new_tokens"] == 6
+
+
+def test_a_run_that_trained_in_fp8_is_opened_in_bf16(finished, prompts, tmp_path):
+    """Its parameters' type, which any machine has."""
+    folder = shutil.copytree(finished, tmp_path / "run")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("precision: fp32", "precision: fp8"))
+    expected = lines(finished, prompts, tmp_path / "bf16.jsonl", "--precision", "bf16")
+    assert_same(lines(folder, prompts, tmp_path / "fp8.jsonl"), expected)

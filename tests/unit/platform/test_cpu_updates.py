@@ -33,7 +33,7 @@ def test_collectives_of_one_rank_move_data_only_where_it_is_elsewhere(tmp_path):
         dist.destroy_process_group()
 
 
-def test_megatron_uses_them_once_an_optimizer_is_built():
+def test_install_puts_them_where_megatron_looks():
     from megatron.core.distributed import param_and_grad_buffer
     from megatron.core.optimizer import clip_grads
 
