@@ -17,8 +17,7 @@ def command(arguments: list[str], cwd: str) -> tuple[int, str]:
         with captured_stderr() as said, quick_charts():
             from megatron_irl.cli import main
 
-            code = main(arguments)
-        return code, said()
+            return main(arguments), said()
     finally:
         os.chdir(before)
 
