@@ -65,7 +65,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "reward": {"lr": 1e-2, "mix_rounds": 1, "preferences": "preferences.jsonl",
                    "trunk_scale": 0.5},
     }),
-    "rft_linear": (("one", "dp2"), {
+    "rft_linear": (("one",), {
         "algorithm": {"name": "rft", "rounds": 2, "reward_steps": 2, "policy_steps": 2,
                       "beta": 0.05},
         "generation": SAMPLING,
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1},
         "generation": SAMPLING,
     }),
-    "bf16": (("one", "dp2"), {
+    "bf16": (("one",), {
         "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1},
         "generation": SAMPLING,
         "precision": "bf16",
