@@ -100,7 +100,8 @@ def demonstration(index: int) -> dict[str, Any]:
     if index % 3 == 0:
         turns.insert(0, {"role": "system", "content": "Be short."})
     if index % 4 == 1:
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}] + turns
+        earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+        turns = earlier + turns
     answer = f"The {animal} {_DOINGS[index * 7 // 4 % 6]}."[: 8 + index % 9 * 2].rstrip()
     return {"messages": [*turns, {"role": "assistant", "content": answer}]}
 

@@ -80,10 +80,10 @@ def selected(patterns: list[str] | None) -> list[str]:
     return names
 
 
-def describe_source() -> dict[str, Any]:
-    """Commit, tree of the package alone, and what differs from the commit."""
+def describe_source(root: Path = ROOT) -> dict[str, Any]:
+    """Of a checkout: its last commit to the package, the package's tree, and what differs."""
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True,
                               check=True)
         return done.stdout
 

@@ -47,8 +47,8 @@ def test_a_chat_rendered_whole_has_the_ids_of_prompt_and_response(tmp_path_facto
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     chats = [demonstration(i)["messages"] for i in range(40)]
-    for record in map(preference, range(40)):
-        chats += [[*record["prompt"], {"role": "assistant", "content": record[key]}]
+    for pair in map(preference, range(40)):
+        chats += [[*pair["prompt"], {"role": "assistant", "content": pair[key]}]
                   for key in ("chosen", "rejected")]
     for messages in chats:
         answer = messages[-1]["content"]
