@@ -10,7 +10,6 @@ from megatron_irl.config import PolicyConfig
 from megatron_irl.data.ledger import LedgerRow, write_ledger
 from megatron_irl.errors import UserError
 from megatron_irl.objectives import leave_one_out
-from megatron_irl.parallel.reduce import from_main
 from megatron_irl.policy.scoring import score_rewards
 from megatron_irl.run.rounds import score_distinct
 from megatron_irl.run.session import Session
@@ -44,16 +43,15 @@ def scored_pairs(session: Session) -> list[Pair]:
 def score_round(session: Session) -> None:
     """Store the explicit reward of the round's samples and demonstrations. Collective."""
     topology, bank, round_index = session.topology, session.bank, session.state.round
-    chunks = from_main(bank.complete_chunks(round_index) if topology.is_main else None, topology)
     with session.timed("scoring"):
-        for chunk in chunks:
-            pairs = bank.read_chunk(round_index, chunk)
+        for part in bank.parts(round_index):
+            pairs = bank.read_part(round_index, part)
             rewards = score_distinct(pairs, lambda sequences: _score(session, sequences))
             for i, pair in enumerate(pairs):
                 pair.reward_demo, pair.reward_sample = rewards[2 * i], rewards[2 * i + 1]
             if topology.is_main:
-                bank.write_chunk(round_index, chunk, pairs)
-        topology.barrier()
+                bank.write_part(round_index, part, pairs)
+        bank.finish_round(round_index)
         _write_ledger(session)
 
 

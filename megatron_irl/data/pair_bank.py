@@ -31,9 +31,8 @@ class PairBank:
     (``write_part``), and finished with a manifest (``finish_round``). A part exists whole or not
     at all and says itself, by a digest of its values, whether it is what was written; so a run
     killed at any instant goes on from the parts it committed. Later versions of a part (with
-    references, with rewards) replace it, and ``finish_round`` brings the manifest up to date. The
-    files hold no trace of the parallel layout. Log-probabilities are float32, as they are computed:
-    what comes back is what was written.
+    references, with rewards) replace it, and ``finish_round`` brings the manifest up to date.
+    Log-probabilities are float32, as they are computed: what comes back is what was written.
 
     This class asks nobody else; ``SharedBank`` makes its answers the same on every rank.
 
@@ -112,10 +111,7 @@ class PairBank:
             parts = [self.describe(round, number) for number in self._on_disk(round)]
         manifest = {part.number: part for part in sorted(parts, key=lambda part: part.number)}
         plan = self.plan(round)
-        missing = sorted(set(range(len(plan) if plan else len(manifest))) - set(manifest))
-        if missing:
-            raise UserError(f"{self._folder(round)} lacks parts {missing}. Resume the run that "
-                            "wrote it, or delete the folder to generate the round again.")
+        self._check_whole(round, range(len(plan) if plan else len(manifest)), manifest)
         text = {
             "format_version": FORMAT_VERSION, "seed": self.seed, "bounds": plan,
             "rows": sum(part.rows for part in manifest.values()),
@@ -178,7 +174,14 @@ class PairBank:
 
     def done_parts(self, round: int) -> list[int]:
         """The numbers of the parts that are whole, read and verified, ascending."""
-        return sorted(part.number for part in self._verified(round))
+        whole = []
+        for number in self._on_disk(round):
+            try:
+                self.verify(round, number)
+            except UserError:  # not to be trusted, so as good as absent; it will be written again
+                continue
+            whole.append(number)
+        return whole
 
     def read_part(self, round: int, part: int) -> list[Pair]:
         """Return the pairs of a part, in the order written.
@@ -199,16 +202,21 @@ class PairBank:
             UserError: A part is missing, or as ``read_part``.
         """
         parts = self.parts(round)
-        missing = sorted(set(range(max(parts, default=0) + 1)) - set(parts)) if parts else []
-        if missing:
-            raise UserError(f"{self._folder(round)} lacks parts {missing}. Resume the run that "
-                            "wrote it, or delete the folder to generate the round again.")
+        self._check_whole(round, range(max(parts) + 1) if parts else [], parts)
         return [pair for part in parts for pair in self.read_part(round, part)]
 
     def has_references(self, round: int) -> bool:
         """Whether the round is finished, and every pair of it has both reference values."""
         manifest = self.manifest(round)
         return bool(manifest) and all(part.references for part in manifest.values())
+
+    def verify(self, round: int, part: int) -> Part:
+        """What a part is, found by reading all of it. Raises UserError unless it is whole."""
+        return Part.of(part, self._read(round, part))
+
+    def describe(self, round: int, part: int) -> Part:
+        """What a part says of itself; parts of 0.1.0 and damaged ones are read to find out."""
+        return described(self._path(round, part)) or self.verify(round, part)
 
     # --- resuming
 
@@ -238,30 +246,6 @@ class PairBank:
         self._fence()
         (self._folder(round) / MANIFEST).unlink(missing_ok=True)
 
-    def settle(self, round: int) -> str | None:
-        """Bring the manifest level with parts rewritten before a kill; say what is wrong if any is.
-
-        A part that is not the manifest's, yet has the manifest's samples and says itself that it is
-        whole, was rewritten (references, rewards) and the manifest was not reached.
-
-        Returns:
-            None, or which part is missing or damaged. Never writes in that case.
-        """
-        manifest = self.manifest(round)
-        if manifest is None:
-            return None
-        found = {}
-        for number, known in manifest.items():
-            try:
-                found[number] = self._verify(round, number)
-            except UserError as error:
-                return str(error)
-            if found[number].samples != known.samples:
-                return f"{self._part_path(round, number)} has other samples than its manifest says."
-        if found != manifest:
-            self.finish_round(round, found.values())
-        return None
-
     # --- files
 
     def _folder(self, round: int) -> Path:
@@ -281,27 +265,16 @@ class PairBank:
         old = path.with_name(f"chunk_{part:05d}.parquet")
         return old if not path.exists() and old.exists() else path
 
+    def _check_whole(self, round: int, wanted: Iterable[int], found: Iterable[int]) -> None:
+        missing = sorted(set(wanted) - set(found))
+        if missing:
+            raise UserError(f"{self._folder(round)} lacks parts {missing}. Resume the run that "
+                            "wrote it, or delete the folder to generate the round again.")
+
     def _on_disk(self, round: int) -> list[int]:
         names = (re.fullmatch(r"(?:part|chunk)_(\d+)\.parquet", path.name)
                  for path in _list(self._folder(round)))
         return sorted({int(match[1]) for match in names if match})
-
-    def _verified(self, round: int) -> list[Part]:
-        whole = []
-        for number in self._on_disk(round):
-            try:
-                whole.append(self._verify(round, number))
-            except UserError:  # not to be trusted, so as good as absent; it will be written again
-                continue
-        return whole
-
-    def _verify(self, round: int, part: int) -> Part:
-        """What a part is, found by reading all of it. Raises UserError unless it is whole."""
-        return Part.of(part, self._read(round, part))
-
-    def describe(self, round: int, part: int) -> Part:
-        """What a part says of itself; parts of 0.1.0 and damaged ones are read to find out."""
-        return described(self._path(round, part)) or self._verify(round, part)
 
     def _read_pairs(self, round: int, part: int, known: Part | None) -> list[Pair]:
         deadline = time.monotonic() + self.patience

@@ -63,17 +63,20 @@ def read_part_file(path: Path, seed: int | None, known: Part | None = None) -> p
             schema = file.schema_arrow
             version = _check(path, schema, seed)
             table = file.read()
+        if version < FORMAT_VERSION:  # release 0.1.0 kept no digests
+            return _like_now(table)
+        said = Part(**json.loads(schema.metadata[b"part"]))
+        is_whole = Part.of(said.number, table) == said
+    except UserError:
+        raise
     except FileNotFoundError as error:
         if known is None:
             raise UserError(f"{path} does not exist; the part was never committed.") from error
         raise UserError(f"{path} does not exist, but {MANIFEST} beside it has it with {known.rows} "
                         f"pairs. {_REMEDY}") from error
-    except (OSError, pa.ArrowException) as error:
+    except Exception as error:  # a damaged file can make its reader stumble over anything
         raise UserError(f"{path} cannot be read: {error}. {_REMEDY}") from error
-    if version < FORMAT_VERSION:  # release 0.1.0 kept no digests
-        return _like_now(table)
-    said = Part(**json.loads(schema.metadata[b"part"]))
-    if Part.of(said.number, table) != said:
+    if not is_whole:
         raise UserError(f"{path} is damaged: its values are not those that were written. {_REMEDY}")
     if known is not None and said != known:
         raise UserError(f"{path} is not the file that {MANIFEST} beside it speaks of: it has "

@@ -96,17 +96,10 @@ def evaluate_reward(session: Session, round_index: int) -> dict[str, Any]:
 
 def heldout_pairs(session: Session, round_index: int) -> list[Pair]:
     """Usable held-out pairs of a round, with references where the reward needs them."""
-    bank, algorithm, topology = session.heldout_bank, session.recipe.algorithm, session.topology
-    if not algorithm.is_pairwise:
+    bank, algorithm = session.heldout_bank, session.recipe.algorithm
+    if not algorithm.is_pairwise or not bank.is_finished(round_index):
         return []
-    found = (
-        (bool(bank.complete_chunks(round_index)), bank.has_references(round_index))
-        if topology.is_main else None
-    )  # asked once: what follows is collective
-    has_pairs, has_references = from_main(found, topology)
-    if not has_pairs:
-        return []
-    if algorithm.name != "rft" and not has_references:
+    if algorithm.name != "rft" and not bank.has_references(round_index):
         add_references(session, bank, round_index)
     pairs, _ = usable_pairs(bank.read_round(round_index))
     return pairs

@@ -12,13 +12,14 @@ import torch
 
 from megatron_irl import hardware
 from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.data.pair_bank import PairBank, chunk_seed
+from megatron_irl.data.pair_bank import chunk_seed
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.reduce import from_main, gather_in_turn
 from megatron_irl.policy.scoring import score_sequences, summed
 from megatron_irl.run.session import Session
 from megatron_irl.storage.commit import replacing
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.train.batches import Sequences
 from megatron_irl.types import Demonstration, Pair, Sample
 
@@ -46,8 +47,10 @@ def fill_bank(session: Session, round_index: int) -> dict[str, Any]:
     summary_path = session.folder.pairs / f"round_{round_index:04d}" / "summary.json"
     known = _read_json(summary_path) if session.topology.is_main else None
     known = from_main(known, session.topology)
-    if known is not None:
+    if session.bank.is_finished(round_index) and known is not None:
         return known
+    if session.state.step_in_round:  # what is measured at a round's start cannot be any more
+        return {"generation": {}, "mismatch": {}}
     demonstrations = round_demonstrations(session, round_index)
     generation = sample_pairs(
         session, session.bank, round_index, demonstrations,
@@ -68,52 +71,58 @@ def previous_pairs(session: Session, round_index: int) -> list[Pair]:
     They are kept in a bank of their own: those in the run's bank belong to the round before.
     Collectives: every rank must call, before the round's first update.
     """
-    bank, is_main = session.previous_bank, session.topology.is_main
-    if not from_main(is_main and bank.has_references(round_index), session.topology):
-        if is_main:
-            for chunk in session.bank.complete_chunks(round_index - 1):
-                pairs = session.bank.read_chunk(round_index - 1, chunk)
+    bank, source = session.previous_bank, session.bank
+    if not bank.has_references(round_index):
+        rows = np.cumsum([0, *(len(source.read_part(round_index - 1, part))
+                               for part in source.parts(round_index - 1))]).tolist()
+        bank.begin_round(round_index, list(zip(rows, rows[1:], strict=False)))
+        if session.topology.is_main:
+            for part in source.parts(round_index - 1):
+                pairs = source.read_part(round_index - 1, part)
                 for pair in pairs:  # so that a run killed before the pass below repeats it
                     pair.ref_demo_logp = pair.ref_sample_logp = None
-                bank.write_chunk(round_index, chunk, pairs)
-        session.topology.barrier()
+                bank.write_part(round_index, part, pairs)
+        bank.finish_round(round_index)
         add_references(session, bank, round_index)
     return bank.read_round(round_index)
 
 
 def sample_pairs(
-    session: Session, bank: PairBank, round_index: int, demonstrations: Sequence[Demonstration],
+    session: Session, bank: SharedBank, round_index: int, demonstrations: Sequence[Demonstration],
     *, samples_per_prompt: int = 1,
 ) -> dict[str, Any]:
-    """Sample responses to every prompt and commit the pairs, chunk by chunk; skips done chunks.
+    """Sample responses to every prompt and commit the pairs, part by part; skips done parts.
 
     The samples of a prompt follow each other, each as a pair with the prompt's demonstration.
 
-    The seed of a chunk derives from (run seed, round, chunk), so an interrupted generation goes
+    The seed of a part derives from (run seed, round, part), so an interrupted generation goes
     on to the samples it would have drawn. Collectives: every rank must call.
     """
     topology, size = session.topology, session.recipe.generation.chunk_size
-    parts = [
-        [d for d in demonstrations[first : first + size] for _ in range(samples_per_prompt)]
+    bounds = [
+        (first, min(first + size, len(demonstrations)))
         for first in range(0, len(demonstrations), size)
     ]
-    done = from_main(
-        bank.keep_chunks_of(round_index, parts) if topology.is_main else None, topology
-    )
+    parts = [
+        [d for d in demonstrations[first:last] for _ in range(samples_per_prompt)]
+        for first, last in bank.begin_round(round_index, bounds)
+    ]
+    bank.discard_others(round_index, parts)
+    done = bank.done_parts(round_index)
     stream = _HELDOUT_STREAM if bank is session.heldout_bank else 0
     tokens, start = 0, time.perf_counter()
     with session.timed("generation"):
-        for chunk, part in enumerate(parts):
-            if chunk in done:
+        for number, part in enumerate(parts):
+            if number in done:
                 continue
-            seed = chunk_seed(session.recipe.seed, round_index, stream + chunk)
+            seed = chunk_seed(session.recipe.seed, round_index, stream + number)
             samples = generate(session, [d.prompt_ids for d in part], seed=seed)
             tokens += sum(len(sample.token_ids) for sample in samples)
             if topology.is_main:
                 pairs = [_pair(d, s, round_index) for d, s in zip(part, samples, strict=True)]
-                bank.write_chunk(round_index, chunk, pairs)
+                bank.write_part(round_index, number, pairs)
         session.generator.close()  # the KV cache goes before optimisation
-        topology.barrier()
+        bank.finish_round(round_index)  # waits for every rank
     seconds = time.perf_counter() - start
     return {
         "samples": samples_per_prompt * len(demonstrations), "seconds": seconds,
@@ -143,7 +152,7 @@ def generate(
     return gather_in_turn(samples, topology)
 
 
-def add_references(session: Session, bank: PairBank, round_index: int) -> dict[str, Any]:
+def add_references(session: Session, bank: SharedBank, round_index: int) -> dict[str, Any]:
     """One evaluation-mode pass stores every pair's reference log-probabilities in the bank.
 
     With ``reference: round_start`` the pass runs on the policy itself, before its first update,
@@ -151,15 +160,15 @@ def add_references(session: Session, bank: PairBank, round_index: int) -> dict[s
     began with are swapped in for the pass. Collectives: every rank must call.
     """
     topology = session.topology
-    chunks = from_main(bank.complete_chunks(round_index) if topology.is_main else None, topology)
+    parts = bank.parts(round_index)
     mismatch = _Mismatch()
     with session.timed("reference"):
         initial = session.recipe.algorithm.reference == "initial" and session.state.step > 0
-        if initial:  # the policy's own pass, on one chunk, for the mismatch
-            mismatch.add(*_score_pairs(session, bank.read_chunk(round_index, chunks[0])))
+        if initial:  # the policy's own pass, on one part, for the mismatch
+            mismatch.add(*_score_pairs(session, bank.read_part(round_index, parts[0])))
         with initial_weights(session) if initial else _as_they_are():
-            for chunk in chunks:
-                pairs = bank.read_chunk(round_index, chunk)
+            for part in parts:
+                pairs = bank.read_part(round_index, part)
                 pairs, scores = _score_pairs(session, pairs)
                 if not initial:
                     mismatch.add(pairs, scores)
@@ -167,8 +176,8 @@ def add_references(session: Session, bank: PairBank, round_index: int) -> dict[s
                 for i, pair in enumerate(pairs):
                     pair.ref_demo_logp, pair.ref_sample_logp = sums[2 * i], sums[2 * i + 1]
                 if topology.is_main:
-                    bank.write_chunk(round_index, chunk, pairs)
-        topology.barrier()
+                    bank.write_part(round_index, part, pairs)
+        bank.finish_round(round_index)
     return {"mismatch": mismatch.summary()}
 
 

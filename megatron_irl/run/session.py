@@ -17,7 +17,6 @@ from megatron_irl.data.demonstrations import load_demonstrations
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.packing import alignment
-from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.preferences import Preference, load_preferences
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
@@ -38,6 +37,7 @@ from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.train.optimizer import build_optimizer, build_optimizer_config, shards_optimizer
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Demonstration
@@ -65,9 +65,9 @@ class Session:
     stepper: Stepper
     generator: Generator
     checkpointer: Checkpointer
-    bank: PairBank
-    heldout_bank: PairBank
-    previous_bank: PairBank
+    bank: SharedBank
+    heldout_bank: SharedBank
+    previous_bank: SharedBank
     recorder: Recorder
     progress: Progress
     multiple_of: int
@@ -257,12 +257,14 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
     if topology.is_main:  # written
         folder.claim(recipe, inputs.data_digest, argv)
-    bank = PairBank(folder.pairs, recipe.seed)
-    heldout_bank = PairBank(folder.heldout, recipe.seed)
-    previous_bank = PairBank(folder.previous, recipe.seed)
+    bank = SharedBank(folder.pairs, recipe.seed, topology)
+    heldout_bank = SharedBank(folder.heldout, recipe.seed, topology)
+    previous_bank = SharedBank(folder.previous, recipe.seed, topology)
+    for each in (bank, heldout_bank, previous_bank):
+        mixes = recipe.algorithm.mix_previous and state.round > 0
+        required = recipe.algorithm.is_pairwise if each is bank else each is previous_bank and mixes
+        each.open(state.round, inside=state.step_in_round > 0, required=required)
     if topology.is_main:
-        for each in (bank, heldout_bank, previous_bank):
-            each.discard_after(state.round)
         discard_ledger_after(folder.ledger, state.round)
     recorder = Recorder(folder, recipe, progress, state, is_main=topology.is_main)
     topology.barrier()

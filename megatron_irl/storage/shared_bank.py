@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_irl.data.old_bank import bring_up_to_date
+from megatron_irl.data.bank_repair import bring_up_to_date, settle
 from megatron_irl.data.pair_bank import Bounds, Manifest, PairBank
 from megatron_irl.data.pair_table import Part
 from megatron_irl.errors import UserError
@@ -61,7 +61,10 @@ class SharedBank(PairBank):
     def begin_round(self, round: int, bounds: Bounds) -> list[tuple[int, int]]:
         """Plan a round; returns the plan that holds, on every rank. Collective."""
         self._written.pop(round, None)
-        return on_main(lambda: self._disk.begin_round(round, bounds), self.topology)
+        plan = on_main(lambda: self._disk.begin_round(round, bounds), self.topology)
+        if sorted(self._known.get(round) or ()) != list(range(len(plan))):
+            self._known.pop(round, None)  # finished under another plan
+        return plan
 
     def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> None:
         """Remove parts that are not of these demonstrations, or damaged. Collective."""
@@ -120,7 +123,7 @@ class SharedBank(PairBank):
         known: dict[int, Manifest] = {}
         for number in disk.rounds():
             bring_up_to_date(disk, number)
-            wrong = disk.settle(number) if number == round else None
+            wrong = settle(disk, number) if number == round else None
             if wrong and inside:
                 raise UserError(wrong)
             if wrong:

@@ -1,7 +1,7 @@
-"""Rounds that release 0.1.0 wrote: chunks instead of parts, no digests, no manifest.
+"""What the run that resumes does to its bank before it goes on; nobody else changes a round.
 
-They are brought into today's form by the run that resumes them; everybody else reads them as they
-are (see ``pair_file``). To be removed with the support for run folders of 0.1.0.
+Rounds of release 0.1.0 (chunks instead of parts, no digests, no manifest) are brought into today's
+form; everybody else reads them as they are (see ``pair_file``).
 """
 
 import json
@@ -9,6 +9,38 @@ from pathlib import Path
 
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.errors import UserError
+
+
+def settle(bank: PairBank, round: int) -> str | None:
+    """Bring the manifest level with parts rewritten before a kill; say what is wrong if any is.
+
+    A part that is not the manifest's, yet has the manifest's samples and says itself that it is
+    whole, was rewritten (references, rewards) and the manifest was not reached. A manifest that is
+    damaged or gone is made again from the parts, if every part of the plan is there.
+
+    Returns:
+        None, or which part is missing or damaged. Never writes in that case.
+    """
+    try:
+        manifest = bank.manifest(round)
+    except UserError:
+        manifest = None
+    if manifest is None:
+        plan = bank.plan(round)
+        if plan and bank.done_parts(round) == list(range(len(plan))):
+            bank.finish_round(round)
+        return None
+    found = {}
+    for number, known in manifest.items():
+        try:
+            found[number] = bank.verify(round, number)
+        except UserError as error:
+            return str(error)
+        if found[number].samples != known.samples:
+            return f"part {number} under {bank.root} has other samples than its manifest says."
+    if found != manifest:
+        bank.finish_round(round, found.values())
+    return None
 
 
 def bring_up_to_date(bank: PairBank, round: int) -> None:
