@@ -103,26 +103,31 @@ class Checkpointer:
             "scheduler": scheduler.state_dict(), "state": state, "layout": self._layout(),
             "format_version": FORMAT_VERSION,
         }
-        # An error of one rank's files reaches every rank inside; one on the way there (rank 0's
-        # small files) does not, and the others wait for rank 0 until the launcher ends them.
+        failure: BaseException | None = None
         with write_errors(final, _ADVICE):
             try:
                 dist_checkpointing.save(sharded, str(partial))
-            except Exception:
-                if self.topology.is_main:
-                    shutil.rmtree(partial, ignore_errors=True)
-                raise
-        on_main(lambda: self._commit(final, partial), self.topology)
+            except CheckpointException as error:
+                # No ``Exception``, and on every rank at once: rank 0 alone knows what happened.
+                # Any other error is one rank's own; the rest wait until the launcher ends them.
+                failure = error
+        on_main(lambda: self._commit(final, partial, failure), self.topology)
 
     def _begin(self, final: Path, partial: Path) -> None:
         self._fence()
         with write_errors(final, _ADVICE):
             fresh_folder(partial)
 
-    def _commit(self, final: Path, partial: Path) -> None:
-        self._fence()
-        with write_errors(final, _ADVICE):
-            commit_folder(partial, final)
+    def _commit(self, final: Path, partial: Path, failure: BaseException | None) -> None:
+        try:
+            with write_errors(final, _ADVICE):
+                if failure is not None:
+                    raise OSError(f"{final} was not written: {_words(failure)}") from failure
+                self._fence()
+                commit_folder(partial, final)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
 
@@ -166,10 +171,7 @@ class Checkpointer:
                 sharded.pop("rng", None)
             loaded: Any = dist_checkpointing.load(sharded, str(path))
         except CheckpointException as error:  # torch's; what happened is inside, by rank
-            cause = next(iter(error.failures.values()))[0]
-            raise UserError(
-                f"the checkpoint {path} cannot be read: {first_line(cause)}"
-            ) from error
+            raise UserError(f"the checkpoint {path} cannot be read: {_words(error)}") from error
         except dist_checkpointing.core.CheckpointingException as error:
             raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
         if optimizer is not None and "optimizer" not in loaded:
@@ -223,6 +225,12 @@ class Checkpointer:
         np.random.set_state(states["numpy"])
         _tracker().set_states(states["tracker"])
         hardware.set_rng_state(states["device"])
+
+
+def _words(error: BaseException) -> str:
+    """What happened, of torch's exception for all ranks; only rank 0 is told."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    return first_line(next(iter(failures.values()))[0])
 
 
 def _tracker() -> Any:
