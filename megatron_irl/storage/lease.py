@@ -93,15 +93,15 @@ class Lease:
             folder.mkdir(parents=True, exist_ok=True)
         me = Holder.this_process()
         while True:
-            number = refuse_if_held(folder)
-            if _make(folder, number + 1, me) and max(_numbers(folder)) == number + 1:
-                break
-            # Someone was faster: look who.
-            _path(folder, number + 1).unlink(missing_ok=True) if _is_mine(
-                folder, number + 1, me.token) else None
-        lease = cls(folder, number + 1, me.token)
+            number = 1 + refuse_if_held(folder)
+            if _make(folder, number, me):
+                if max(_numbers(folder)) == number:
+                    break
+                _path(folder, number).unlink(missing_ok=True)  # made from an old listing
+            # Someone was faster. Look who it is.
+        lease = cls(folder, number, me.token)
         for older in _numbers(folder):  # of dead holders
-            if older <= number:
+            if older < number:
                 _path(folder, older).unlink(missing_ok=True)
         lease._beat()
         threading.Thread(target=lease._live, name="lease", daemon=True).start()
@@ -118,6 +118,7 @@ class Lease:
     def release(self) -> None:
         """Give the folder back; what is written after that is an error of ours."""
         self._ended.set()
+        self._last_sign = -float("inf")
         with contextlib.suppress(OSError):
             if _is_mine(self.folder, self.number, self.token):
                 _path(self.folder, self.number).unlink()
@@ -156,15 +157,17 @@ def refuse_if_held(folder: Path) -> int:
 
     A cheap first question, before data is read; only ``Lease.acquire`` takes the folder.
     """
-    newest = _newest(folder)
-    if newest is None:
+    numbers = _numbers(folder)
+    if not numbers:
         return 0
-    number, holder = newest
-    if holder.is_here():
+    number = numbers[-1]
+    holder = _read(folder, number)
+    if holder is not None and holder.is_here():
         alive = holder.is_alive_here()
-    else:
+    else:  # elsewhere, or a file that is just being written
         alive = _gives_a_sign(_path(folder, number))
-    if alive:
+        holder = _read(folder, number)
+    if alive and holder is not None:
         raise UserError(
             f"output_dir={folder} is in use by {holder.describe()}. Wait until it has ended, end "
             "it, or set another output_dir. (If that process is not a run of megatron-irl, remove "
@@ -181,8 +184,9 @@ def _gives_a_sign(path: Path) -> bool:
     first, begun = _sign(path), _now()
     while _now() - begun < STALE_SECONDS:
         time.sleep(0.2)
-        if _sign(path) != first:
-            return path.exists()
+        now = _sign(path)
+        if now != first:
+            return now is not None  # None: released meanwhile
     return False
 
 
@@ -237,7 +241,7 @@ def _numbers(folder: Path) -> list[int]:
 
 
 def _newest(folder: Path) -> tuple[int, Holder] | None:
-    """The newest lease and its holder; a file that cannot be read is of one that died writing."""
+    """The newest lease that can be read, and its holder."""
     for number in reversed(_numbers(folder)):
         holder = _read(folder, number)
         if holder is not None:
