@@ -5,7 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_irl.errors import UserError
+from megatron_irl.errors import UserError, tell_elsewhere
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
 
@@ -80,5 +80,5 @@ def _raise_if(own: BaseException | None, said: dict[int, Any]) -> None:
     if said:
         rank, first = min(said.items())
         if isinstance(first, UserError):
-            raise first
+            raise tell_elsewhere(first)
         raise AnotherRankFailed(f"rank {rank} failed: {first}")

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,14 @@ _BLOCK = 4096
 class RunLog:
     """Append to and read back the logs of one run folder. For one writing process only."""
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, fence: Callable[[], None] | None = None) -> None:
+        """Open the logs; nothing is read or created yet.
+
+        Args:
+            fence: Called before every write; raises if the folder is not ours any more.
+        """
         self.run_dir = Path(run_dir)
+        self._fence = fence or (lambda: None)
         self.metrics_path = self.run_dir / METRICS_FILE
         self.rounds_path = self.run_dir / ROUNDS_FILE
 
@@ -43,10 +49,12 @@ class RunLog:
         Raises:
             UserError: The line could not be written (disk full, ...); the file is as before.
         """
+        self._fence()
         _append(self.metrics_path, record, needs=("step", "round"))
 
     def log_round(self, record: Mapping[str, Any]) -> None:
         """Append the line of one finished round; as ``log_metrics``."""
+        self._fence()
         _append(self.rounds_path, record, needs=("step", "round"))
 
     def truncate(self, step: int, round: int) -> None:

@@ -77,6 +77,7 @@ class Lease:
         self.folder, self.number, self.token = folder, number, token
         self._ended = threading.Event()
         self._last_sign = -float("inf")
+        self._is_keeper = False
 
     @classmethod
     def acquire(cls, folder: Path) -> "Lease":
@@ -104,6 +105,7 @@ class Lease:
             if older < number:
                 _path(folder, older).unlink(missing_ok=True)
         lease._beat()
+        lease._is_keeper = True
         threading.Thread(target=lease._live, name="lease", daemon=True).start()
         return lease
 
@@ -116,11 +118,11 @@ class Lease:
             self._look()
 
     def release(self) -> None:
-        """Give the folder back; what is written after that is an error of ours."""
+        """Give the folder back, on the rank that took it; to write after that is an error."""
         self._ended.set()
         self._last_sign = -float("inf")
         with contextlib.suppress(OSError):
-            if _is_mine(self.folder, self.number, self.token):
+            if self._is_keeper and _is_mine(self.folder, self.number, self.token):
                 _path(self.folder, self.number).unlink()
 
     def _look(self) -> None:
@@ -152,10 +154,12 @@ class Lease:
                 self._beat()
 
 
-def refuse_if_held(folder: Path) -> int:
+def refuse_if_held(folder: Path, *, watch: bool = True) -> int:
     """Raise UserError if a living process holds the folder; else the newest number there, or 0.
 
-    A cheap first question, before data is read; only ``Lease.acquire`` takes the folder.
+    Args:
+        watch: Wait for a sign of a holder on another host. False for a first question before data
+            is read: such a holder is then left to ``Lease.acquire``, which takes the folder.
     """
     numbers = _numbers(folder)
     if not numbers:
@@ -165,7 +169,7 @@ def refuse_if_held(folder: Path) -> int:
     if holder is not None and holder.is_here():
         alive = holder.is_alive_here()
     else:  # elsewhere, or a file that is just being written
-        alive = _gives_a_sign(_path(folder, number))
+        alive = watch and _gives_a_sign(_path(folder, number))
         holder = _read(folder, number)
     if alive and holder is not None:
         raise UserError(
@@ -182,7 +186,7 @@ def _gives_a_sign(path: Path) -> bool:
     Only changes are looked at: the clocks of two hosts and of a file server may all differ.
     """
     first, begun = _sign(path), _now()
-    while _now() - begun < STALE_SECONDS:
+    while first is not None and _now() - begun < STALE_SECONDS:  # None: released since it was read
         time.sleep(0.2)
         now = _sign(path)
         if now != first:
