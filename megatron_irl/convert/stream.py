@@ -21,7 +21,15 @@ from megatron_irl.convert.certificate import NOTE
 from megatron_irl.convert.checkpoint_reader import CheckpointReader
 from megatron_irl.convert.checkpoint_writer import CheckpointWriter
 from megatron_irl.convert.companions import copy_companions, write_config
-from megatron_irl.convert.families import (
+from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
+from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
+from megatron_irl.convert.load import check_tied_head, refuse_not_finite
+from megatron_irl.convert.locate import HF_PART, RELEASE, TRACKER
+from megatron_irl.convert.reward_folder import complete_reward_folder
+from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
+from megatron_irl.convert.staging import Staging, file_stamps
+from megatron_irl.errors import UserError
+from megatron_irl.families.table import (
     EMBEDDING,
     Row,
     cast_to,
@@ -31,14 +39,6 @@ from megatron_irl.convert.families import (
     row_groups,
     rows,
 )
-from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
-from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
-from megatron_irl.convert.load import check_tied_head, refuse_not_finite
-from megatron_irl.convert.locate import HF_PART, RELEASE, TRACKER
-from megatron_irl.convert.reward_folder import complete_reward_folder
-from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
-from megatron_irl.convert.staging import Staging, file_stamps
-from megatron_irl.errors import UserError
 
 OnProgress = Callable[[str, int], None]
 """Called with what was done (a layer, say) and its bytes."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.hardware.softcap import capped_attention
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
@@ -39,6 +40,8 @@ class PackedAttention(nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         del attn_mask_type, attention_type, cp_comm_type, pg_collection
@@ -47,6 +50,7 @@ class PackedAttention(nn.Module):
         self.window = config.window_size[0] + 1 if windowed and config.window_size else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
+        self.softcap = softcap
 
     def forward(
         self,
@@ -79,6 +83,9 @@ class PackedAttention(nn.Module):
         """[B, N or K, S, D] → [B, N, S, D]."""
         dropout = self.dropout if self.training else 0.0
         length = q.shape[2]
+        if self.softcap is not None:
+            hidden = ~self._visible(length, q.device)
+            return capped_attention(q, k, v, hidden, self.scale, self.softcap, dropout=dropout)
         if q.is_cpu and length <= SHORT.get(q.dtype, 0) and dropout == 0.0:
             return _attend_short(q, k, v, self._visible(length, q.device), self.scale)
         mask = None

@@ -9,6 +9,9 @@ from tests.dist import jobs
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
 VOCAB = 131  # odd: padded over two ranks
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+GEMMA = {"head_dim": 16, "tied": True, "query_pre_attn_scalar": 24}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 MODELS = {
     "llama": {},
     "llama_tied": {"tied": True},
@@ -23,6 +26,35 @@ MODELS = {
     },
     "qwen3": {"family": "qwen3", "head_dim": 24},
     "qwen3_tied": {"family": "qwen3", "head_dim": 16, "tied": True},
+    "llama_attention_bias": {"attention_bias": True},
+    "llama_mlp_bias": {"mlp_bias": True, "tied": True},
+    "llama_yarn": {"rope_scaling": YARN | {"original_max_position_embeddings": 16}},
+    "qwen2_yarn": {"family": "qwen2", "rope_scaling": YARN},
+    "qwen3_bias": {"family": "qwen3", "head_dim": 16, "attention_bias": True},
+    "phi3": {"family": "phi3", "sliding_window": 9},
+    "phi3_partial": {
+        "family": "phi3", "tied": True, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "phi3_longrope": {
+        "family": "phi3", "original_max_position_embeddings": 64, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.2, 1.7], "long_factor": [2.0, 3.0, 5.0]},
+    },
+    "gemma2": GEMMA | {
+        "family": "gemma2", "sliding_window": 6, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma2_uncapped": GEMMA | {
+        "family": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "tied": False, "query_pre_attn_scalar": 7,
+    },
+    "gemma3": GEMMA | {
+        "family": "gemma3_text", "sliding_window": 6, "layer_types": GEMMA3_LAYERS,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+    },
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
     "gpt_neox_tied": {"family": "gpt_neox", "scale": 0.25, "tied": True},
 }

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_irl.convert.families import canonical, rows
 from megatron_irl.convert.hf_config import architecture
-from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Vocabulary
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import canonical, rows
+from megatron_irl.families.tensors import GateUp, Heads, Qkv, Replicated, Split, Vocabulary
 
 BASE = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 8,
@@ -89,15 +89,20 @@ def test_uneven_splits_are_not_cut_silently():
         Qkv().read([torch.zeros(6, 2)] * 3, 0, 2, Heads(3, 2))
 
 
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt_neox")
+
+
 def test_table_names_every_parameter_of_transformers():
     """Names, shapes and completeness, against the models themselves."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for kind in ("llama", "mistral", "qwen2", "qwen3", "gpt_neox"):
+    for kind in KINDS:
         keys = {k: v for k, v in BASE.items() if k != "architectures"}
         if kind != "gpt_neox":
             keys |= {"head_dim": 8, "sliding_window": None}
-        config = AutoConfig.for_model(kind, **keys)
+        if kind == "llama":
+            keys |= {"attention_bias": True, "mlp_bias": True}
+        config = AutoConfig.for_model(kind, pad_token_id=0, eos_token_id=1, **keys)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         arch = architecture(config.to_dict() | {"architectures": [type(model).__name__]})
@@ -125,11 +130,11 @@ NEOX = {"architectures": ["GPTNeoXForCausalLM"]}
     ("change", "named"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"mlp_bias": 1}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
         ({"sliding_window": 64}, "sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
@@ -145,7 +150,7 @@ NEOX = {"architectures": ["GPTNeoXForCausalLM"]}
         (MISTRAL | {"sliding_window": 64, "layer_types": ["full_attention"] * 2}, "full_attention"),
         (MISTRAL | {"sliding_window": "64"}, "sliding_window='64'"),
         (QWEN3, "head_dim is missing"),
-        (QWEN3 | {"head_dim": 8, "attention_bias": True}, "attention_bias"),
+        (QWEN2 | {"attention_bias": True}, "attention_bias"),
         (NEOX | {"attention_bias": False}, "attention_bias"),
         (NEOX | {"hidden_act": "quick_gelu"}, "quick_gelu"),
         (NEOX | {"rotary_pct": 1.5}, "rotary_pct=1.5"),

@@ -13,9 +13,8 @@ PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples") for p in (ROOT / to
 SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
-    ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
-     "convert.hf_config", "convert.hf_folder", "convert.rope", "convert.windows",
-     "convert.config_values"),
+    ("config", "types", "objectives", "errors", "families", "convert.hf_config",
+     "convert.hf_folder"),
     ("hardware", "parallel", "storage.commit", "storage.partial", "data"),
     ("model", "generation", "storage", "convert"),
     ("train",),
