@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_irl import hardware
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
-from megatron_irl.config import ParallelConfig, Recipe, load_recipe
+from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
@@ -28,10 +28,10 @@ from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
+from megatron_irl.policy.scoring import score_rewards, score_sequences, summed
+from megatron_irl.run.session import check_vocabulary
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.commit import write_jsonl_atomically
-from megatron_irl.train.scoring import score_rewards, score_sequences, summed
-from megatron_irl.train.session import check_vocabulary
 from megatron_irl.train.step import Stepper
 
 
@@ -79,6 +79,7 @@ def find_source(folder: Path) -> Source:
     Raises:
         UserError: It is neither, or a run that has no weights yet.
     """
+    folder = hub_snapshot(folder)
     if (folder / "recipe.yaml").exists():
         recipe = load_recipe(folder / "recipe.yaml", check_files=False)  # the data may be gone
         tokenizer = Path(recipe.data.tokenizer or recipe.model.hf)
@@ -180,6 +181,7 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
         _check_explicit(options, source)
         return with_ranks(options, argv, lambda: _score_explicit(options, records))
     reference, beta = _reward_terms(options, source)
+    reference = hub_snapshot(reference)
     if not (reference / "config.json").exists():
         raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
     return with_ranks(options, argv, lambda: _score(options, records, reference, beta))

@@ -2,6 +2,7 @@
 
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import check_field_names, recipe_from_mapping
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.layout import (
     check_layout,
     check_layout_against_model,
@@ -46,6 +47,7 @@ __all__ = [
     "check_layout_against_model",
     "check_recipe",
     "fingerprint",
+    "hub_snapshot",
     "load_recipe",
     "padded_vocab_size",
     "recipe_from_mapping",

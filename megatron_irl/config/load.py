@@ -17,6 +17,7 @@ from megatron_irl.config.fields import (
     check_field_names,
     recipe_from_mapping,
 )
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -45,7 +46,7 @@ def load_recipe(
     mapping.pop("environment", None)
     for override in overrides:
         _apply_override(mapping, override)
-    recipe = recipe_from_mapping(mapping)
+    recipe = _in_hub_cache(recipe_from_mapping(mapping))
     check_given_keys(recipe.algorithm.name, mapping)
     check_recipe(recipe)
     if not check_files:
@@ -59,6 +60,20 @@ def load_recipe(
     recipe = dataclasses.replace(recipe, data=data, reward=reward)
     check_recipe(recipe)  # again: patterns may have met in one file
     return recipe
+
+
+def _in_hub_cache(recipe: Recipe) -> Recipe:
+    """Name the snapshot where a repository of the Hugging Face cache is given: it stays the same
+    though a newer revision be fetched while a run goes on.
+    """
+    tokenizer = recipe.data.tokenizer
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, hf=str(hub_snapshot(recipe.model.hf))),
+        data=dataclasses.replace(
+            recipe.data, tokenizer=str(hub_snapshot(tokenizer)) if tokenizer else tokenizer
+        ),
+    )
 
 
 class _Loader(yaml.SafeLoader):

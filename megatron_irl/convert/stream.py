@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import megatron_irl
+from megatron_irl.config import hub_snapshot
 from megatron_irl.convert.certificate import NOTE
 from megatron_irl.convert.checkpoint_reader import CheckpointReader
 from megatron_irl.convert.checkpoint_writer import CheckpointWriter
@@ -68,6 +69,7 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: torch.dtype | None = N
         UserError: The folder is damaged or of an architecture that is not supported; ``out_dir``
             exists or would not fit. Running also refuses NaN and infinite weights.
     """
+    hf_dir = hub_snapshot(hf_dir)
     hf_config = read_hf_config(hf_dir)
     arch = architecture(hf_config, reward_model=True)
     validate_hf_folder(hf_dir, arch)
@@ -121,6 +123,7 @@ def megatron_to_hf(
         UserError: The checkpoint is damaged or of another model; ``out_dir`` exists or would not
             fit. Running also refuses damaged files, and NaN and infinite weights.
     """
+    hf_dir = hub_snapshot(hf_dir)
     hf_config = read_hf_config(hf_dir)
     source = architecture(hf_config, reward_model=True)
     arch = dataclasses.replace(source, reward=reward or source.reward)

@@ -59,16 +59,7 @@ def gemma_like(
         raise UserError(
             f"config.json: hidden_activation {activation} is not supported ({ACTIVATION} is)."
         )
-    hidden, heads = size(hf_config, "hidden_size"), size(hf_config, "num_attention_heads")
-    groups = required_size(hf_config, "num_key_value_heads", heads, family)
-    if heads % groups:
-        raise UserError(
-            f"config.json: num_attention_heads={heads} conflicts with "
-            f"num_key_value_heads={groups}; it must be a multiple of it."
-        )
-    if "head_dim" not in hf_config:
-        raise UserError(f"config.json: head_dim is missing, and {family} does not derive it.")
-    head_dim = size(hf_config, "head_dim")
+    groups, head_dim = _heads(hf_config, family)
     scalar = number({"query_pre_attn_scalar": DEFAULT_SCALAR} | hf_config, "query_pre_attn_scalar")
     windows = window_in(
         {"sliding_window": DEFAULT_WINDOW} | hf_config, [kind == SLIDING for kind in types]
@@ -97,6 +88,20 @@ def gemma_like(
         sandwich_norms=True,
         attention_softcap=attention_softcap,
         logit_softcap=logit_softcap,
-        embedding_scale=hidden**0.5,
+        embedding_scale=size(hf_config, "hidden_size") ** 0.5,
         **options,
     )
+
+
+def _heads(hf_config: dict[str, Any], family: str) -> tuple[int, int]:
+    """Key heads, and the size of a head; neither follows from the other sizes."""
+    heads = size(hf_config, "num_attention_heads")
+    groups = required_size(hf_config, "num_key_value_heads", heads, family)
+    if heads % groups:
+        raise UserError(
+            f"config.json: num_attention_heads={heads} conflicts with "
+            f"num_key_value_heads={groups}; it must be a multiple of it."
+        )
+    if "head_dim" not in hf_config:
+        raise UserError(f"config.json: head_dim is missing, and {family} does not derive it.")
+    return groups, size(hf_config, "head_dim")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.convert import family_jobs
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
 
@@ -64,7 +65,14 @@ LAYOUTS = {
     "pp2": (2, PP2), "tp2_pp2": (4, TP2 | PP2), "tp4": (4, {"tensor_model_parallel_size": 4}),
 }
 TP_ONLY_ONE = ("llama_mqa",)  # one query group cannot be split
-CASES = [(name, layout) for name in MODELS for layout in LAYOUTS
+# What differs between these is in every rank alike; the full matrix is for the families above.
+FEW = {
+    **dict.fromkeys(("llama_attention_bias", "llama_mlp_bias", "phi3", "gemma2", "gemma3"),
+                    ("one", "tp2", "tp2_sp", "pp2", "tp4")),
+    **dict.fromkeys(("llama_yarn", "phi3_longrope", "gemma2_uncapped"), ("one", "tp2_sp", "pp2")),
+    **dict.fromkeys(("qwen2_yarn", "qwen3_bias", "phi3_partial"), ("one",)),
+}
+CASES = [(name, layout) for name in MODELS for layout in FEW.get(name, tuple(LAYOUTS))
          if name not in TP_ONLY_ONE or layout in ("one", "pp2")]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "eos_id": 1, "seed": 3}
 
@@ -144,7 +152,7 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "tp2_pp2"])
-@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied", "llama_attention_bias", "gemma2"])
 def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
     """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary
     padding has none.
@@ -162,3 +170,26 @@ def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
     ranks = pool.run(world_size, jobs.train_on_bank, layout=sizes, **setting)
     np.testing.assert_allclose(ranks[0], expected, rtol=1e-5, err_msg=f"seed {SEED}")
     assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-2), "nothing was learnt"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3_longrope", "llama_mlp_bias"])
+def test_gradients_equal_transformers(pool, folder, reference, name):
+    """One SGD step on the likelihood of responses moves every weight as torch's autograd says."""
+    (moved,) = pool.run(
+        1, family_jobs.likelihood_step, hf=str(folder(name)), seed=SEED, num=4, vocab=VOCAB
+    )
+    model = reference(name)
+    model.zero_grad()
+    for prompt, response in jobs.random_sequences(SEED, 4, VOCAB):
+        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+        logprobs = model(ids).logits[0].log_softmax(-1)
+        (-logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert moved.keys() == expected.keys()
+    for tensor, gradient in expected.items():
+        size = gradient.abs().max().item()
+        np.testing.assert_allclose(
+            moved[tensor].numpy(), gradient.numpy(), atol=2e-4 * size, rtol=2e-3,
+            err_msg=f"{tensor}, seed {SEED}",
+        )
+    model.zero_grad()
