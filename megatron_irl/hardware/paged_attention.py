@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_irl.hardware.softcap import capped_attention
+from megatron_irl.hardware.softcap import attend
 
 FULL_ATTENTION = (-1, -1)
 
@@ -150,15 +149,10 @@ def flash_attn_varlen_func(
         out[tokens] = _decode(q[tokens], k_cache, v_cache, decode, softmax_scale, softcap)
     for group in layout.prefill:
         keys, values = (_gather(c, group.blocks, group.longest) for c in (k_cache, v_cache))
-        queries = q[group.tokens].transpose(1, 2)
-        if softcap:
-            hidden = _hidden(group.mask, queries.shape[2], keys.shape[2], q.device)
-            part = capped_attention(queries, keys, values, hidden, softmax_scale, softcap)
-        else:
-            part = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=group.mask, is_causal=group.mask is None,
-                scale=softmax_scale, enable_gqa=True,
-            )
+        part = attend(
+            q[group.tokens].transpose(1, 2), keys, values, group.mask, causal=True,
+            scale=softmax_scale, softcap=softcap,
+        )
         source, target = group.scatter
         out[target] = part.transpose(1, 2).flatten(0, 1)[source]
     return out
@@ -169,15 +163,6 @@ def _window(window_size: tuple[int, int], wants_lse: bool) -> int | None:
     if wants_lse:
         raise NotImplementedError("generation with attention sinks needs flash-attn")
     return None if window_size[0] < 0 else window_size[0] + 1
-
-
-def _hidden(
-    mask: Tensor | None, queries: int, keys: int, device: torch.device
-) -> Tensor:
-    """Bool mask of a prefill: from its additive one, or plainly causal where it has none."""
-    if mask is not None:
-        return mask < 0
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).triu_(1)
 
 
 def _decode(
@@ -195,11 +180,7 @@ def _decode(
     else:
         assert layout.blocks is not None
         keys, values = (_gather(c, layout.blocks, layout.longest) for c in (k_cache, v_cache))
-    if softcap:
-        hidden = None if layout.mask is None else layout.mask < 0
-        out = capped_attention(q, keys, values, hidden, scale, softcap)
-    else:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=layout.mask, scale=scale)
+    out = attend(q, keys, values, layout.mask, scale=scale, softcap=softcap)
     if layout.slots is not None:
         out = out.index_select(0, layout.slots)
     return out.flatten(1, 2)

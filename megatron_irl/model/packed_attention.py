@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
-from megatron_irl.hardware.softcap import capped_attention
+from megatron_irl.hardware.softcap import attend
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
@@ -25,6 +25,8 @@ SHORT = {torch.float32: 128, torch.bfloat16: 256}
 
 class PackedAttention(nn.Module):
     """Causal self-attention over packed sequences, each within itself.
+
+    With ``softcap`` the scaled scores are capped at it before the softmax.
 
     Sequences are laid out as one right-padded batch: with a causal mask a padded key is only ever
     visible to padded queries, so no mask is built for the padding.
@@ -84,8 +86,10 @@ class PackedAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         length = q.shape[2]
         if self.softcap is not None:
-            hidden = ~self._visible(length, q.device)
-            return capped_attention(q, k, v, hidden, self.scale, self.softcap, dropout=dropout)
+            return attend(
+                q, k, v, self._visible(length, q.device), scale=self.scale, softcap=self.softcap,
+                dropout=dropout,
+            )
         if q.is_cpu and length <= SHORT.get(q.dtype, 0) and dropout == 0.0:
             return _attend_short(q, k, v, self._visible(length, q.device), self.scale)
         mask = None
