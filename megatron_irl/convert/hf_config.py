@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.errors import UserError
-from megatron_irl.families.architecture import CAUSAL, CLASSIFIER, Architecture
+from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.registry import architecture
 
-__all__ = ["CAUSAL", "CLASSIFIER", "Architecture", "architecture", "read_hf_config"]
+__all__ = ["Architecture", "architecture", "read_hf_config"]
 
 
 def read_hf_config(hf_dir: Path) -> dict[str, Any]:

@@ -93,12 +93,19 @@ class Family:
         read: ``config.json`` → ``Architecture``; raises UserError by key for what is not
             implemented.
         rows: Which HF tensors make which Megatron parameter, in the order of the forward pass.
+        classifier: The HF class of its sequence classifier, which a reward model is; empty: as of
+            most families, named after the language model.
     """
 
     name: str
     model_type: str
     read: Callable[[dict[str, Any]], Architecture]
     rows: "tuple[Row, ...]"
+    classifier: str = ""
+
+    @property
+    def classifier_name(self) -> str:
+        return self.classifier or self.name.removesuffix(CAUSAL) + CLASSIFIER
 
 
 def transformer_fields(

@@ -52,4 +52,7 @@ def _ropes(hf_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return rope_settings(both, types=TYPES), rope_settings(local, types=TYPES)
 
 
-GEMMA3 = Family(NAME, "gemma3_text", _read, GEMMA_ROWS)
+# Gemma3ForSequenceClassification is the one with an image encoder.
+GEMMA3 = Family(
+    NAME, "gemma3_text", _read, GEMMA_ROWS, classifier="Gemma3TextForSequenceClassification"
+)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatron_irl.errors import UserError
-from megatron_irl.families.architecture import CAUSAL, CLASSIFIER, Architecture, Family
+from megatron_irl.families.architecture import CLASSIFIER, Architecture, Family
 from megatron_irl.families.config_values import refuse
 from megatron_irl.families.gemma2 import GEMMA2
 from megatron_irl.families.gemma3 import GEMMA3
@@ -35,8 +35,10 @@ def architecture(hf_config: dict[str, Any], *, reward_model: bool = False) -> Ar
     name = class_name(hf_config)
     if isinstance(name, str) and name.endswith(CLASSIFIER):
         _check_reward_model(hf_config, name, wanted=reward_model)
-        causal = {"architectures": [name.removesuffix(CLASSIFIER) + CAUSAL]}
-        return dataclasses.replace(architecture(hf_config | causal), reward=True)
+        named = {family.classifier_name: family.name for family in FAMILIES.values()}
+        if name in named:
+            causal = {"architectures": [named[name]]}
+            return dataclasses.replace(architecture(hf_config | causal), reward=True)
     if name not in FAMILIES:
         raise UserError(
             f"config.json: architecture {name} (model_type {hf_config.get('model_type')}) is not "
