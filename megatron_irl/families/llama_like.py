@@ -80,6 +80,8 @@ def llama_like(
         "gated_linear_unit": True, "activation_func": activation, "add_bias_linear": False,
         "add_qkv_bias": False, "qk_layernorm": False,
     } | {name: value for name, value in options.items() if name not in own}
+    shape: dict[str, Any] = {name: options[name] for name in own}
+    shape.setdefault("max_sequence_length", size(hf_config, "max_position_embeddings"))
     return Architecture(
         family=family,
         transformer=transformer_fields(
@@ -91,8 +93,7 @@ def llama_like(
         inv_freq=inverse_frequencies(rope, head_dim),
         rope_scale=rope_scale(rope),
         tie_word_embeddings=bool(hf_config.get("tie_word_embeddings", False)),
-        **{"max_sequence_length": size(hf_config, "max_position_embeddings")}
-        | {name: options[name] for name in own},
+        **shape,
     )
 
 

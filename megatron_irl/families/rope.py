@@ -117,11 +117,10 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _short_factors(rope: dict[str, Any], rotated: int) -> Tensor:
-    factors = rope.get("short_factor")
-    numbers = isinstance(factors, list) and all(
-        isinstance(f, (int, float)) and f > 0 for f in factors
-    )
-    if not numbers or len(factors) != rotated // 2:
+    stated = rope.get("short_factor")
+    factors = stated if isinstance(stated, list) else []
+    positive = all(isinstance(f, (int, float)) and f > 0 for f in factors)
+    if not positive or len(factors) != rotated // 2:
         raise UserError(
             f"config.json: short_factor of rope_scaling must be a list of {rotated // 2} positive "
             "numbers, one for every rotated pair of a head's dimensions."

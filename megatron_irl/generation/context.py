@@ -107,7 +107,7 @@ class PagedContext(DynamicInferenceContext):
         # Upstream looks the angles up and takes their sines anew in each layer, for q and for k.
         # Where layers differ in their frequencies, each kind has its own columns of one table.
         known = self._angles = {} if self._angles is None else self._angles
-        columns = angles.storage_offset()
+        columns = int(angles.storage_offset())
         if columns not in known:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
             half = angles[positions][..., : angles.shape[-1] // 2]

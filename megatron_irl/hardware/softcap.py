@@ -37,8 +37,8 @@ def attend(
     if causal and mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_()
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, N / K, Q, D]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = soft_cap((grouped @ k[:, :, None].transpose(-1, -2)).float() * scale, softcap)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = soft_cap((grouped @ k[:, :, None].transpose(-1, -2)).float() * factor, softcap)
     if mask is not None:
         mask = mask if mask.dim() == 2 else mask[:, :, None]
         if mask.dtype == torch.bool:
