@@ -2,6 +2,7 @@
 
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import check_field_names, recipe_from_mapping
+from megatron_irl.config.fingerprint import differences, fingerprint
 from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.layout import (
     check_layout,
@@ -9,7 +10,7 @@ from megatron_irl.config.layout import (
     padded_vocab_size,
 )
 from megatron_irl.config.load import load_recipe
-from megatron_irl.config.resolve import fingerprint, resolve, to_yaml
+from megatron_irl.config.resolve import resolve, to_yaml
 from megatron_irl.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -42,6 +43,7 @@ __all__ = [
     "check_layout",
     "check_layout_against_model",
     "check_recipe",
+    "differences",
     "fingerprint",
     "hub_snapshot",
     "load_recipe",
