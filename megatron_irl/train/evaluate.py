@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from megatron_irl.data.digest import digest_of
-from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.reduce import from_main
+from megatron_irl.storage.commit import replacing
 from megatron_irl.train.batches import Sequences
 from megatron_irl.train.rounds import (
     add_references,

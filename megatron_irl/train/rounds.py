@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.data.files import replacing
 from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.reduce import from_main, gather_in_turn
+from megatron_irl.storage.commit import replacing
 from megatron_irl.train.batches import Sequences
 from megatron_irl.train.scoring import score_sequences, summed
 from megatron_irl.train.session import Session
@@ -213,7 +213,7 @@ def initial_weights(session: Session) -> Iterator[None]:
             for parameter, saved in zip(parameters, aside, strict=True):
                 parameter.copy_(saved)
         del aside
-        platform.release_cached_memory()
+        hardware.release_cached_memory()
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import json
 import os
-import platform as host
+import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from megatron_irl.config import Recipe, fingerprint, to_yaml
-from megatron_irl.data.files import TEMPORARY_PATTERN, replacing
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import TEMPORARY_PATTERN, replacing
 
 PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transformer-engine", "numpy")
 
@@ -126,9 +126,9 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
             continue
     return {
         "versions": versions,
-        "python": host.python_version(),
+        "python": platform.python_version(),
         "git_revision": _git_revision(),
-        "host": host.node(),
+        "host": platform.node(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "command": argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_irl import platform
-from megatron_irl.checkpoint import Checkpointer
+from megatron_irl import hardware
 from megatron_irl.config import Recipe, resolve
 from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
@@ -33,6 +32,7 @@ from megatron_irl.model.build import (
 from megatron_irl.model.reward_head import attach_reward_head
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_optimizer, build_optimizer_config, shards_optimizer
 from megatron_irl.train.progress import Progress
 from megatron_irl.train.recorder import Recorder
@@ -78,10 +78,10 @@ class Session:
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time of a block to ``phase`` of the round; time of inner blocks is theirs."""
         outer, self.inner_seconds = self.inner_seconds, 0.0
-        platform.synchronize()
+        hardware.synchronize()
         start = time.perf_counter()
         yield
-        platform.synchronize()
+        hardware.synchronize()
         elapsed = time.perf_counter() - start
         seconds = elapsed - self.inner_seconds
         self.inner_seconds = outer + elapsed

@@ -164,8 +164,8 @@ FULL = {
     "references": (BANK, 7, ("pairs/round_0000/chunk_00001.parquet",)),
     "metrics": ("megatron_irl.train.runlog.RunLog.log_metrics", 1, ("metrics.jsonl",)),
     "rounds": ("megatron_irl.train.runlog.RunLog.log_round", 1, ("rounds.jsonl",)),
-    "first checkpoint": ("megatron_irl.checkpoint.Checkpointer.save", 1, ("step_000002",)),
-    "second checkpoint": ("megatron_irl.checkpoint.Checkpointer.save", 2, ("step_000004",)),
+    "first checkpoint": ("megatron_irl.storage.checkpoint.Checkpointer.save", 1, ("step_000002",)),
+    "second checkpoint": ("megatron_irl.storage.checkpoint.Checkpointer.save", 2, ("step_000004",)),
     "hf": ("megatron_irl.train.loop.export_hf", 1, ("hf",)),
 }
 

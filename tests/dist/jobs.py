@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import megatron_irl.platform  # noqa: F401  (must precede megatron)
-from megatron_irl.checkpoint import Checkpointer
+import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights

@@ -151,9 +151,9 @@ def test_generation_leaves_fp8_as_it_was(setup):
 def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp_path):
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_irl.checkpoint import Checkpointer
     from megatron_irl.data.packing import alignment
     from megatron_irl.model.build import wrap_data_parallel
+    from megatron_irl.storage.checkpoint import Checkpointer
     from megatron_irl.train.batches import microbatches_for
     from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper

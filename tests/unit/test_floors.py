@@ -16,8 +16,8 @@ FLOORS = [
     ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
      "convert.hf_config", "convert.hf_folder", "convert.rope", "convert.windows",
      "convert.config_values"),
-    ("platform", "parallel", "data"),
-    ("model", "generation", "checkpoint", "adam_state", "convert"),
+    ("hardware", "parallel", "storage.commit", "storage.partial", "data"),
+    ("model", "generation", "storage", "convert"),
     ("train",),
     ("cli", "__main__"),
 ]
@@ -155,8 +155,8 @@ def names_cuda(path: Path) -> bool:
 
 
 def test_only_platform_knows_the_device():
-    knowing = {relative(p) for p in PRODUCT if names_cuda(p) and not in_room(p, "platform")}
-    assert any(names_cuda(p) for p in PRODUCT if in_room(p, "platform"))
+    knowing = {relative(p) for p in PRODUCT if names_cuda(p) and not in_room(p, "hardware")}
+    assert any(names_cuda(p) for p in PRODUCT if in_room(p, "hardware"))
     assert knowing == KNOWS_CUDA.keys()
 
 

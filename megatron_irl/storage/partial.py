@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_irl.data.files import USER_ERRNOS, json_line, replacing, sync_folder
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import USER_ERRNOS, json_line, replacing, sync_folder
 
 
 class PartialJsonl:

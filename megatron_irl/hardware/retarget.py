@@ -4,7 +4,7 @@ Megatron-Core names the CUDA device directly: ``device="cuda"``, ``torch.cuda.cu
 ``tensor.cuda()``, ``is_cuda`` asserts, ``'torch.cuda.FloatTensor'`` type strings, pinned memory.
 On a machine without a GPU an import hook rewrites those expressions in the syntax tree of
 ``megatron.core.*`` (and nothing else) as each module is imported; ``torch.cuda`` becomes the
-stand-in :mod:`megatron_irl.platform.fake_cuda`. torch itself stays as it is, so the user's own
+stand-in :mod:`megatron_irl.hardware.fake_cuda`. torch itself stays as it is, so the user's own
 code sees no difference. For the same reason the packages of CUDA kernels that NVIDIA's images have
 are missing for Megatron-Core alone, and not blocked in ``sys.modules``, where transformers and trl
 look for them too. Algorithms, schedules, collectives and state are Megatron's own.
@@ -96,7 +96,7 @@ def _missing(module: str, node: ast.stmt) -> ast.stmt:
 
 
 def _stand_in_has(module: str, name: str) -> bool:
-    from megatron_irl.platform import fake_cuda
+    from megatron_irl.hardware import fake_cuda
 
     owner = fake_cuda.nvtx if module.endswith(".nvtx") else fake_cuda
     return hasattr(owner, name)
@@ -114,7 +114,7 @@ def retarget_source(source: bytes | str, path: str) -> CodeType:
         is_future = isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
         if not (is_docstring or is_future):
             break
-    binding = ast.parse(f"from megatron_irl.platform import fake_cuda as {STAND_IN}").body
+    binding = ast.parse(f"from megatron_irl.hardware import fake_cuda as {STAND_IN}").body
     tree.body[position:position] = binding
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # upstream's docstrings, on every import
@@ -180,7 +180,7 @@ def install() -> None:
         return
     if PACKAGE in sys.modules:
         raise RuntimeError(
-            "megatron.core was imported before megatron_irl.platform on a machine without CUDA; "
-            "import megatron_irl.platform first."
+            "megatron.core was imported before megatron_irl.hardware on a machine without CUDA; "
+            "import megatron_irl.hardware first."
         )
     sys.meta_path.insert(0, _Finder())

@@ -17,7 +17,7 @@ IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATF
 BACKEND: str = "nccl" if IS_CUDA else "gloo"
 
 if not IS_CUDA:
-    from megatron_irl.platform import retarget
+    from megatron_irl.hardware import retarget
 
     retarget.install()
 

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from megatron_irl.checkpoint import Checkpointer
+from megatron_irl.storage.checkpoint import Checkpointer
 
 
 def checkpointer(folder, *, is_main=True):

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_irl import platform
-from megatron_irl.adam_state import loadable, make_savable
+from megatron_irl import hardware
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
-from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.storage.adam_state import loadable, make_savable
+from megatron_irl.storage.commit import disk_errors
 
 from megatron.core import dist_checkpointing, tensor_parallel  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
@@ -187,7 +187,7 @@ class Checkpointer:
             "torch": torch.get_rng_state(),
             "numpy": np.random.get_state(),
             "tracker": _tracker().get_states(),
-            "device": platform.get_rng_state(),
+            "device": hardware.get_rng_state(),
         }
         return ShardedObject(
             "rng", states, (t.pp_size, t.tp_size), (t.pp_rank, t.tp_rank), replica_id=t.dp_rank,
@@ -200,7 +200,7 @@ class Checkpointer:
         torch.set_rng_state(states["torch"])
         np.random.set_state(states["numpy"])
         _tracker().set_states(states["tracker"])
-        platform.set_rng_state(states["device"])
+        hardware.set_rng_state(states["device"])
 
 
 def _write(sharded: dict[str, Any], folder: Path, weight_bytes: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core.distributed import param_and_grad_buffer  # isort: skip
 from megatron.core.optimizer import clip_grads  # isort: skip

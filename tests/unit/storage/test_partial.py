@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
-from megatron_irl.data import partial as module
-from megatron_irl.data.partial import PartialJsonl
 from megatron_irl.errors import UserError
+from megatron_irl.storage import partial as module
+from megatron_irl.storage.partial import PartialJsonl
 
 SETTINGS = {"seed": 1, "stop_ids": (2, 3)}
 RECORDS = [{"text": f"line {i}\n\0é"} for i in range(4)]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_irl import platform
-from megatron_irl.platform import fake_cuda, retarget
+from megatron_irl import hardware
+from megatron_irl.hardware import fake_cuda, retarget
 
 ROOT = Path(__file__).parents[3]
-pytestmark = pytest.mark.skipif(platform.IS_CUDA, reason="with CUDA nothing is retargeted")
+pytestmark = pytest.mark.skipif(hardware.IS_CUDA, reason="with CUDA nothing is retargeted")
 
 
 def execute(source: str, **names):
@@ -89,7 +89,7 @@ def test_a_module_of_upstream_named_like_such_a_package_is_not():
 
 NVIDIA_IMAGE = """
 import importlib.util, sys
-from megatron_irl import platform
+from megatron_irl import hardware
 import megatron.core.optimizer, megatron.core.transformer.attention
 import megatron.core.extensions.transformer_engine as extension
 assert not extension.HAVE_TE
@@ -175,7 +175,7 @@ def test_too_late_is_a_clear_error(monkeypatch):
     import megatron.core  # noqa: F401
 
     before = list(sys.meta_path)
-    with pytest.raises(RuntimeError, match="import megatron_irl.platform first"):
+    with pytest.raises(RuntimeError, match="import megatron_irl.hardware first"):
         retarget.install()
     assert sys.meta_path == before
 
@@ -183,11 +183,11 @@ def test_too_late_is_a_clear_error(monkeypatch):
 PROBE = """
 import os, sys, torch
 torch.cuda.is_available = lambda: {cuda}  # the machine, as torch sees it
-from megatron_irl import platform
-from megatron_irl.platform import retarget
+from megatron_irl import hardware
+from megatron_irl.hardware import retarget
 found = any(isinstance(f, retarget._Finder) for f in sys.meta_path)
 assert "megatron" not in sys.modules
-print(platform.IS_CUDA, platform.BACKEND, found)
+print(hardware.IS_CUDA, hardware.BACKEND, found)
 """
 
 

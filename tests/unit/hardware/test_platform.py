@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.errors import UserError
 from tools.demo import pick_ranks
 
@@ -16,7 +16,7 @@ def gpus(monkeypatch):
     selected = []
 
     def pretend(count: int) -> list[int]:
-        monkeypatch.setattr(platform, "IS_CUDA", True)
+        monkeypatch.setattr(hardware, "IS_CUDA", True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "set_device", selected.append)
         return selected
@@ -26,10 +26,10 @@ def gpus(monkeypatch):
 
 def test_a_rank_without_a_gpu_is_the_users_error(gpus):
     selected = gpus(2)
-    platform.select_device(1)
+    hardware.select_device(1)
     assert selected == [1]
     with pytest.raises(UserError, match=r"LOCAL_RANK=2 conflicts with the 2 GPU.*data_parallel"):
-        platform.select_device(2)
+        hardware.select_device(2)
     assert selected == [1]
 
 
@@ -40,6 +40,6 @@ def test_the_demo_asks_for_no_more_ranks_than_gpus(gpus, count, ranks):
 
 
 def test_cores_are_the_room_without_a_gpu(monkeypatch):
-    monkeypatch.setattr(platform, "IS_CUDA", False)
-    assert platform.device_count() == os.cpu_count()
-    platform.select_device(10**6)
+    monkeypatch.setattr(hardware, "IS_CUDA", False)
+    assert hardware.device_count() == os.cpu_count()
+    hardware.select_device(10**6)
