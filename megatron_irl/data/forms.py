@@ -7,6 +7,7 @@ forms may stand in one file.
 import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from megatron_irl.data.readers import RecordError
@@ -71,7 +72,8 @@ class Form:
     content: str = ""
     plain: bool = False
 
-    def describe(self) -> str:
+    @cached_property
+    def description(self) -> str:
         """Name the form and its fields, for the log."""
         names = ("messages", "system", "prompt", "context", "response", "responses", "chosen",
                  "rejected", "tools", "answer")

@@ -15,6 +15,7 @@ from megatron_irl.data.formats import Normaliser
 from megatron_irl.data.forms import Purpose
 from megatron_irl.data.readers import RecordError, Row, as_object, read_rows
 from megatron_irl.data.trees import assembled, is_tree_row
+from megatron_irl.errors import UserError
 
 MAX_NOTES = 8  # files spelled out in the log
 SHOWN = 60  # characters of a message in the log
@@ -136,15 +137,17 @@ class Records:
                             continue
                     form, found = normaliser.read(record, place)
                 except RecordError as error:
+                    if not record and self._reading.part == "held_out":
+                        continue  # what has no content to decide by is reported with the rest
                     found = error
                 else:
-                    name = form.described
+                    name = form.description
                     seen.counts[name] = seen.counts.get(name, 0) + 1
                     seen.first = seen.first or found[0]
                 for _ in range(times):
                     yield place, record, found
             if place is None:
-                raise RecordError(f"{path}: the file has no records.")
+                raise UserError(f"{path}: the file has no records.")
 
     def _times(self, record: dict[str, Any], weight: float) -> int:
         """How often a record is taken: decided by its content, so that no other matters."""
