@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from megatron_irl import __version__
 from megatron_irl.config.schema import FormatName
@@ -48,6 +48,25 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*")
     plan.set_defaults(run=_plan)
 
+    _add_generate(commands)
+    _add_score(commands)
+
+    keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
+    keep.add_argument("run_folder", type=_path, metavar="RUN",
+                      help="run folder with a ledger (rft)")
+    keep.add_argument("--out", type=_path, required=True, help="JSONL file to write")
+    keep.add_argument("--min-reward", type=float, help="keep rewards of at least this")
+    keep.add_argument("--top-quantile", type=float, help="keep the best share, in (0, 1]")
+    keep.add_argument("--round", type=int, help="round of the ledger (default: the newest)")
+    keep.set_defaults(run=_filter)
+
+    report = commands.add_parser("report", help="rewrite report.html of a run folder")
+    report.add_argument("folder", type=_path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="sample responses for a file of prompts")
     _model_options(generate)
     generate.add_argument("--prompts", type=_path, required=True, help='{"prompt": ...} records, '
@@ -69,6 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
                           "response")
     generate.set_defaults(run=_generate)
 
+
+def _add_score(commands: Any) -> None:
     score = commands.add_parser("score", help="rewards of given responses")
     _model_options(score)
     score.add_argument("--pairs", type=_path, required=True, help='{"prompt": ..., "responses": '
@@ -79,20 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
     score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
                        "last; for HF folders 1)")
     score.set_defaults(run=_score)
-
-    keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
-    keep.add_argument("run_folder", type=_path, metavar="RUN",
-                      help="run folder with a ledger (rft)")
-    keep.add_argument("--out", type=_path, required=True, help="JSONL file to write")
-    keep.add_argument("--min-reward", type=float, help="keep rewards of at least this")
-    keep.add_argument("--top-quantile", type=float, help="keep the best share, in (0, 1]")
-    keep.add_argument("--round", type=int, help="round of the ledger (default: the newest)")
-    keep.set_defaults(run=_filter)
-
-    report = commands.add_parser("report", help="rewrite report.html of a run folder")
-    report.add_argument("folder", type=_path)
-    report.set_defaults(run=_report)
-    return parser
 
 
 def _path(text: str) -> Path:
