@@ -11,7 +11,7 @@ from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import prompt_of
 from megatron_irl.data.ledger import LedgerRow, complete_rounds, digest, ledger_rounds, read_ledger
 from megatron_irl.data.records import collect
-from megatron_irl.data.sources import training_reading
+from megatron_irl.data.sources import Reading, training_reading
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_jsonl_atomically
 
@@ -117,9 +117,7 @@ def _unchanged_records(
         response = conversation.messages[-1]["content"]
         return conversation.source, digest(prompt_of(conversation), response), record
 
-    data = load_recipe(run / "recipe.yaml", check_files=False).data
-    # Bad records are passed over: the run was refused by them, or left them out itself.
-    reading = replace(training_reading(data, []), part="all", bad_records="drop")
+    reading = replace(_reading(run, paths), part="all")  # what was held out has no row
     now = {source: (found, record) for source, found, record in collect(reading, build)}
     changed = [row.source for row in rows if now.get(row.source, ("", {}))[0] != row.digest]
     if changed:
@@ -127,3 +125,11 @@ def _unchanged_records(
                         f"{len(rows)} differ): the file has changed since. Put the run's version "
                         "back, or run it again.")
     return {source: record for source, (_, record) in now.items()}
+
+
+def _reading(run: Path, paths: Sequence[Path]) -> Reading:
+    """How the run read the files that its ledger names."""
+    try:
+        return training_reading(load_recipe(run / "recipe.yaml", check_files=False).data, [])
+    except UserError:  # the recipe is for people to look at; what was read, the digests tell
+        return Reading(tuple(paths))
