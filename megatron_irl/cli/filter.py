@@ -9,7 +9,13 @@ from typing import Any
 from megatron_irl.config import load_recipe
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import prompt_of
-from megatron_irl.data.ledger import LedgerRow, complete_rounds, digest, ledger_rounds, read_ledger
+from megatron_irl.data.ledger import (
+    LedgerRow,
+    complete_rounds,
+    ledger_rounds,
+    read_ledger,
+    record_digest,
+)
 from megatron_irl.data.records import collect
 from megatron_irl.data.sources import Reading, training_reading
 from megatron_irl.errors import UserError
@@ -115,7 +121,7 @@ def _unchanged_records(
     def build(found: list[Conversation], record: dict[str, Any]) -> Any:
         (conversation,) = found
         response = conversation.messages[-1]["content"]
-        return conversation.source, digest(prompt_of(conversation), response), record
+        return conversation.source, record_digest(prompt_of(conversation), response), record
 
     reading = replace(_reading(run, paths), part="all")  # what was held out has no row
     now = {source: (found, record) for source, found, record in collect(reading, build)}
