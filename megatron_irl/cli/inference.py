@@ -3,12 +3,10 @@
 import argparse
 import hashlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -16,13 +14,16 @@ import torch
 from megatron_irl import hardware
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.algorithms.rules import RewardKind
+from megatron_irl.cli.outputs import check_out, reading_of, say_what_was_read, write_records
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recipe
+from megatron_irl.console import Console
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
-from megatron_irl.data.demonstrations import load_score_records
+from megatron_irl.data.prompts import ScoreRecord, load_score_records
 from megatron_irl.data.records import RecordError
+from megatron_irl.data.sources import Reading
 from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
@@ -32,7 +33,6 @@ from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import summed
 from megatron_irl.storage.checkpoint import Checkpointer
-from megatron_irl.storage.commit import write_jsonl_atomically
 
 
 @dataclass(frozen=True)
@@ -174,22 +174,23 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     Explicit for a run that learns a reward head; beta * (log pi - log pi_ref) otherwise, per token
     for a run that trained so (``algorithm.length_normalize``).
     """
-    records = load_score_records(options.pairs)
+    check_out(options.out, options.overwrite)
+    reading = reading_of(options, "--pairs", options.pairs)
+    records = load_score_records(reading)
     source = find_source(options.model)
     if source.reward == "explicit":
         _check_explicit(options, source)
-        return with_ranks(options, argv, lambda: _score_explicit(options, records))
+        return with_ranks(options, argv, lambda: _score_explicit(options, reading, records))
     reference, beta = _reward_terms(options, source)
     reference = hub_snapshot(reference)
     if not (reference / "config.json").exists():
-        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
-    return with_ranks(options, argv, lambda: _score(options, records, reference, beta))
+        _refuse_reference(options, reference)
+    return with_ranks(options, argv, lambda: _score(options, reading, records, reference, beta))
 
 
 def with_ranks(
     options: argparse.Namespace, argv: list[str], run: Callable[[], None]
 ) -> int:
-    _check_out(options.out)
     sizes = (
         options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
         options.data_parallel_size,
@@ -217,6 +218,16 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     return options.reference, options.beta if options.beta is not None else 1.0
 
 
+def _refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
+    if options.reference is not None:
+        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
+    recipe = options.model / "recipe.yaml"
+    there = "has no config.json" if reference.is_dir() else "does not exist"
+    raise UserError(f"model.hf={reference} in {recipe}, the reference policy of the run, {there}; "
+                    f"the working directory is {Path.cwd()}. Start the command where the run was "
+                    "started, or give the folder as --reference.")
+
+
 def _check_explicit(options: argparse.Namespace, source: Source) -> None:
     for name in ("reference", "beta"):
         if getattr(options, name) is not None:
@@ -231,17 +242,24 @@ def _check_explicit(options: argparse.Namespace, source: Source) -> None:
         )
 
 
-def _score_explicit(options: argparse.Namespace, records: list[Any]) -> None:
+def _score_explicit(
+    options: argparse.Namespace, reading: Reading, records: list[ScoreRecord]
+) -> None:
     model = open_model(options, with_reward_head=True)
+    progress = Console(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
     sequences = _sequences(model, records)
     rewards = model.policy.score_rewards(sequences)
     _write_rewards(options, model, records, rewards)
 
 
 def _score(
-    options: argparse.Namespace, records: list[Any], reference: Path, beta: float
+    options: argparse.Namespace, reading: Reading, records: list[ScoreRecord], reference: Path,
+    beta: float,
 ) -> None:
     model = open_model(options)
+    progress = Console(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
     _check_reference(reference, model.architecture)
     sequences = _sequences(model, records)
     policy = model.policy
@@ -255,7 +273,7 @@ def _score(
     _write_rewards(options, model, records, rewards.tolist())
 
 
-def _sequences(model: OpenModel, records: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _sequences(model: OpenModel, records: list[ScoreRecord]) -> list[tuple[np.ndarray, np.ndarray]]:
     sequences = []
     for record in records:
         prompt = token_ids(record, model.tokenizer.render_prompt, record.prompt)
@@ -272,11 +290,11 @@ def _sequences(model: OpenModel, records: list[Any]) -> list[tuple[np.ndarray, n
 
 
 def _write_rewards(
-    options: argparse.Namespace, model: OpenModel, records: list[Any], rewards: list[float]
+    options: argparse.Namespace, model: OpenModel, records: list[ScoreRecord], rewards: list[float]
 ) -> None:
     if model.topology.is_main:
         left = iter(rewards)
-        write_jsonl_atomically(options.out, (
+        write_records(options.out, (
             record.record | {"rewards": [next(left) for _ in record.responses]}
             for record in records
         ))
@@ -301,9 +319,3 @@ def token_ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.
     if not ids:
         raise UserError(f"{record.source}: the prompt has no tokens.")
     return np.asarray(ids, dtype=np.int32)
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: give a file in a writable folder.")
-    sys.stderr.flush()

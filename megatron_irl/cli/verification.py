@@ -64,7 +64,7 @@ def read_sequences(
     Raises:
         UserError: A line of the file is no prompt.
     """
-    from megatron_irl.data.demonstrations import load_prompts
+    from megatron_irl.data.prompts import load_prompts
 
     tokenizer = load_tokenizer(hf_dir)
     texts = [r.prompt for r in load_prompts(str(prompts))] if prompts else list(TEXTS)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_irl.config import Recipe
+from megatron_irl.config import DataSource, Recipe
 from megatron_irl.data.demonstrations import load_demonstrations
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.preferences import Preference, load_preferences
+from megatron_irl.data.sources import Reading, evaluation_reading, training_reading
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.types import Demonstration
@@ -34,7 +35,8 @@ class Corpus:
 
 
 def read_corpus(
-    recipe: Recipe, tokenizer: Tokenizer, *, preferences: tuple[str, Sequence[str]] | None = None
+    recipe: Recipe, tokenizer: Tokenizer, *,
+    preferences: tuple[str, Sequence[str | DataSource]] | None = None,
 ) -> Corpus:
     """Read and encode every file of a recipe.
 
@@ -49,12 +51,16 @@ def read_corpus(
         "max_response_length": recipe.data.max_response_length,
         "overlong": recipe.data.overlong,
     }
-    demonstrations, report = load_demonstrations(recipe.data.train, tokenizer, **limits)
-    notes = [f"data.train: {report.summary()}"]
+    notes: list[str] = []
+    demonstrations, report = load_demonstrations(
+        training_reading(recipe.data, notes), tokenizer, **limits
+    )
+    notes.append(f"data.train: {report.summary()}")
     heldout: list[Demonstration] = []
-    if recipe.data.eval:
+    held_out = evaluation_reading(recipe.data, notes)
+    if held_out is not None:
         heldout, eval_report = load_demonstrations(
-            recipe.data.eval, tokenizer, limit=recipe.data.eval_limit, **limits
+            held_out, tokenizer, limit=recipe.data.eval_limit, **limits
         )
         notes.append(f"data.eval: {eval_report.summary()}")
     trained_on = _read_preferences(*preferences, recipe, tokenizer, notes) if preferences else []
@@ -71,16 +77,18 @@ def read_corpus(
 
 
 def _read_preferences(
-    key: str, paths: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, notes: list[str]
+    key: str, sources: Sequence[str | DataSource], recipe: Recipe, tokenizer: Tokenizer,
+    notes: list[str],
 ) -> Sequence[Preference]:
-    if not paths:
+    if not sources:
         return []
+    reading = Reading(tuple(sources), bad_records=recipe.data.bad_records, notes=notes)
     preferences = load_preferences(
-        paths, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
+        reading, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
         max_response_length=recipe.data.max_response_length, overlong=recipe.data.overlong,
     )
     if not preferences:
-        raise UserError(f"{key}={', '.join(paths)} has no usable preference. Set {key} to files "
+        raise UserError(f"{key}={reading} has no usable preference. Set {key} to files "
                         "that have some, or raise data.max_prompt_length and "
                         "data.max_response_length.")
     notes.append(f"{key}: {preferences.summary()}")
