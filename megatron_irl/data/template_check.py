@@ -1,0 +1,125 @@
+"""What a chat template does around an assistant's turn, learnt by rendering a few short ones."""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_irl.data.chat_template import ChatTemplate
+from megatron_irl.data.codec import Codec
+from megatron_irl.data.records import RecordError
+from megatron_irl.errors import UserError
+
+# Answers begin with a word or a number; what stands at a prompt's end must not depend on which.
+PROBES = ("paris", "7", "yes")
+ASK = {"role": "user", "content": "hello"}
+
+
+@dataclass(frozen=True)
+class TurnShape:
+    """How a template writes the assistant's turn.
+
+    Attributes:
+        end_id: The token that it puts after the answer; None if it puts none.
+        tail_ids: What it writes after that token at the end of a conversation.
+        tail_space: White space at the conversation's end where there is no ``end_id``.
+        lead: Text between the generation prompt and the answer ("" as a rule): the template writes
+            it, so the model learns to.
+        header: End of the generation prompt that a finished conversation does not have. It is left
+            out of every prompt, since no demonstration would have it.
+        unstable: Ids at the prompt's end that become others once an answer follows; they are left
+            out of every prompt and learnt as part of the answer.
+        notes: What the user should know about it, each a sentence.
+    """
+
+    end_id: int | None = None
+    tail_ids: tuple[int, ...] = ()
+    tail_space: str = ""
+    lead: str = ""
+    header: str = ""
+    unstable: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def learn_shape(template: ChatTemplate, codec: Codec, stop_ids: Collection[int]) -> TurnShape:
+    """Render and encode a question with each of a few answers, and compare with the prompt.
+
+    A template that refuses so simple a conversation (it may demand a system turn, or tools) is
+    known to us by its records only: what they show is found at each of them.
+
+    Raises:
+        UserError: The template begins an answer with the very token that ends it.
+    """
+    try:
+        prompt = template.render([ASK], add_generation_prompt=True).text
+        wholes = [template.render([ASK, _answer(probe)]).text for probe in PROBES]
+    except RecordError as error:
+        return TurnShape(notes=(f"{error}. Tried was a question and an answer; records will show",))
+    starts = [w.lower().rfind(probe) for w, probe in zip(wholes, PROBES, strict=True)]
+    if min(starts) < 0:
+        return TurnShape(notes=("the chat template leaves out the assistant's answer",))
+    header = _missing_header(template, prompt, wholes[0])
+    position = len(prompt) - len(header)
+    splits = codec.split_batch([
+        (whole, [position, start + len(probe)])
+        for whole, start, probe in zip(wholes, starts, PROBES, strict=True)
+    ])
+    after = splits[0].ids[splits[0].counts[1] :]
+    end = _end_of_turn(after, stop_ids, codec)
+    lead = wholes[0][position : starts[0]] if position <= starts[0] else ""
+    before = splits[0].ids[splits[0].counts[0] : splits[0].counts[1]]
+    if end is not None and end in before:
+        raise UserError(
+            f"the chat template begins an answer with {codec.decode_all([end])!r}, the token that "
+            "also ends it, and has no generation prompt to tell them apart. Set "
+            "data.chat_template to one that has."
+        )
+    tail = wholes[0][starts[0] + len(PROBES[0]) :]
+    shape = TurnShape(
+        end_id=end, tail_ids=tuple(after[after.index(end) + 1 :]) if end is not None else (),
+        tail_space=tail[len(tail.rstrip()) :] if end is None else "", lead=lead, header=header,
+        unstable=max(split.missing[0] for split in splits),
+    )
+    return TurnShape(**vars(shape) | {"notes": tuple(_notes(shape, tail))})
+
+
+def _answer(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def _missing_header(template: ChatTemplate, prompt: str, whole: str) -> str:
+    """The end of the generation prompt that a finished conversation does not have."""
+    if whole.startswith(prompt):
+        return ""
+    try:  # a prompt that opens the thinking is how an answer with some begins
+        thinking = template.render([ASK, _answer("paris") | {"reasoning_content": "hm"}]).text
+    except RecordError:
+        thinking = whole
+    if thinking.startswith(prompt):
+        return ""
+    return prompt[len(os.path.commonprefix([prompt, whole])) :]
+
+
+def _end_of_turn(after: list[int], stop_ids: Collection[int], codec: Codec) -> int | None:
+    """The first token after an answer that the model is known to stop at, else that is no text."""
+    for known in (stop_ids, codec.special_ids):
+        found = next((i for i in after if i in known), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _notes(shape: TurnShape, tail: str) -> list[str]:
+    notes = []
+    if shape.end_id is None:
+        notes.append(f"the chat template ends an answer with {tail!r}, which is no token of its "
+                     "own; the tokenizer's EOS is put after it")
+    if shape.header:
+        notes.append(f"the chat template's generation prompt ends with {shape.header!r}, which a "
+                     "rendered conversation does not have; prompts are taken without it")
+    if shape.lead.strip():
+        notes.append(f"the chat template writes {shape.lead!r} before every answer, after its "
+                     "generation prompt; it is learnt with the answer")
+    if shape.unstable:
+        notes.append("the last of the generation prompt is one token with the answer that follows; "
+                     f"prompts are taken without it ({shape.unstable} tokens)")
+    return notes
