@@ -13,6 +13,6 @@ COPY examples ./examples
 # own torch, transformer-engine and flash-attn already satisfy setup.py and must not be replaced.
 RUN python -c "import torch; print(f'torch=={torch.__version__}')" > /tmp/keep.txt \
  && pip install --no-cache-dir --no-build-isolation --constraint /tmp/keep.txt . \
- && python -c "import transformer_engine.pytorch, apex, megatron_irl.platform"
+ && python -c "import transformer_engine.pytorch, apex, megatron_irl.hardware"
 
 ENTRYPOINT ["megatron-irl"]

@@ -45,13 +45,13 @@ def main() -> int:
                         help="default: fp32, and bf16 where the CPU has instructions for it")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    from megatron_irl import platform
+    from megatron_irl import hardware
 
     if not (options.model / "config.json").exists():
         command = [sys.executable, str(TOOLS / "make_smollm2.py"), "--out", str(options.model)]
         subprocess.run(command, check=True)
     print(f"{'':32}{'precision':>10}{'ratio':>8}{'goal':>8}")
-    both = platform.has_fast_bf16()
+    both = hardware.has_fast_bf16()
     for precision in options.precision or (["fp32", "bf16"] if both else ["fp32"]):
         for name, ratio in measure(options.model, precision, options.threads):
             print(f"{name:32}{precision:>10}{ratio:8.2f}{GOALS[name]:8.1f}", flush=True)

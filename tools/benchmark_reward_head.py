@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig, Precision
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
@@ -90,7 +90,7 @@ def build(model: Path, precision: Precision, topology: Topology) -> tuple[Steppe
 
 def reset_peak() -> None:
     """Start a new peak measurement."""
-    if platform.IS_CUDA:
+    if hardware.IS_CUDA:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident pages
@@ -98,7 +98,7 @@ def reset_peak() -> None:
 
 def peak_bytes() -> int:
     """The most memory in use since ``reset_peak``."""
-    if platform.IS_CUDA:
+    if hardware.IS_CUDA:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in status if line.startswith("VmHWM:")]
@@ -123,10 +123,10 @@ def measure(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
         # The order alternates too: the second step on a batch finds warm caches.
         for name in sorted(steps, reverse=bool(index % 2)):
             reset_peak()
-            platform.synchronize()
+            hardware.synchronize()
             start = time.perf_counter()
             steps[name](batches)
-            platform.synchronize()
+            hardware.synchronize()
             if index:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - start)
                 peaks[name].append(peak_bytes())
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     peak_with, peak_without = (statistics.median(peaks[n]) for n in ("with", "without"))
     head_bytes = 4 * head.weight.numel() * head.weight.element_size()
     return {
-        "precision": options.precision, "device": str(platform.device()), "steps": options.steps,
+        "precision": options.precision, "device": str(hardware.device()), "steps": options.steps,
         "seconds_without": time_without, "seconds_with": time_with,
         # Each step beside its neighbour: slow drifts of the machine cancel.
         "time_added": statistics.median(

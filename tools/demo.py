@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_irl.train.comparison import compare_table
-from megatron_irl.train.runlog import RunLog
+from megatron_irl.run.comparison import compare_table
+from megatron_irl.run.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "smollm2_irft"
@@ -46,16 +46,16 @@ def train(recipe: str, folder: Path, overrides: list[str]) -> list[dict[str, Any
 
 def pick_ranks() -> int:
     """Two data-parallel ranks where the machine has room for them."""
-    from megatron_irl import platform
+    from megatron_irl import hardware
 
-    return min(2, platform.device_count())
+    return min(2, hardware.device_count())
 
 
 def pick_precision() -> str:
     """bf16 where it is the faster one."""
-    from megatron_irl import platform
+    from megatron_irl import hardware
 
-    return "bf16" if platform.has_fast_bf16() else "fp32"
+    return "bf16" if hardware.has_fast_bf16() else "fp32"
 
 
 def main() -> int:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.data.demonstrations import conversation
-from megatron_irl.data.files import write_jsonl_atomically
 from megatron_irl.data.ledger import LedgerRow, complete_rounds, digest, ledger_rounds, read_ledger
 from megatron_irl.data.records import collect
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import write_jsonl_atomically
 
 
 def filter_demonstrations(

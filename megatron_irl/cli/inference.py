@@ -14,15 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from megatron_irl import platform
-from megatron_irl.checkpoint import Checkpointer
+from megatron_irl import hardware
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.demonstrations import load_score_records
-from megatron_irl.data.files import write_jsonl_atomically
 from megatron_irl.data.records import RecordError
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
@@ -30,8 +28,10 @@ from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
-from megatron_irl.train.scoring import score_rewards, score_sequences, summed
-from megatron_irl.train.session import check_vocabulary
+from megatron_irl.policy.scoring import score_rewards, score_sequences, summed
+from megatron_irl.run.session import check_vocabulary
+from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.storage.commit import write_jsonl_atomically
 from megatron_irl.train.step import Stepper
 
 
@@ -112,7 +112,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         data_parallel_size=options.data_parallel_size,
     )
     arch = architecture(read_hf_config(source.hf_dir))
-    default = source.recipe.precision if source.recipe else "bf16" if platform.IS_CUDA else "fp32"
+    default = source.recipe.precision if source.recipe else "bf16" if hardware.IS_CUDA else "fp32"
     if default == "fp8":
         default = "bf16"  # the parameters' type; 8-bit products want padded packs and gain little
     precision = options.precision or default

@@ -6,7 +6,7 @@
 import datetime
 import hashlib
 import json
-import platform as python_platform
+import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def write_certificate(folder: Path, files_of: Path, findings: dict[str, Any]) ->
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **findings,
         "versions": {
-            "python": python_platform.python_version(), "megatron_irl": megatron_irl.__version__,
+            "python": platform.python_version(), "megatron_irl": megatron_irl.__version__,
             **{name: version(name) for name in PACKAGES},
         },
         "files": {

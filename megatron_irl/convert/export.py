@@ -18,9 +18,9 @@ from megatron_irl.convert.families import Row, hf_tensors, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
-from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.storage.commit import disk_errors
 
 
 def export_hf(

@@ -7,13 +7,13 @@ from typing import Any
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.convert.checkpoint_reader import CheckpointReader, first_line
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import Topology
 
-from megatron.core import dist_checkpointing  # isort: skip  (after the platform)
+from megatron.core import dist_checkpointing  # isort: skip  (after hardware)
 
 
 def load_megatron(

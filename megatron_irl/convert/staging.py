@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.convert.companions import commit_folder, fresh_folder
-from megatron_irl.data.files import disk_errors
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import disk_errors
 
 STATE = ".conversion_state.json"
 

@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_irl.data.files import write_jsonl_atomically as write_jsonl_atomically
 from megatron_irl.data.records import (
     Messages,
     RecordError,
@@ -23,6 +22,7 @@ from megatron_irl.data.records import (
 )
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import write_jsonl_atomically as write_jsonl_atomically
 from megatron_irl.types import Demonstration
 
 Overlong = Literal["drop", "error", "truncate_prompt"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_irl.data.files import TEMPORARY_PATTERN, replacing
 from megatron_irl.data.records import Messages
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import TEMPORARY_PATTERN, replacing
 from megatron_irl.types import Demonstration
 
 FORMAT_VERSION = 1

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_irl.data.files import TEMPORARY_PATTERN, replacing
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import TEMPORARY_PATTERN, replacing
 from megatron_irl.types import Demonstration, Pair
 
 FORMAT_VERSION = 2

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.generation.skinny import skinny_products
 from megatron_irl.parallel.scratch import drop_shared_buffers
 

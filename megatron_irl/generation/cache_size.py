@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.errors import UserError
 
 GIB = 1024**3
@@ -12,7 +12,7 @@ CUDA_BLOCK_TOKENS = 256  # what flash-attn's paged kernels ask for
 
 def default_block_tokens(max_sequence_length: int) -> int:
     """One block per sequence on CPU, where memory is committed page by page, and 256 on CUDA."""
-    return CUDA_BLOCK_TOKENS if platform.IS_CUDA else max_sequence_length
+    return CUDA_BLOCK_TOKENS if hardware.IS_CUDA else max_sequence_length
 
 
 def cache_gb(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_irl import platform
+from megatron_irl import hardware
 
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext  # isort: skip
 
@@ -17,7 +17,7 @@ from megatron.core.inference.contexts.dynamic_context import DynamicInferenceCon
 class PagedContext(DynamicInferenceContext):
     """The dynamic inference context, as the engine adapter needs it."""
 
-    if not platform.IS_CUDA:
+    if not hardware.IS_CUDA:
         # Padding a step to 64 tokens suits GPU kernels and graphs; on CPU it is 64 rows of real
         # work however few requests are left. Multiples of the tensor-parallel size remain.
         TOKEN_ROUNDER = 1
@@ -46,7 +46,7 @@ class PagedContext(DynamicInferenceContext):
 
     def _allocate_memory_buffer(self) -> None:
         """Allocate the cache with finite contents: SDPA reads masked positions too."""
-        if platform.IS_CUDA:
+        if hardware.IS_CUDA:
             super()._allocate_memory_buffer()
             self.memory_buffer.zero_()
             return
@@ -65,7 +65,7 @@ class PagedContext(DynamicInferenceContext):
         """Publish the step's bookkeeping; what all layers share is derived once from it."""
         event = super().transfer_bookkeeping_to_gpu(*args, **kwargs)
         self._angles = None
-        if not platform.IS_CUDA:
+        if not hardware.IS_CUDA:
             tokens = slice(self.padded_active_token_count)
             self._slots = (
                 self.gpu_view.token_to_block_idx[tokens].long() * self.block_size_tokens
@@ -75,7 +75,7 @@ class PagedContext(DynamicInferenceContext):
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         """Write the step's keys and values, [T, 1, K, D] each, into the cache."""
-        if platform.IS_CUDA:
+        if hardware.IS_CUDA:
             super().append_key_value_cache(layer_number, key, value)
             return
         caches = self.memory_buffer[:, self.layer_map[layer_number - 1]].flatten(1, 2)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
@@ -22,8 +22,8 @@ from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.interface import Progress, SamplingConfig
 from megatron_irl.generation.pipeline import StageWrapper
 from megatron_irl.generation.sampling import KeyedSampler
+from megatron_irl.hardware import paged_attention
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.platform import paged_attention
 from megatron_irl.types import Sample
 
 from megatron.core.inference.config import InferenceConfig  # isort: skip
@@ -89,7 +89,7 @@ class MegatronGenerator:
         self._max_requests = math.ceil(max_requests / topology.tp_size) * topology.tp_size
         self._block_tokens = block_tokens or default_block_tokens(max_sequence_length)
         self._kv_cache_gb = kv_cache_gb
-        self._sampler = KeyedSampler(vocab_size, platform.device())
+        self._sampler = KeyedSampler(vocab_size, hardware.device())
         self._engine: DynamicInferenceEngine | None = None
         paged_attention.install()
 
@@ -104,7 +104,7 @@ class MegatronGenerator:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.context.release()
-            platform.release_cached_memory()
+            hardware.release_cached_memory()
 
     def generate(
         self,
@@ -174,7 +174,7 @@ class MegatronGenerator:
         budgets: Sequence[int], on_progress: Progress | None,
     ) -> None:
         for request, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
-            ids = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=platform.device())
+            ids = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=hardware.device())
             # Sampling is the sampler's business; stopping by id is the controller's.
             params = SamplingParams(num_tokens_to_generate=int(budget), termination_id=-1)
             engine.add_request(request, ids, params)

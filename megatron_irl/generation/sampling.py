@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_irl.generation.interface import SamplingConfig
 
-from megatron.core.inference.sampling import Sampling  # isort: skip  (after the platform)
+from megatron.core.inference.sampling import Sampling  # isort: skip  (after hardware)
 
 CHUNK = 256
 

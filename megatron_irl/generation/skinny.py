@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_irl import platform
+from megatron_irl import hardware
 
 from megatron.core.tensor_parallel.layers import (  # isort: skip
     ColumnParallelLinear,
@@ -28,7 +28,7 @@ def skinny_products(model: nn.Module) -> Iterator[None]:
     For inference only: the products have no gradient.
     """
     layers: dict[str, Any] = {}
-    if platform.BACKEND == "gloo":
+    if hardware.BACKEND == "gloo":
         kinds = (ColumnParallelLinear, RowParallelLinear)
         layers = {name: m for name, m in model.named_modules() if type(m) in kinds}
     for name, layer in layers.items():

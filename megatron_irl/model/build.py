@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.config import (
     ParallelConfig,
     Precision,
@@ -73,12 +73,12 @@ def build_config(
         # neither microbatching nor data parallelism can change the gradient.
         "calculate_per_token_loss": True,
         "moe_token_dispatcher_type": "alltoall",  # the one that allows variable lengths
-        "use_cpu_initialization": not platform.IS_CUDA,
+        "use_cpu_initialization": not hardware.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
         "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
         # Megatron's fused GELU is the tanh approximation whatever activation_func says.
-        "bias_activation_fusion": platform.IS_CUDA and fields["activation_func"] is F.silu,
-        "bias_dropout_fusion": platform.IS_CUDA,
+        "bias_activation_fusion": hardware.IS_CUDA and fields["activation_func"] is F.silu,
+        "bias_dropout_fusion": hardware.IS_CUDA,
         "masked_softmax_fusion": False,
         "persist_layer_norm": False,
         "attention_backend": AttnBackend.auto,
@@ -177,7 +177,7 @@ def build_chunks(
     name = choose_spec(config.params_dtype, config.fp8, asked=spec)
     _check_rope(name, config.apply_rope_fusion)
     if config.params_dtype == torch.float32:
-        platform.keep_float32()
+        hardware.keep_float32()
     chunks = []
     rows = padded_vocab_size(architecture.vocab_size, topology.tp_size)
     virtual = config.virtual_pipeline_model_parallel_size
@@ -201,7 +201,7 @@ def build_chunks(
             vp_stage=stage,
         )
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
-        chunk = chunk.to(platform.device())
+        chunk = chunk.to(hardware.device())
         if chunk.post_process and rows > architecture.vocab_size:
             tied = chunk.share_embeddings_and_output_weights
             weight: Any = (
@@ -226,7 +226,7 @@ def _set_rotary(
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=topology.groups.cp,
         )
-    chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(platform.device(), torch.float32)
+    chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(hardware.device(), torch.float32)
 
 
 def build_ddp_config(overrides: dict[str, Any] | None = None) -> DistributedDataParallelConfig:

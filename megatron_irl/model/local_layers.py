@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core.models.common.embeddings import RotaryEmbedding  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip

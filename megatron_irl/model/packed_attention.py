@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip

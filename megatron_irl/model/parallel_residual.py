@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core.transformer.transformer_layer import TransformerLayer  # isort: skip
 from megatron.core.utils import make_viewless_tensor  # isort: skip

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.errors import UserError
 
 FP8_RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -33,7 +33,7 @@ def precision_fields(
         raise UserError(
             f"model.fp8_recipe={recipe} is not one of {', '.join(FP8_RECIPES)}. Set one of these."
         )
-    if check_hardware and not platform.IS_CUDA:
+    if check_hardware and not hardware.IS_CUDA:
         raise UserError(
             "precision=fp8 conflicts with running on CPU; FP8 matrix products need an NVIDIA GPU "
             "of compute capability 8.9 or newer (Blackwell for mxfp8) and Transformer Engine. "

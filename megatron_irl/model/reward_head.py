@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.convert.families import REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.parallel.logprobs import rows_at
@@ -36,7 +36,7 @@ class RewardHead(nn.Module):
     def __init__(self, hidden_size: int, *, trunk_scale: float, pipeline_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(
-            torch.zeros(1, hidden_size, dtype=torch.float32, device=platform.device())
+            torch.zeros(1, hidden_size, dtype=torch.float32, device=hardware.device())
         )
         self.trunk_scale = trunk_scale
         self.must_send_gradient = pipeline_size > 1

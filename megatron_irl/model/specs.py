@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.errors import UserError
 from megatron_irl.model.local_layers import LocalNorm
 from megatron_irl.model.packed_attention import PackedAttention
@@ -47,12 +47,12 @@ def choose_spec(
     name: Any = asked or os.environ.get(VARIABLE)
     if not name:
         name = "local"
-        if platform.IS_CUDA and params_dtype != torch.float32:
+        if hardware.IS_CUDA and params_dtype != torch.float32:
             name = "local" if _why_no_transformer_engine(warn=not fp8) else "transformer_engine"
         origin = "running without Transformer Engine"
     if name not in (names := get_args(SpecName)):
         raise UserError(f"{origin} is not one of {', '.join(names)}. Set one of these.")
-    if name == "transformer_engine" and not platform.IS_CUDA:
+    if name == "transformer_engine" and not hardware.IS_CUDA:
         raise UserError(
             f"{origin} conflicts with running on CPU; Transformer Engine needs an NVIDIA GPU. "
             f"Unset {VARIABLE}, or set it to local."

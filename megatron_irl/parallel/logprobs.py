@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core.tensor_parallel import (  # isort: skip
     copy_to_tensor_model_parallel_region,

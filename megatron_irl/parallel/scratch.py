@@ -1,6 +1,6 @@
 """Megatron's shared communication buffers, between inference and training."""
 
-from megatron_irl import platform  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core import parallel_state  # isort: skip
 

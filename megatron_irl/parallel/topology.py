@@ -7,11 +7,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig
 from megatron_irl.errors import UserError
 
-from megatron.core import parallel_state, tensor_parallel  # isort: skip  (after the platform)
+from megatron.core import parallel_state, tensor_parallel  # isort: skip  (after hardware)
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
 
 
@@ -75,14 +75,14 @@ def initialize(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     check_world_size(parallel, world_size)
     if not dist.is_initialized():
-        platform.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+        hardware.select_device(int(os.environ.get("LOCAL_RANK", "0")))
         timeout = datetime.timedelta(minutes=timeout_minutes)
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(platform.BACKEND, timeout=timeout)
+            dist.init_process_group(hardware.BACKEND, timeout=timeout)
         else:
             store = dist.HashStore()
             dist.init_process_group(
-                platform.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
+                hardware.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
     return build_topology(parallel, seed=seed, timeout_minutes=timeout_minutes)
 
@@ -115,7 +115,7 @@ def build_topology(
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=platform.IS_CUDA,  # on CPU all groups are
+        create_gloo_process_groups=hardware.IS_CUDA,  # on CPU all groups are
         distributed_timeout_minutes=timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -134,7 +134,7 @@ def build_topology(
         pp_group=groups.pp,
         dp_group=groups.dp_cp,
         host_dp_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
-        if platform.IS_CUDA else groups.dp_cp,
+        if hardware.IS_CUDA else groups.dp_cp,
         groups=groups,
     )
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
+from megatron_irl.hardware import cpu_updates
 from megatron_irl.model.reward_head import PARAMETER
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.platform import cpu_updates
 
 from megatron.core.optimizer import (  # isort: skip
     OptimizerConfig,
@@ -119,7 +119,7 @@ def build_megatron_optimizer(
         # Checkpoints are gathered over it. Megatron would set it itself if it were told to take
         # all groups from its globals instead of from the topology.
         part.data_parallel_group_gloo = topology.host_dp_group
-    if platform.BACKEND == "gloo":
+    if hardware.BACKEND == "gloo":
         cpu_updates.install()
         for part in parts:
             cpu_updates.fuse(part.optimizer)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.data.packing import lengthen
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.model.forward import HeadProcessor, forward_packed
@@ -86,7 +86,7 @@ class Stepper:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(microbatches, objective, heads, forward_only=False)
-        metrics = reduce_metrics(reports, self.topology, platform.device())
+        metrics = reduce_metrics(reports, self.topology, hardware.device())
         loss = metrics.pop("loss")
         if not _finite(loss):
             raise TrainingDiverged(f"the loss is {loss} {where}")
@@ -150,7 +150,7 @@ class Stepper:
         self, objective: Objective | None, heads: Heads, iterator: Iterator[PackedBatch],
         chunk: nn.Module,
     ) -> tuple[Any, Callable[..., Any]]:
-        batch = next(iterator).to(platform.device())
+        batch = next(iterator).to(hardware.device())
         output = forward_packed(chunk, batch, self.processor, heads)
         if objective is None:
             return output, _keep_output

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from megatron_irl.data.partial import PartialJsonl
 from megatron_irl.generation.megatron_engine import MegatronGenerator
+from megatron_irl.storage.partial import PartialJsonl
 from tests.cli import jobs
 from tests.cli.harness import read_jsonl, refused, run, write_jsonl
 from tests.cli.test_resume import Killed

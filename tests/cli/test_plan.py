@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from tests.cli.harness import refused, run
 from tests.convert.tiny import make_tiny_llama
 
 RECIPE = Path(__file__).parents[2] / "examples" / "llama_70b" / "recipe.yaml"
 
-pytestmark = pytest.mark.skipif(platform.IS_CUDA, reason="needs a machine without CUDA")
+pytestmark = pytest.mark.skipif(hardware.IS_CUDA, reason="needs a machine without CUDA")
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import megatron_irl.platform  # noqa: F401  (must precede megatron)
-from megatron_irl.checkpoint import Checkpointer
+import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
@@ -21,7 +21,7 @@ from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
-from megatron_irl.train.scoring import score_sequences, summed
+from megatron_irl.policy.scoring import score_sequences, summed
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
 

@@ -50,7 +50,7 @@ def build(hf: Path, topology, *, precision="fp32", spec=None, **overrides):
 
 
 def logprobs(chunks, topology, *, multiple_of=1) -> np.ndarray:
-    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.policy.scoring import score_sequences
     from megatron_irl.train.step import Stepper
 
     scores = score_sequences(
@@ -114,7 +114,7 @@ def test_fp32_is_not_tf32(setup):
 def test_engine_equals_trainer(setup, precision):
     from megatron_irl.generation.interface import SamplingConfig
     from megatron_irl.generation.megatron_engine import MegatronGenerator
-    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.policy.scoring import score_sequences
     from megatron_irl.train.step import Stepper
 
     hf, topology = setup
@@ -151,9 +151,9 @@ def test_generation_leaves_fp8_as_it_was(setup):
 def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp_path):
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_irl.checkpoint import Checkpointer
     from megatron_irl.data.packing import alignment
     from megatron_irl.model.build import wrap_data_parallel
+    from megatron_irl.storage.checkpoint import Checkpointer
     from megatron_irl.train.batches import microbatches_for
     from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper

@@ -16,9 +16,9 @@ FLOORS = [
     ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
      "convert.hf_config", "convert.hf_folder", "convert.rope", "convert.windows",
      "convert.config_values"),
-    ("platform", "parallel", "data"),
-    ("model", "generation", "checkpoint", "adam_state", "convert"),
-    ("train",),
+    ("hardware", "parallel", "storage.commit", "storage.partial", "data"),
+    ("model", "generation", "storage", "convert"),
+    ("train", "run", "policy", "algorithms", "evaluation", "console"),
     ("cli", "__main__"),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -29,7 +29,7 @@ LONG_FUNCTIONS = {
     f"{PACKAGE}/objectives/irft.py::irft_loss": "half of it is the docstring with the formulas",
     f"{PACKAGE}/objectives/policy_gradient.py::policy_gradient_loss": "likewise",
     f"{PACKAGE}/data/packing.py::pack": "a third of it is the docstring",
-    f"{PACKAGE}/train/session.py::open_session": "one construction after the other",
+    f"{PACKAGE}/run/session.py::open_session": "one construction after the other",
 }
 # path -> why it may name torch.cuda
 KNOWS_CUDA = {"tools/benchmark_reward_head.py": "resets the device's memory peak"}
@@ -155,8 +155,8 @@ def names_cuda(path: Path) -> bool:
 
 
 def test_only_platform_knows_the_device():
-    knowing = {relative(p) for p in PRODUCT if names_cuda(p) and not in_room(p, "platform")}
-    assert any(names_cuda(p) for p in PRODUCT if in_room(p, "platform"))
+    knowing = {relative(p) for p in PRODUCT if names_cuda(p) and not in_room(p, "hardware")}
+    assert any(names_cuda(p) for p in PRODUCT if in_room(p, "hardware"))
     assert knowing == KNOWS_CUDA.keys()
 
 

@@ -16,9 +16,9 @@ from megatron_irl.data.demonstrations import (
     load_score_records,
     write_jsonl_atomically,
 )
-from megatron_irl.data.files import replacing
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import replacing
 
 IM_START, IM_END = 256, 257
 USER, GOOD = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}

@@ -8,9 +8,9 @@ import numpy as np
 import pandas
 import pytest
 
-from megatron_irl.data import files
 from megatron_irl.data.pair_bank import PairBank, chunk_seed, usable_pairs
 from megatron_irl.errors import UserError
+from megatron_irl.storage import commit
 from megatron_irl.types import Demonstration, Pair
 
 
@@ -103,7 +103,7 @@ def test_killed_before_the_rename(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", kill)
-        patch.setattr(files, "_remove_quietly", lambda path: None)
+        patch.setattr(commit, "_remove_quietly", lambda path: None)
         for chunk in (0, 1):
             with pytest.raises(Killed):
                 bank.write_chunk(0, chunk, new)
@@ -146,7 +146,7 @@ def test_disk_full(tmp_path, monkeypatch, failing_call):
         if failing_call == "fsync":
             patch.setattr(os, "fsync", full)
         else:
-            patch.setattr(files, "open", full if failing_call == "open" else FullFile,
+            patch.setattr(commit, "open", full if failing_call == "open" else FullFile,
                           raising=False)
         for chunk in (0, 1):
             with pytest.raises(UserError, match="No space left") as raised:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import megatron_irl.platform  # noqa: F401
+import megatron_irl.hardware  # noqa: F401
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from megatron_irl.platform import paged_attention
-from megatron_irl.platform.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
+from megatron_irl.hardware import paged_attention
+from megatron_irl.hardware.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
 HEADS, KEY_HEADS, SIZE = 6, 2, 8
 

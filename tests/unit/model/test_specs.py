@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from megatron_irl import platform
+from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.errors import UserError
@@ -23,7 +23,7 @@ def machine(monkeypatch):
     """Pretend to be a machine with or without a GPU and Transformer Engine."""
 
     def pretend(cuda: bool, installed: bool, variable: str | None = None) -> None:
-        monkeypatch.setattr(platform, "IS_CUDA", cuda)
+        monkeypatch.setattr(hardware, "IS_CUDA", cuda)
         fake = types.ModuleType(TE) if installed else None
         monkeypatch.setitem(sys.modules, TE, fake)
         monkeypatch.setitem(sys.modules, f"{TE}.pytorch", fake)
@@ -102,10 +102,10 @@ def test_rope_is_fused_only_over_transformer_engine(machine, tmp_path, installed
 @pytest.mark.parametrize(("cuda", "expected"), [(True, "highest"), (False, "high")])
 def test_fp32_products_on_a_gpu_are_not_tf32(monkeypatch, cuda, expected):
     before = torch.get_float32_matmul_precision()
-    monkeypatch.setattr(platform, "IS_CUDA", cuda)
+    monkeypatch.setattr(hardware, "IS_CUDA", cuda)
     try:
         torch.set_float32_matmul_precision("high")  # as NVIDIA's image starts
-        platform.keep_float32()
+        hardware.keep_float32()
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)

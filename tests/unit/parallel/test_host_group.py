@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_irl import platform
-from megatron_irl.checkpoint import Checkpointer
+from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
 from megatron_irl.parallel.topology import build_topology, initialize, shutdown
+from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_megatron_optimizer
 from tests.convert.tiny import make_tiny_llama
 
@@ -28,7 +28,7 @@ def joined():
 
 def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, monkeypatch):
     assert joined.host_dp_group is joined.dp_group
-    monkeypatch.setattr(platform, "IS_CUDA", True)
+    monkeypatch.setattr(hardware, "IS_CUDA", True)
     topology = build_topology(ParallelConfig())
     assert topology.host_dp_group is not topology.dp_group
     assert dist.get_backend(topology.host_dp_group) == "gloo"
@@ -38,16 +38,16 @@ def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, monk
 def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(joined, monkeypatch, tmp_path):
     """Otherwise each GPU holds the whole optimizer state of its data-parallel group."""
     hf = make_tiny_llama(tmp_path / "hf", layers=1)
-    monkeypatch.setattr(platform, "IS_CUDA", True)
+    monkeypatch.setattr(hardware, "IS_CUDA", True)
     topology = build_topology(ParallelConfig())
-    monkeypatch.setattr(platform, "IS_CUDA", False)
+    monkeypatch.setattr(hardware, "IS_CUDA", False)
     arch = architecture(read_hf_config(hf))
     config = build_config(arch, ParallelConfig())
     chunks = wrap_data_parallel(build_chunks(config, arch, topology), config, topology)
     options = OptimizerConfig(
         lr=1e-3, params_dtype=torch.float32, use_distributed_optimizer=True
     )
-    monkeypatch.setattr(platform, "BACKEND", "nccl")
+    monkeypatch.setattr(hardware, "BACKEND", "nccl")
     optimizer = build_megatron_optimizer(options, chunks, topology)
     optimizer.step()  # Megatron's state begins with it
     gathered = []

@@ -1,0 +1,95 @@
+"""The one door to the hardware: importing this package makes ``megatron.core`` importable here.
+
+With CUDA present nothing is touched. Without it, the CPU retarget is installed, so this package
+must be imported before the first ``megatron.core`` import (every room above does so).
+``MEGATRON_IRL_PLATFORM=cpu`` forces the CPU on a machine with a GPU.
+"""
+
+import logging
+import os
+import warnings
+
+import torch
+
+from megatron_irl.errors import UserError
+
+IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATFORM") != "cpu"
+BACKEND: str = "nccl" if IS_CUDA else "gloo"
+
+if not IS_CUDA:
+    from megatron_irl.hardware import retarget
+
+    retarget.install()
+
+# Advice about optional GPU packages and planned changes upstream: nothing a user of this package
+# can act on; true errors still arrive as exceptions.
+for module in (
+    r"megatron\.core.*", r"torch\.utils\.cpp_extension", r"torch\.distributed\.(checkpoint|c10d).*"
+):
+    warnings.filterwarnings("ignore", module=module)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def device() -> torch.device:
+    """The device of this process: its CUDA device, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if IS_CUDA else torch.device("cpu")
+
+
+def select_device(local_rank: int) -> None:
+    """Bind this process to its accelerator; nothing to do on CPU.
+
+    Raises:
+        UserError: There is no accelerator for this rank.
+    """
+    if not IS_CUDA:
+        return
+    if local_rank >= device_count():
+        raise UserError(
+            f"LOCAL_RANK={local_rank} conflicts with the {device_count()} GPU(s) that this rank "
+            "sees; each rank of a machine needs one. Lower parallel.data_parallel_size or another "
+            "parallel size, show every rank all GPUs (CUDA_VISIBLE_DEVICES), or set "
+            "MEGATRON_IRL_PLATFORM=cpu."
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def device_count() -> int:
+    """How many ranks this machine has room for: its GPUs, or on CPU its cores."""
+    return torch.cuda.device_count() if IS_CUDA else os.cpu_count() or 1
+
+
+def keep_float32() -> None:
+    """Let fp32 products be fp32; NVIDIA's image rounds their factors to TF32 by an environment."""
+    if IS_CUDA:
+        torch.set_float32_matmul_precision("highest")
+
+
+def synchronize() -> None:
+    """Wait for queued device work, before reading a host clock."""
+    if IS_CUDA:
+        torch.cuda.synchronize()
+
+
+def release_cached_memory() -> None:
+    """Give cached device blocks back, so that the next phase can use them."""
+    if IS_CUDA:
+        torch.cuda.empty_cache()
+
+
+def get_rng_state() -> torch.Tensor | None:
+    """Random state of the device's generator; None on CPU, whose generator is torch's own."""
+    return torch.cuda.get_rng_state() if IS_CUDA else None
+
+
+def set_rng_state(state: torch.Tensor | None) -> None:
+    """Restore what ``get_rng_state`` gave; a state of the other kind of machine is left alone."""
+    if state is not None and IS_CUDA:
+        torch.cuda.set_rng_state(state)
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products run faster than fp32 ones on this device."""
+    if IS_CUDA:
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
