@@ -13,6 +13,7 @@ from megatron_irl.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
+    DataSource,
     EvaluationConfig,
     GenerationConfig,
     LoggingConfig,
@@ -23,6 +24,7 @@ from megatron_irl.config.schema import (
     Recipe,
     RewardConfig,
     ScheduleConfig,
+    SplitConfig,
     TrainConfig,
 )
 
@@ -30,6 +32,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DataSource",
     "EvaluationConfig",
     "GenerationConfig",
     "LoggingConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "Recipe",
     "RewardConfig",
     "ScheduleConfig",
+    "SplitConfig",
     "TrainConfig",
     "check_field_names",
     "check_layout",

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from megatron_irl.config.files import paths_of
 from megatron_irl.config.layout import check_layout
-from megatron_irl.config.schema import AlgorithmConfig, ParallelConfig, Recipe
+from megatron_irl.config.schema import AlgorithmConfig, DataSource, ParallelConfig, Recipe
 from megatron_irl.errors import UserError
 
 # Keys of ``algorithm`` that mean nothing without samples.
@@ -48,6 +49,7 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: For the first problem found.
     """
     _check_bounds(recipe)
+    _check_sources(recipe)
     _check_idle_keys(recipe)
     _check_algorithm(recipe.algorithm)
     if recipe.algorithm.name == "rft":
@@ -133,6 +135,29 @@ def _check_range(path: str, value: float, interval: str, inside: bool) -> None:
                         f"{interval}.")
 
 
+def _check_sources(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.split is not None:
+        _check_range("data.split.eval", data.split.eval, "(0, 1)", 0 < data.split.eval < 1)
+        if data.eval:
+            raise UserError("data.split conflicts with data.eval; either evaluates on a share of "
+                            "data.train, or on files of its own. Remove one of them.")
+    keys = {"data.train": data.train, "data.eval": data.eval,
+            "data.eval_preferences": data.eval_preferences,
+            "reward.preferences": recipe.reward.preferences}
+    for key, sources in keys.items():
+        for each in sources:
+            if not isinstance(each, DataSource):
+                continue
+            _check_range(f"{key}: weight", each.weight, "(0, inf)", each.weight > 0)
+            if each.limit is not None and each.limit < 1:
+                raise UserError(f"{key}: limit={each.limit} of {each} is below 1; it counts "
+                                "records. Set it to 1 or more, or remove the source.")
+            if key != "data.train" and each.weight != 1:
+                raise UserError(f"{key}: weight={each.weight} of {each}; only data.train has "
+                                "weights. Remove it.")
+
+
 def _check_algorithm(algorithm: AlgorithmConfig) -> None:
     if algorithm.name == "spin" and algorithm.reference == "initial":
         raise UserError("algorithm.reference=initial conflicts with algorithm.name=spin; spin's "
@@ -189,7 +214,7 @@ def _check_reward(recipe: Recipe) -> None:
         raise UserError(f"reward.preference_weight={reward.preference_weight} weighs a stream that "
                         "is not there. Set reward.preferences to files, or remove "
                         "reward.preference_weight.")
-    both = sorted(set(reward.preferences) & set(recipe.data.eval_preferences))
+    both = sorted(set(paths_of(reward.preferences)) & set(paths_of(recipe.data.eval_preferences)))
     if both:
         raise UserError(f"{both[0]} stands in reward.preferences and in data.eval_preferences; the "
                         "second is for files the run never trains on. Remove it from one of them.")

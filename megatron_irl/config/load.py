@@ -1,8 +1,5 @@
 """Read a recipe: YAML file, dotted overrides, file patterns."""
 
-import dataclasses
-import glob
-import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +14,7 @@ from megatron_irl.config.fields import (
     check_field_names,
     recipe_from_mapping,
 )
+from megatron_irl.config.files import expand_files, expand_home
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -48,15 +46,10 @@ def load_recipe(
     recipe = recipe_from_mapping(mapping)
     check_given_keys(recipe.algorithm.name, mapping)
     check_recipe(recipe)
+    recipe = expand_home(recipe)
     if not check_files:
         return recipe
-    data = dataclasses.replace(
-        recipe.data, train=_expand("data.train", recipe.data.train),
-        eval=_expand("data.eval", recipe.data.eval),
-        eval_preferences=_expand("data.eval_preferences", recipe.data.eval_preferences))
-    reward = dataclasses.replace(
-        recipe.reward, preferences=_expand("reward.preferences", recipe.reward.preferences))
-    recipe = dataclasses.replace(recipe, data=data, reward=reward)
+    recipe = expand_files(recipe)
     check_recipe(recipe)  # again: patterns may have met in one file
     return recipe
 
@@ -127,24 +120,13 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     if current is not None and not isinstance(current, Mapping):
         raise UserError(f"{section}={current!r} is not a mapping; override {override!r} needs the "
                         f"section {section}. Write it as a section in the recipe.")
-    mapping[section] = {**(current or {}), key: value}
+    mapping[section] = _with_key(current or {}, key, value)
 
 
-def _expand(path: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Expand globs; a name that exists is taken literally, whatever characters it has."""
-    files: list[str] = []
-    for pattern in patterns:
-        if os.path.isfile(pattern):
-            found = [pattern]
-        else:
-            found = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
-        if not found:
-            kind = "is a folder" if os.path.isdir(pattern) else "matches no file"
-            raise UserError(f"{path}={pattern} {kind}; the working directory is {os.getcwd()}. "
-                            f"Set {path} to JSONL or Parquet files.")
-        files += found
-    repeated = sorted({f for f in files if files.count(f) > 1})
-    if repeated:
-        raise UserError(f"{path} names {repeated[0]} twice; its records would count twice. "
-                        "List every file once.")
-    return tuple(files)
+def _with_key(mapping: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """The mapping with a key set; a key with dots goes into mappings inside it."""
+    key, dot, rest = dotted.partition(".")
+    if dot:
+        inner = mapping.get(key)
+        value = _with_key(inner if isinstance(inner, Mapping) else {}, rest, value)
+    return {**mapping, key: value}

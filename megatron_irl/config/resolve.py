@@ -16,7 +16,7 @@ from megatron_irl.config.checks import (
     RFT_ONLY_KEYS,
     RFT_ONLY_SECTIONS,
 )
-from megatron_irl.config.schema import AlgorithmConfig, Recipe
+from megatron_irl.config.schema import AlgorithmConfig, DataSource, Recipe
 from megatron_irl.errors import UserError
 
 # Sections and keys that change where, how fast or how closely watched a run is, not what it is.
@@ -25,6 +25,9 @@ _NOT_THE_EXPERIMENT = ("output_dir", "logging", "checkpoint", "evaluation", "par
                        "train.micro_batch_size", "train.logprob_chunk_size",
                        "generation.max_requests", "generation.kv_cache_gb")
 
+# Keys that came later; left out of the fingerprint while they change nothing, so that runs begun
+# without them go on.
+_DATA_DEFAULTS = {"format": "auto", "fields": {}, "split": None, "bad_records": "error"}
 
 LINEAR_BOUND = 5.0  # of rft's linear reward loss, where the recipe gives none
 
@@ -46,7 +49,7 @@ def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
         UserError: No demonstrations, or a spin recipe that sets another round length.
     """
     if num_demonstrations < 1:
-        raise UserError(f"data.train={', '.join(recipe.data.train)} has no usable demonstration; "
+        raise UserError(f"data.train={', '.join(map(str, recipe.data.train))} has no usable demonstration; "
                         "at least 1 is needed. Set data.train to a file that has some.")
     algorithm = recipe.algorithm
     steps, prompts = _round_size(recipe, num_demonstrations)
@@ -90,7 +93,14 @@ def fingerprint(recipe: Recipe) -> str:
             mapping[section].pop(key, None)
         else:
             mapping.pop(section)
-    mapping["data"]["train"] = [os.path.normpath(p) for p in recipe.data.train]
+    for key, value in _DATA_DEFAULTS.items():
+        if mapping["data"].get(key) == value:  # as before there was such a key
+            del mapping["data"][key]
+    for each in mapping["data"]["train"]:
+        if isinstance(each, dict):
+            each["path"] = list(map(os.path.normpath, each["path"]))
+    mapping["data"]["train"] = [os.path.normpath(each) if isinstance(each, str) else each
+                                for each in mapping["data"]["train"]]
     mapping["model"]["hf"] = os.path.normpath(recipe.model.hf)
     text = json.dumps(mapping, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -126,10 +136,10 @@ def _to_mapping(recipe: Recipe) -> dict[str, Any]:
     """The nested mapping of the YAML file; keys that the algorithm does not have are left out."""
     mapping = dataclasses.asdict(recipe)
     mapping["model"] = {"hf": recipe.model.hf, **recipe.model.overrides}
-    mapping["data"] |= {"train": list(recipe.data.train), "eval": list(recipe.data.eval)}
+    for key in ("train", "eval", "eval_preferences"):
+        mapping["data"][key] = _written(getattr(recipe.data, key))
     mapping["algorithm"]["beta"] = list(recipe.algorithm.beta)
-    mapping["data"]["eval_preferences"] = list(recipe.data.eval_preferences)
-    mapping["reward"]["preferences"] = list(recipe.reward.preferences)
+    mapping["reward"]["preferences"] = _written(recipe.reward.preferences)
     idle = list(NOT_RFT_KEYS)
     if recipe.algorithm.name != "rft":
         idle = [*RFT_ONLY_KEYS, *(() if recipe.algorithm.is_pairwise else PAIR_ONLY_KEYS)]
@@ -138,3 +148,14 @@ def _to_mapping(recipe: Recipe) -> dict[str, Any]:
     for key in idle:
         del mapping["algorithm"][key]
     return mapping
+
+
+def _written(sources: Sequence[str | DataSource]) -> list[Any]:
+    """Sources as the recipe has them: a path, or a mapping of the keys that are set."""
+    return [
+        each if isinstance(each, str) else
+        {"path": list(each.path)} | {
+            f.name: getattr(each, f.name) for f in dataclasses.fields(each)
+            if f.name != "path" and getattr(each, f.name) not in (f.default, {})}
+        for each in sources
+    ]

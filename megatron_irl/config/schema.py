@@ -15,6 +15,7 @@ AlgorithmName = Literal["sft", "irft", "spin", "rft"]
 LossName = Literal["sigmoid", "hinge", "linear"]
 ReferenceName = Literal["round_start", "initial"]
 Precision = Literal["fp32", "bf16", "fp8"]
+FormatName = Literal["auto", "messages", "prompt_response", "alpaca", "sharegpt", "preference"]
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,63 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One of several sources of records, with what is particular about it."""
+
+    path: tuple[str, ...]
+    """Files, folders or globs, as in ``data.train``."""
+    weight: float = 1.0
+    """How often each record is taken in a pass over the data: 2 takes it twice, 0.5 takes half of
+    the records, 1.5 every record once and half of them twice. Which half follows from a record's
+    content and ``data.split.seed``, so more records beside it change nothing."""
+    limit: int | None = None
+    """Read no more than the first so many records, over all files of the source."""
+    split: str | None = None
+    """Which split of a folder that has several (``train_sft``); none: ``train``."""
+    format: FormatName | None = None
+    """As ``data.format``, for this source."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """As ``data.fields``, for this source."""
+
+    def __str__(self) -> str:
+        return ", ".join(self.path)
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Records of ``data.train`` that are held out."""
+
+    eval: float
+    """Share of the records, in (0, 1), that is evaluated on and not trained on. A record's content
+    decides, not its place: records that are added move no other from one side to the other, and
+    equal records are on one side."""
+    seed: int = 0
+    """Another seed holds out other records."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Demonstrations and how long they may be."""
 
-    train: tuple[str, ...]
-    """One JSONL or Parquet file, or a list; globs are allowed and are expanded in sorted order."""
-    eval: tuple[str, ...] = ()
+    train: tuple[str | DataSource, ...]
+    """A file, or a list: JSON lines, a JSON array, CSV (each also .gz or .zst), Parquet, Arrow, a
+    folder of such files or one of ``datasets.save_to_disk``. Globs are expanded in sorted order. An
+    entry may be a mapping instead, {path, weight, limit, split, format, fields}, to mix several."""
+    eval: tuple[str | DataSource, ...] = ()
     """Held-out demonstrations for evaluation, in the same form."""
+    format: FormatName = "auto"
+    """Form of the records. ``auto`` tells it by the names of their fields: ``messages``; prompt and
+    response as they are, without a chat template (``prompt_response``); an instruction or question
+    and its answer as turns of a chat (``alpaca``); ``conversations`` (``sharegpt``); the chosen
+    answer of a ``preference``. Another value admits that form only."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """For files with other names: ours mapped to theirs, as in {question: Q, answer: A} or
+    {messages: dialog, role: speaker, content: utterance}."""
+    split: SplitConfig | None = None
+    """Hold out a share of ``data.train`` in place of ``data.eval``: {eval: 0.05, seed: 7}."""
+    bad_records: Literal["error", "drop"] = "error"
+    """A record that cannot be used (an empty answer, say) ends the run with its file and line, or
+    is left out, counted and named in the log."""
     max_prompt_length: int = 512
     """Longest prompt in tokens, chat header included."""
     max_response_length: int = 512
@@ -51,7 +102,7 @@ class DataConfig:
     stop nowhere; one over its limit is dropped under ``truncate_prompt`` too."""
     eval_limit: int | None = None
     """Use the first so many records of ``data.eval``; none: all of them."""
-    eval_preferences: tuple[str, ...] = ()
+    eval_preferences: tuple[str | DataSource, ...] = ()
     """Held-out preference files ({"prompt", "chosen", "rejected"} records) the run never trains
     on; each round reports how often the reward prefers ``chosen``. Not for sft."""
 
@@ -127,7 +178,7 @@ class RewardConfig:
     mix_rounds: int = 0
     """Samples of so many earlier rounds are told from demonstrations as well. With 0, a policy that
     has caught up with the demonstrations leaves the reward nothing to learn but their noise."""
-    preferences: tuple[str, ...] = ()
+    preferences: tuple[str | DataSource, ...] = ()
     """Preference files ({"prompt", "chosen", "rejected"} records) as a second stream: every reward
     step takes ``train.global_batch_size`` of its pairs too."""
     preference_weight: float = 1.0

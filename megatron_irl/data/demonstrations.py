@@ -1,28 +1,18 @@
 """Demonstrations, prompts and responses to score: records in, token ids and counts out."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from megatron_irl.data.records import (
-    Messages,
-    RecordError,
-    awaiting_assistant,
-    checked_messages,
-    checked_prompt,
-    checked_text,
-    checked_texts,
-    collect,
-    collect_in_batches,
-)
+from megatron_irl.data.conversation import Conversation, Messages
+from megatron_irl.data.formats import prompt_of
+from megatron_irl.data.records import RecordError, collect_in_batches
+from megatron_irl.data.sources import Paths, Reading
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
-from megatron_irl.storage.commit import write_jsonl_atomically as write_jsonl_atomically
 from megatron_irl.types import Demonstration
 
 Overlong = Literal["drop", "error", "truncate_prompt"]
@@ -64,37 +54,17 @@ class LoadReport:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class PromptRecord:
-    """A prompt to generate from; ``record`` is the input object, for the output line."""
-
-    prompt: str | Messages
-    record: dict[str, Any]
-    source: str
-
-
-@dataclass(frozen=True)
-class ScoreRecord:
-    """A prompt and responses to score; ``record`` is the input object, for the output line."""
-
-    prompt: str | Messages
-    responses: list[str]
-    record: dict[str, Any]
-    source: str
-
-
 class _Texts(NamedTuple):
     """A record on its way to a demonstration: what it says, and its prompt as it is encoded."""
 
-    record: dict[str, Any]
-    source: str
+    conversation: Conversation
     prompt: str | Messages
     rendered: str
     response: str
 
 
 def load_demonstrations(
-    paths: str | Path | Iterable[str | Path],
+    paths: Paths | Reading,
     tokenizer: Tokenizer,
     *,
     max_prompt_length: int,
@@ -102,13 +72,13 @@ def load_demonstrations(
     overlong: Overlong = "drop",
     limit: int | None = None,
 ) -> tuple[list[Demonstration], LoadReport]:
-    """Read demonstrations from JSONL (``.jsonl``, ``.jsonl.gz``) or Parquet files, in order.
+    """Read demonstrations from files, in order.
 
-    A record holds ``messages``, the last of them the assistant's, or else ``prompt`` (a string or
-    messages) and ``response``; ``answer`` is optional. Other fields are ignored.
+    A record is a conversation whose last turn is the assistant's, in any form that ``formats``
+    knows; fields that the form has no use for are ignored.
 
     Args:
-        paths: One file or several.
+        paths: One file or several, or how they are to be read.
         tokenizer: The model's.
         max_prompt_length: Tokens of the rendered prompt.
         max_response_length: Tokens of the response, EOS included.
@@ -123,9 +93,10 @@ def load_demonstrations(
     """
     counts: Counter[str] = Counter()
 
-    def prepare(record: dict[str, Any], source: str) -> _Texts:
-        prompt, response = conversation(record)
-        return _Texts(record, source, prompt, tokenizer.prompt_text(prompt), response)
+    def prepare(conversation: Conversation) -> _Texts:
+        prompt = prompt_of(conversation)
+        return _Texts(conversation, prompt, tokenizer.prompt_text(prompt),
+                      conversation.messages[-1]["content"])
 
     def build(texts: _Texts, ids: tuple[list[int], list[int]]) -> Demonstration | None:
         prompt_ids = tokenizer.prompt_ids(texts.prompt, ids[0])
@@ -143,12 +114,12 @@ def load_demonstrations(
         counts.update(kept=1, prompt_tokens=len(prompt_ids), response_tokens=len(response_ids))
         return Demonstration(
             counts["kept"] - 1, np.array(prompt_ids, np.int32), np.array(response_ids, np.int32),
-            texts.prompt, texts.response, _answer(texts.record), texts.source)
+            texts.prompt, texts.response, texts.conversation.answer, texts.conversation.source)
 
     demonstrations = collect_in_batches(paths, prepare, partial(_encode, tokenizer), build, limit)
     report = LoadReport(**{name: counts[name] for name in LoadReport.__dataclass_fields__})
     if not demonstrations:
-        raise UserError(f"no demonstration is left in {_names(paths)}: {report.summary()}. "
+        raise UserError(f"no demonstration is left in {Reading.of(paths)}: {report.summary()}. "
                         f"Raise data.max_prompt_length={max_prompt_length} or "
                         f"data.max_response_length={max_response_length}.")
     return demonstrations, report
@@ -158,49 +129,6 @@ def _encode(tokenizer: Tokenizer, batch: list[_Texts]) -> list[tuple[list[int], 
     """The ids of each prompt and response."""
     ids = tokenizer.encode_batch([t for texts in batch for t in (texts.rendered, texts.response)])
     return list(zip(ids[0::2], ids[1::2], strict=True))
-
-
-def load_prompts(path: str | Path) -> list[PromptRecord]:
-    """Read ``{"prompt": string or messages}`` records.
-
-    Raises:
-        UserError: Malformed records, named by file and line; a missing or empty file.
-    """
-    return collect(path, lambda record, source: PromptRecord(
-        checked_prompt(record), record, source))
-
-
-def load_score_records(path: str | Path) -> list[ScoreRecord]:
-    """Read ``{"prompt": string or messages, "responses": [string, ...]}`` records.
-
-    Raises:
-        UserError: Malformed records, named by file and line; a missing or empty file.
-    """
-    return collect(path, lambda record, source: ScoreRecord(
-        checked_prompt(record), checked_texts(record, "responses"), record, source))
-
-
-def conversation(record: dict[str, Any]) -> tuple[str | Messages, str]:
-    """Return the prompt and the response of a demonstration record, or raise RecordError."""
-    if record.get("messages") is None:
-        if record.get("prompt") is None and record.get("response") is None:
-            raise RecordError('neither "messages" nor "prompt" and "response"')
-        return checked_prompt(record), checked_text(record, "response")
-    messages = checked_messages(record["messages"], "messages")
-    if not messages:
-        raise RecordError('"messages" is empty')
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(f'the last message is from {messages[-1]["role"]!r}; it must be the '
-                          "assistant's")
-    prompt = awaiting_assistant(messages[:-1])
-    return prompt, checked_text(messages[-1], "content")
-
-
-def _answer(record: dict[str, Any]) -> str | None:
-    answer = record.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        raise RecordError('"answer" must be a string or a number')
-    return None if answer is None else str(answer)
 
 
 def overlong_count(prompt: int, response: int, max_prompt: int, max_response: int,
@@ -221,7 +149,3 @@ def overlong_count(prompt: int, response: int, max_prompt: int, max_response: in
                           + "; data.overlong=error refuses it. Raise the limit or set "
                           "data.overlong to drop or truncate_prompt.")
     return too_long[0][1] if too_long else None
-
-
-def _names(paths: str | Path | Iterable[str | Path]) -> str:
-    return str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths))

@@ -1,23 +1,16 @@
 """Preference pairs: records of a prompt with a chosen and a rejected answer → token ids."""
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.demonstrations import Overlong, overlong_count
-from megatron_irl.data.records import (
-    Messages,
-    RecordError,
-    awaiting_assistant,
-    checked_messages,
-    checked_prompt,
-    checked_text,
-    collect,
-)
+from megatron_irl.data.formats import prompt_of
+from megatron_irl.data.records import RecordError, collect
+from megatron_irl.data.sources import Paths, Reading
 from megatron_irl.data.tokenizer import Tokenizer
 
 
@@ -63,14 +56,14 @@ class Preferences(list[Preference]):
 
 
 def load_preferences(
-    paths: str | Path | Iterable[str | Path],
+    paths: Paths | Reading,
     tokenizer: Tokenizer,
     *,
     max_prompt_length: int,
     max_response_length: int,
     overlong: Overlong = "drop",
 ) -> Preferences:
-    """Read ``{"prompt", "chosen", "rejected"}`` records from JSONL or Parquet files, in order.
+    """Read ``{"prompt", "chosen", "rejected"}`` records from files, in order.
 
     ``prompt`` is a string or messages; ``chosen`` and ``rejected`` are strings, or messages of
     which the last is the assistant's. Messages may repeat the conversation before the answer, as
@@ -94,8 +87,12 @@ def load_preferences(
     """
     counts: Counter[str] = Counter()
 
-    def build(record: dict[str, Any], source: str) -> Preference | None:
-        prompt, *texts = _sides(record)
+    def build(conversations: list[Conversation], record: dict[str, Any]) -> Preference | None:
+        del record
+        (conversation,) = conversations
+        assert conversation.rejected is not None
+        prompt = prompt_of(conversation)
+        texts = [side[-1]["content"] for side in (conversation.messages, conversation.rejected)]
         if not isinstance(prompt, str):
             tokenizer.require_chat_template()
         prompt_ids = tokenizer.render_prompt(prompt)
@@ -114,47 +111,12 @@ def load_preferences(
             counts["truncated_prompts"] += 1
             prompt_ids = prompt_ids[-max_prompt_length:]
         ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
-        return Preference(ids[0], ids[1], ids[2], source)
+        return Preference(ids[0], ids[1], ids[2], conversation.source)
 
-    preferences = Preferences(collect(paths, build))
+    preferences = Preferences(collect(paths, build, "preference"))
     for name, count in counts.items():
         setattr(preferences, name, count)
     return preferences
-
-
-def _sides(record: dict[str, Any]) -> tuple[str | Messages, str, str]:
-    """The prompt and the two answers; the conversations before both must be one."""
-    missing = [f'"{key}"' for key in ("chosen", "rejected") if record.get(key) is None]
-    if missing:
-        raise RecordError(f"no {' and no '.join(missing)}")
-    (before, chosen), (other, rejected) = (_side(record, key) for key in ("chosen", "rejected"))
-    if before and other and before != other:
-        raise RecordError('the messages before the answer differ between "chosen" and "rejected"')
-    before = before or other
-    if not before:
-        return checked_prompt(record), chosen, rejected
-    before = awaiting_assistant(before)
-    if record.get("prompt") is not None:
-        prompt = checked_prompt(record)
-        if prompt not in (before, before[-1]["content"]):
-            raise RecordError('"prompt" differs from the messages before the answer')
-    return before, chosen, rejected
-
-
-def _side(record: dict[str, Any], key: str) -> tuple[Messages, str]:
-    """The conversation before the answer (empty where the record does not repeat it), and it."""
-    if not isinstance(record[key], list):
-        return [], checked_text(record, key)
-    messages = checked_messages(record[key], key)
-    if not messages:
-        raise RecordError(f'"{key}" is empty')
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(f'the last message of "{key}" is from {messages[-1]["role"]!r}; it must '
-                          "be the assistant's")
-    try:
-        return messages[:-1], checked_text(messages[-1], "content")
-    except RecordError as error:
-        raise RecordError(f'the last message of "{key}": {error}') from None
 
 
 def _answer_ids(tokenizer: Tokenizer, key: str, text: str) -> list[int]:

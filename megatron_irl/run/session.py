@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl import hardware
-from megatron_irl.config import Recipe, resolve
+from megatron_irl.config import DataSource, Recipe, resolve
 from megatron_irl.console import Progress
 from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
@@ -19,6 +19,7 @@ from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.packing import alignment
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.preferences import Preference, load_preferences
+from megatron_irl.data.sources import Reading, evaluation_reading, training_reading
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
@@ -159,12 +160,16 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
         "max_response_length": recipe.data.max_response_length,
         "overlong": recipe.data.overlong,
     }
-    demonstrations, report = load_demonstrations(recipe.data.train, tokenizer, **limits)
-    notes = [*certificate_notes(hf_dir), f"data.train: {report.summary()}"]
+    notes = certificate_notes(hf_dir)
+    demonstrations, report = load_demonstrations(
+        training_reading(recipe.data, notes), tokenizer, **limits
+    )
+    notes.append(f"data.train: {report.summary()}")
     heldout: list[Demonstration] = []
-    if recipe.data.eval:
+    held_out = evaluation_reading(recipe.data, notes)
+    if held_out is not None:
         heldout, eval_report = load_demonstrations(
-            recipe.data.eval, tokenizer, limit=recipe.data.eval_limit, **limits
+            held_out, tokenizer, limit=recipe.data.eval_limit, **limits
         )
         notes.append(f"data.eval: {eval_report.summary()}")
     preferences = _read_preferences("reward.preferences", recipe.reward.preferences, recipe,
@@ -199,16 +204,18 @@ def check_lengths(recipe: Recipe, arch: Architecture, config: Any) -> None:
 
 
 def _read_preferences(
-    key: str, paths: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, notes: list[str]
+    key: str, paths: Sequence[str | DataSource], recipe: Recipe, tokenizer: Tokenizer,
+    notes: list[str],
 ) -> list[Preference]:
     if not paths:
         return []
+    reading = Reading(tuple(paths), bad_records=recipe.data.bad_records, notes=notes)
     preferences = load_preferences(
-        paths, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
+        reading, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
         max_response_length=recipe.data.max_response_length, overlong=recipe.data.overlong,
     )
     if not preferences:
-        raise UserError(f"{key}={', '.join(paths)} has no usable preference. Set {key} to files "
+        raise UserError(f"{key}={reading} has no usable preference. Set {key} to files "
                         "that have some, or raise data.max_prompt_length and "
                         "data.max_response_length.")
     notes.append(f"{key}: {preferences.summary()}")
