@@ -122,7 +122,12 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     config = build_config(arch, parallel, precision=precision, overrides=overrides)
     validate_hf_folder(source.hf_dir, arch)
     template = options.chat_template or source.chat_template
-    tokenizer = load_tokenizer(source.tokenizer_dir, template)
+    recipe = source.recipe
+    tokenizer = load_tokenizer(
+        source.tokenizer_dir, template, model=source.hf_dir,
+        arguments=recipe.data.chat_template_args if recipe else None,
+        date=RunFolder(options.model).date if recipe else None,
+    )
     check_vocabulary(tokenizer, arch)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)

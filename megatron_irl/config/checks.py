@@ -52,6 +52,10 @@ def check_recipe(recipe: Recipe) -> None:
     _check_sources(recipe)
     _check_idle_keys(recipe)
     _check_algorithm(recipe.algorithm)
+    if recipe.data.turns == "all" and recipe.algorithm.name != "sft":
+        raise UserError(f"data.turns=all conflicts with algorithm.name={recipe.algorithm.name}; "
+                        "samples answer one turn, so each must be a record of its own. Set "
+                        "data.turns to each or last, or algorithm.name to sft.")
     if recipe.algorithm.name == "rft":
         _check_reward(recipe)
     for section, names in (("model", recipe.model.overrides), ("optimizer", recipe.optimizer)):

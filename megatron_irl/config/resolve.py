@@ -27,7 +27,8 @@ _NOT_THE_EXPERIMENT = ("output_dir", "logging", "checkpoint", "evaluation", "par
 
 # Keys that came later; left out of the fingerprint while they change nothing, so that runs begun
 # without them go on.
-_DATA_DEFAULTS = {"format": "auto", "fields": {}, "split": None, "bad_records": "error"}
+_DATA_DEFAULTS = {"format": "auto", "fields": {}, "split": None, "bad_records": "error",
+                  "chat_template_args": {}, "turns": "last"}
 
 LINEAR_BOUND = 5.0  # of rft's linear reward loss, where the recipe gives none
 

@@ -1,35 +1,14 @@
-"""Reference answers: what counts as none, and when a response is the same answer."""
+"""When a response is the reference answer."""
 
-import math
 from decimal import Decimal, InvalidOperation
-from typing import Any
-
-from megatron_irl.data.records import RecordError
-
-
-def answer_text(value: Any) -> str | None:
-    """Return a record's answer as text; None where there is none.
-
-    A whole number is written without a fraction: tables turn integers into floats as soon as one
-    of them is missing, and 1.0 is then the 1 that the file meant. NaN stands for a missing one.
-
-    Raises:
-        RecordError: It is neither text nor a number.
-    """
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError('"answer" must be a string or a number')
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        if value.is_integer():
-            return str(int(value))
-    return str(value)
 
 
 def same_answer(response: str, answer: str) -> bool:
-    """Whether a response is the answer: the same text, white space around it apart, or number."""
+    """Whether a response is the answer: the same text, white space around it apart, or number.
+
+    1, 1.0 and 1.00 are one number; tables turn integers into floats as soon as one of them is
+    missing, and whether the answer or the response was written as one says nothing.
+    """
     response, answer = response.strip(), answer.strip()
     if response == answer:
         return True

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import (
 )
 
 from megatron_irl.data.conversation import Messages
-from megatron_irl.data.records import RecordError
+from megatron_irl.data.readers import RecordError
 
 REASONING_FIELDS: tuple[str, ...] = _REASONING_FIELDS
 """Names under which messages carry what was thought before the answer."""

@@ -10,6 +10,7 @@ import transformers
 from megatron_irl.data.sentencepiece_codec import SentencePieceCodec
 from megatron_irl.errors import UserError
 
+CONTEXT = 16  # ids that are decoded before others, to keep the space in between
 CHECKED = 64  # texts whose split by offsets is compared with an encoding of the prefix
 
 
@@ -71,6 +72,18 @@ def load_codec(path: Path) -> tuple[Codec, str | None]:
     if path.is_file() or _only_sentencepiece(path):
         return _load_sentencepiece(path)
     return _load_hf(path)
+
+
+def text_after(codec: Codec, before: list[int], ids: list[int]) -> str:
+    """Return the text of ``ids`` as it stands behind ``before``, special tokens left out.
+
+    Decoded by themselves, the ids of a SentencePiece kind of tokenizer would lose their first space.
+    """
+    context = before[-CONTEXT:]
+    if not codec.decode(context):  # only special tokens, which show no space
+        context = before
+    head, text = codec.decode(context), codec.decode(context + ids)
+    return text[len(head) :] if text.startswith(head) else codec.decode(ids)
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

@@ -12,12 +12,8 @@ from dataclasses import dataclass, field
 
 from megatron_irl.data.codec import Split
 from megatron_irl.data.conversation import Conversation
-from megatron_irl.data.records import RecordError
-from megatron_irl.data.structured_fields import (
-    check_structure,
-    rendered,
-    with_parsed_arguments,
-)
+from megatron_irl.data.readers import RecordError
+from megatron_irl.data.structured_fields import check_structure, rendered
 from megatron_irl.data.tokenizer import Tokenizer
 
 # What a record shows that the user should hear of once, with how many records it concerns.
@@ -124,7 +120,6 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     if conversation.plain:
         return _with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
     template = tokenizer.require_chat_template()
-    conversation = with_parsed_arguments(template, conversation)
     check_structure(template, conversation)
     text = rendered(template, conversation, conversation.messages, True)
     header = tokenizer.shape.header
@@ -146,7 +141,6 @@ def render_conversation(tokenizer: Tokenizer, conversation: Conversation) -> Tex
         prompt, response = (m["content"] for m in conversation.messages)
         return Text(prompt + response, len(prompt), conversation)
     template = tokenizer.require_chat_template()
-    conversation = with_parsed_arguments(template, conversation)
     check_structure(template, conversation)
     messages = conversation.messages
     prompt = rendered(template, conversation, messages[:-1], True)

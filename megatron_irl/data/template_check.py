@@ -5,8 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_irl.data.chat_template import ChatTemplate
-from megatron_irl.data.codec import Codec
-from megatron_irl.data.records import RecordError
+from megatron_irl.data.codec import Codec, text_after
+from megatron_irl.data.readers import RecordError
 from megatron_irl.errors import UserError
 
 # Answers begin with a word or a number; what stands at a prompt's end must not depend on which.
@@ -21,7 +21,8 @@ class TurnShape:
     Attributes:
         end_id: The token that it puts after the answer; None if it puts none.
         tail_ids: What it writes after that token at the end of a conversation.
-        tail_space: White space at the conversation's end where there is no ``end_id``.
+        tail_space: White space at the conversation's end where there is no ``end_id``; not learnt.
+        shown_lead, shown_tail: What is decoded before and after every answer, and is none of it.
         lead: Text between the generation prompt and the answer ("" as a rule): the template writes
             it, so the model learns to.
         header: End of the generation prompt that a finished conversation does not have. It is left
@@ -34,6 +35,8 @@ class TurnShape:
     end_id: int | None = None
     tail_ids: tuple[int, ...] = ()
     tail_space: str = ""
+    shown_lead: str = ""
+    shown_tail: str = ""
     lead: str = ""
     header: str = ""
     unstable: int = 0
@@ -63,10 +66,11 @@ def learn_shape(template: ChatTemplate, codec: Codec, stop_ids: Collection[int])
         (whole, [position, start + len(probe)])
         for whole, start, probe in zip(wholes, starts, PROBES, strict=True)
     ])
-    after = splits[0].ids[splits[0].counts[1] :]
+    ids, (begin, until) = splits[0].ids, splits[0].counts
+    after = ids[until:]
     end = _end_of_turn(after, stop_ids, codec)
     lead = wholes[0][position : starts[0]] if position <= starts[0] else ""
-    before = splits[0].ids[splits[0].counts[0] : splits[0].counts[1]]
+    before = ids[begin:until]
     if end is not None and end in before:
         raise UserError(
             f"the chat template begins an answer with {codec.decode_all([end])!r}, the token that "
@@ -74,8 +78,12 @@ def learn_shape(template: ChatTemplate, codec: Codec, stop_ids: Collection[int])
             "data.chat_template to one that has."
         )
     tail = wholes[0][starts[0] + len(PROBES[0]) :]
+    inside = after[: after.index(end)] if end is not None else after
+    shown_tail = text_after(codec, ids[:until], inside)
     shape = TurnShape(
         end_id=end, tail_ids=tuple(after[after.index(end) + 1 :]) if end is not None else (),
+        shown_lead=text_after(codec, ids[:begin], before)[: -len(PROBES[0])],
+        shown_tail=shown_tail if end is not None else shown_tail.rstrip(),
         tail_space=tail[len(tail.rstrip()) :] if end is None else "", lead=lead, header=header,
         unstable=max(split.missing[0] for split in splits),
     )

@@ -1,19 +1,16 @@
 """One tokenizer for generation and training: codec, chat template, and where answers end."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_irl.data.chat_template import ChatTemplate
-from megatron_irl.data.codec import Codec, load_codec, read_text
-from megatron_irl.data.conversation import Messages
+from megatron_irl.data.codec import Codec, load_codec, read_text, text_after
 from megatron_irl.data.template_check import TurnShape, learn_shape
 from megatron_irl.errors import UserError
-
-CONTEXT = 16  # prompt ids that are decoded before a response's, to keep its first space
 
 
 @dataclass(frozen=True)
@@ -75,38 +72,21 @@ class Tokenizer:
         """Return the text of ``ids`` (any sequence of ints), special tokens left out."""
         return self.codec.decode([int(i) for i in ids])
 
-    def response_text(self, prompt_ids: Sequence[int] | Any, ids: Any, *, plain: bool) -> str:
+    def response_text(self, prompt_ids: Any, ids: Any, *, plain: bool) -> str:
         """Return the text of a response, such that rendering it again gives the same ids.
 
-        Decoded by itself, a response of a SentencePiece model would lose its first space; what the
-        template writes before every answer is no part of it.
+        Its first space is kept, which decoding it by itself would lose; what the template writes
+        around every answer is no part of it.
 
         Args:
-            prompt_ids: What the response follows.
-            ids: The response's.
+            prompt_ids: What the response follows, and
+            ids: the response's: sequences of ints.
             plain: The prompt did not go through the chat template.
         """
-        before, ids = [int(i) for i in prompt_ids], [int(i) for i in ids]
-        context = before[-CONTEXT:]
-        if not self.codec.decode(context):  # only special tokens, which show no space
-            context = before
-        head, text = self.codec.decode(context), self.codec.decode(context + ids)
-        text = text[len(head) :] if text.startswith(head) else self.codec.decode(ids)
-        lead = "" if plain else self._decoded_lead()
-        if lead and text.startswith(lead):
-            return text[len(lead) :]
-        return text
-
-    def _decoded_lead(self) -> str:
-        """The template's lead without its special tokens, as ``decode`` shows it."""
-        lead = self.shape.lead
-        if not lead.strip():
-            return lead
-        # Spelt out, special tokens are part of the lead; decoding leaves them out of a response.
-        for i in self.encode(lead):
-            if i in self.codec.special_ids:
-                lead = lead.replace(self.codec.decode_all([i]), "", 1)
-        return lead
+        text = text_after(self.codec, [int(i) for i in prompt_ids], [int(i) for i in ids])
+        if plain:
+            return text
+        return text.removeprefix(self.shape.shown_lead).removesuffix(self.shape.shown_tail)
 
     def require_chat_template(self) -> ChatTemplate:
         """Return the chat template; UserError if there is none."""

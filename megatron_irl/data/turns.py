@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Literal
 
 from megatron_irl.data.conversation import Conversation
-from megatron_irl.data.records import RecordError
+from megatron_irl.data.readers import RecordError
 from megatron_irl.data.rendering import Encoded, encode_conversations
-from megatron_irl.data.structured_fields import check_structure, with_parsed_arguments
+from megatron_irl.data.structured_fields import check_structure
 from megatron_irl.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "each", "all"]
@@ -44,7 +44,7 @@ def encode_turns(
 ) -> list[list[tuple[Conversation, Encoded]] | RecordError]:
     """Return what is learnt of each conversation as ids, all of them encoded together.
 
-    Under ``all`` a conversation is one sequence with a span for every assistant turn. The template's
+    Under ``all`` a conversation is one sequence with a span for every turn. The template's
     generation markers say where they are, if it has any; they are then exactly those of
     transformers' ``return_assistant_tokens_mask``. Otherwise each turn is rendered as the end of
     its own conversation, and the ids of that must be the beginning of the whole's: a template that
@@ -92,7 +92,6 @@ def _marked(
         return encoded if isinstance(encoded, RecordError) else [(conversation, encoded)]
     try:
         template = tokenizer.require_chat_template()
-        conversation = with_parsed_arguments(template, conversation)
         check_structure(template, conversation)
         text, marked = template.render(
             conversation.messages, tools=conversation.tools,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_irl.data.answers import same_answer
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.objectives.irft import implicit_rewards
@@ -192,8 +193,13 @@ def _example(session: Session, demonstration: Demonstration, ids: np.ndarray) ->
     prompt = demonstration.prompt
     if not isinstance(prompt, str):
         prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    response = session.tokenizer.decode(ids)
+    response = _response_text(session, demonstration, ids)
     return {"prompt": prompt, "demonstration": demonstration.response, "response": response}
+
+
+def _response_text(session: Session, demonstration: Demonstration, ids: np.ndarray) -> str:
+    return session.tokenizer.response_text(
+        demonstration.prompt_ids, ids, plain=isinstance(demonstration.prompt, str))
 
 
 def _greedy_ids(session: Session, demonstrations: Sequence[Demonstration]) -> list[np.ndarray]:
@@ -212,10 +218,9 @@ def _greedy_ids(session: Session, demonstrations: Sequence[Demonstration]) -> li
 def _exact_match(
     session: Session, demonstrations: Sequence[Demonstration], ids: Sequence[np.ndarray], name: str
 ) -> dict[str, Any]:
-    """Share of records with an ``answer`` whose decoded response equals it, white space apart."""
+    """Share of records with an ``answer`` whose decoded response is that text or number."""
     asked = [(d, i) for d, i in zip(demonstrations, ids, strict=True) if d.answer is not None]
     if not asked:
         return {}
-    decode = session.tokenizer.decode
-    right = sum(decode(i).strip() == str(d.answer).strip() for d, i in asked)
+    right = sum(same_answer(_response_text(session, d, i), str(d.answer)) for d, i in asked)
     return {name: right / len(asked), f"{name}_count": right, "num_answers": len(asked)}

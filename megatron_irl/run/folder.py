@@ -21,7 +21,7 @@ PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transform
 class RunFolder:
     """Paths and identity of one run; only the main rank writes.
 
-    ``run.json`` holds the recipe's fingerprint and whether the run is finished.
+    ``run.json`` holds the recipe's fingerprint, what the run began with, and whether it ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,13 +52,35 @@ class RunFolder:
                     "output_dir to a new or empty folder."
                 )
 
-    def check(self, recipe: Recipe, data: str) -> None:
+    @property
+    def date(self) -> datetime | None:
+        """The date that chat templates print in this run; None before it has begun."""
+        written = self._start().get("date")
+        return None if written is None else datetime.fromisoformat(written)
+
+    def check_weights(self, hf_dir: Path, digest: str) -> None:
+        """Raise UserError if the run began with other weights than those now in a folder.
+
+        Args:
+            hf_dir: For the message.
+            digest: Of what is there now, see ``provenance.weights_digest``.
+        """
+        known = self._start().get("model.hf", digest)
+        if known != digest:
+            raise UserError(
+                f"{hf_dir} is not what {self.path} began with: the digest of its weights and "
+                f"config.json was {known} and is {digest}. Put the files back, or give a folder "
+                "that has them."
+            )
+
+    def check(self, recipe: Recipe, data: str, start: dict[str, str]) -> None:
         """Raise UserError if the folder belongs to another recipe or to other data.
 
         Args:
             recipe: Resolved.
             data: Digest of what is trained on. Order and ordinals of records are a run's
                 coordinates: after a change they would mean other records.
+            start: What the run would begin with now, see ``provenance.describe_start``.
         """
         self.check_place()
         known = self._read()
@@ -70,7 +92,13 @@ class RunFolder:
                 f"{self.path / 'recipe.yaml'}. Set output_dir to a new folder, or start with that "
                 "recipe to resume it."
             )
-
+        for name, began in self._start().items():
+            if start.get(name, began) != began:
+                raise UserError(
+                    f"output_dir={self.path} was begun with another {name}: its digest was {began} "
+                    f"and is {start[name]}. Put the files back to resume, or set output_dir to a "
+                    "new folder."
+                )
         if known.get("data", data) != data:
             raise UserError(
                 f"output_dir={self.path} was begun with other records of data.train or "
@@ -78,20 +106,27 @@ class RunFolder:
                 f"is {data}. Restore the files to resume, or set output_dir to a new folder."
             )
 
-    def claim(self, recipe: Recipe, data: str, argv: list[str]) -> None:
+    def claim(
+        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str]
+    ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
         In this order, so that a folder with anything in it is known as a run's.
         """
         environment = {"environment": describe_environment(argv)}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
-        self._write({"fingerprint": fingerprint(recipe), "data": data, "finished": False})
+        self._write({"fingerprint": fingerprint(recipe), "data": data, "start": start,
+                     "finished": False})
         with replacing(self.path / "recipe.yaml") as file:
             file.write(text.encode())
 
     def finish(self) -> None:
         """Mark the run finished; nothing is done on it again."""
         self._write(self._read() | {"finished": True})
+
+    def _start(self) -> dict[str, str]:
+        """What the run began with; empty before it has, and for runs of earlier versions."""
+        return dict(self._read().get("start") or {})
 
     def _read(self) -> dict[str, Any]:
         if not self._identity.exists():

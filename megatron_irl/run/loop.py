@@ -178,6 +178,7 @@ def finish(session: Session) -> None:
         "source_dir": session.hf_dir, "topology": session.topology,
         "tokenizer_path": Path(data.tokenizer) if data.tokenizer else None,
         "chat_template": session.tokenizer.chat_template if data.chat_template else None,
+        "stop_ids": session.tokenizer.stop_ids,
     }
     session.progress.note(f"writing {folder.hf}")
     export_hf(session.chunks, session.architecture, session.hf_config, folder.hf, **companions)

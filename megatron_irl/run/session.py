@@ -13,7 +13,7 @@ from megatron_irl.console import Progress
 from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
-from megatron_irl.data.demonstrations import load_demonstrations
+from megatron_irl.data.demonstrations import LoadReport, load_demonstrations
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.packing import alignment
@@ -36,6 +36,7 @@ from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.scoring import score_sequences
 from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.provenance import describe_start, today
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
@@ -129,7 +130,9 @@ class Inputs:
     architecture: Architecture
     hf_config: dict[str, Any]
     data_digest: str
+    start: dict[str, str]
     notes: list[str]
+    report: LoadReport
 
 
 def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
@@ -153,23 +156,29 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     build_ddp_config(recipe.ddp)
     check_lengths(recipe, arch, config)
     validate_hf_folder(hf_dir, arch)
-    tokenizer = load_tokenizer(recipe.data.tokenizer or hf_dir, recipe.data.chat_template)
+    date = folder.date or today()
+    tokenizer = load_tokenizer(
+        recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
+        arguments=recipe.data.chat_template_args, date=date, model=hf_dir,
+    )
     check_vocabulary(tokenizer, arch)
+    start = describe_start(hf_dir, tokenizer, date)
     limits = {
         "max_prompt_length": recipe.data.max_prompt_length,
         "max_response_length": recipe.data.max_response_length,
         "overlong": recipe.data.overlong,
     }
-    notes = certificate_notes(hf_dir)
+    notes = [*certificate_notes(hf_dir), *tokenizer.notes]
     demonstrations, report = load_demonstrations(
-        training_reading(recipe.data, notes), tokenizer, **limits
+        training_reading(recipe.data, notes), tokenizer, turns=recipe.data.turns, **limits
     )
     notes.append(f"data.train: {report.summary()}")
     heldout: list[Demonstration] = []
     held_out = evaluation_reading(recipe.data, notes)
     if held_out is not None:
         heldout, eval_report = load_demonstrations(
-            held_out, tokenizer, limit=recipe.data.eval_limit, **limits
+            held_out, tokenizer, limit=recipe.data.eval_limit, **limits,
+            turns="last" if recipe.data.turns == "last" else "each",
         )
         notes.append(f"data.eval: {eval_report.summary()}")
     preferences = _read_preferences("reward.preferences", recipe.reward.preferences, recipe,
@@ -180,10 +189,10 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     data_digest = digest_of([
         *((d.prompt_ids, d.response_ids) for d in demonstrations),
         *((p.prompt_ids, ids) for p in preferences for ids in (p.chosen_ids, p.rejected_ids)),
-    ])
-    folder.check(resolved, data_digest)
+    ], (d.loss_mask for d in demonstrations))
+    folder.check(resolved, data_digest, start)
     return Inputs(resolved, tokenizer, demonstrations, heldout, preferences, heldout_preferences,
-                  arch, hf_config, data_digest, notes)
+                  arch, hf_config, data_digest, start, notes, report)
 
 
 def check_lengths(recipe: Recipe, arch: Architecture, config: Any) -> None:
@@ -263,7 +272,7 @@ def open_session(inputs: Inputs, topology: Topology, argv: list[str]) -> Session
         progress.note(f"resuming at step {state.step}, round {state.round}")
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
     if topology.is_main:  # written
-        folder.claim(recipe, inputs.data_digest, argv)
+        folder.claim(recipe, inputs.data_digest, inputs.start, argv)
     bank = PairBank(folder.pairs, recipe.seed)
     heldout_bank = PairBank(folder.heldout, recipe.seed)
     previous_bank = PairBank(folder.previous, recipe.seed)
