@@ -3,25 +3,26 @@
 import argparse
 import hashlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import nn
 
 from megatron_irl import hardware
+from megatron_irl.cli.encoding import scored_sequences
+from megatron_irl.cli.outputs import check_out, reading_of, say_what_was_read, write_records
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
+from megatron_irl.console import Progress
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
-from megatron_irl.data.demonstrations import load_score_records
-from megatron_irl.data.records import RecordError
+from megatron_irl.data.prompts import ScoreRecord, load_score_records
+from megatron_irl.data.sources import Reading
 from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
@@ -29,9 +30,10 @@ from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.scoring import score_rewards, score_sequences, summed
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.provenance import weights_digest
 from megatron_irl.run.session import check_vocabulary
 from megatron_irl.storage.checkpoint import Checkpointer
-from megatron_irl.storage.commit import write_jsonl_atomically
 from megatron_irl.train.step import Stepper
 
 
@@ -179,21 +181,22 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise, per token for a run that
     trained so (``algorithm.length_normalize``).
     """
-    records = load_score_records(options.pairs)
+    check_out(options.out, options.overwrite)
+    reading = reading_of(options, "--pairs", options.pairs)
+    records = load_score_records(reading)
     source = find_source(options.model)
     if source.has_explicit_reward:
         _check_explicit(options, source)
-        return with_ranks(options, argv, lambda: _score_explicit(options, records))
+        return with_ranks(options, argv, lambda: _score_explicit(options, reading, records))
     reference, beta = _reward_terms(options, source)
     if not (reference / "config.json").exists():
-        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
-    return with_ranks(options, argv, lambda: _score(options, records, reference, beta))
+        _refuse_reference(options, reference)
+    return with_ranks(options, argv, lambda: _score(options, reading, records, reference, beta))
 
 
 def with_ranks(
     options: argparse.Namespace, argv: list[str], run: Callable[[], None]
 ) -> int:
-    _check_out(options.out)
     sizes = (
         options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
         options.data_parallel_size,
@@ -211,6 +214,8 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     recipe = source.recipe
     if recipe is not None and recipe.algorithm.is_pairwise:
         reference = options.reference or Path(recipe.model.hf)
+        if options.reference is None and (reference / "config.json").exists():
+            RunFolder(options.model).check_weights(reference, weights_digest(reference))
         return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
     if options.reference is None:
         what = "an sft run" if recipe is not None else "an HF folder"
@@ -219,6 +224,16 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
             "reference policy. Give a run of irft or spin, or set --reference to an HF folder."
         )
     return options.reference, options.beta if options.beta is not None else 1.0
+
+
+def _refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
+    if options.reference is not None:
+        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
+    recipe = options.model / "recipe.yaml"
+    there = "has no config.json" if reference.is_dir() else "does not exist"
+    raise UserError(f"model.hf={reference} in {recipe}, the reference policy of the run, {there}; "
+                    f"the working directory is {Path.cwd()}. Start the command where the run was "
+                    "started, or give the folder as --reference.")
 
 
 def _check_explicit(options: argparse.Namespace, source: Source) -> None:
@@ -235,19 +250,28 @@ def _check_explicit(options: argparse.Namespace, source: Source) -> None:
         )
 
 
-def _score_explicit(options: argparse.Namespace, records: list[Any]) -> None:
+def _score_explicit(
+    options: argparse.Namespace, reading: Reading, records: list[ScoreRecord]
+) -> None:
     model = open_model(options, with_reward_head=True)
-    sequences = _sequences(model, records)
+    progress = Progress(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
+    sequences = scored_sequences(
+        model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     rewards = score_rewards(Stepper(model.chunks, model.topology), sequences)
     _write_rewards(options, model, records, rewards)
 
 
 def _score(
-    options: argparse.Namespace, records: list[Any], reference: Path, beta: float
+    options: argparse.Namespace, reading: Reading, records: list[ScoreRecord], reference: Path,
+    beta: float,
 ) -> None:
     model = open_model(options)
+    progress = Progress(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
     _check_reference(reference, model.architecture)
-    sequences = _sequences(model, records)
+    sequences = scored_sequences(
+        model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     stepper = Stepper(model.chunks, model.topology)
     policy = np.array(summed(score_sequences(stepper, sequences)))
     load_weights(model, reference)
@@ -259,28 +283,12 @@ def _score(
     _write_rewards(options, model, records, rewards.tolist())
 
 
-def _sequences(model: OpenModel, records: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    sequences = []
-    for record in records:
-        prompt = token_ids(record, model.tokenizer.render_prompt, record.prompt)
-        for text in record.responses:
-            response = token_ids(record, model.tokenizer.response_ids, text)
-            total, limit = len(prompt) + len(response), model.architecture.max_sequence_length
-            if total > limit:
-                raise UserError(
-                    f"{record.source}: prompt and response have {total} tokens, more than the "
-                    f"model's {limit} positions. Shorten them."
-                )
-            sequences.append((prompt, response))
-    return sequences
-
-
 def _write_rewards(
-    options: argparse.Namespace, model: OpenModel, records: list[Any], rewards: list[float]
+    options: argparse.Namespace, model: OpenModel, records: list[ScoreRecord], rewards: list[float]
 ) -> None:
     if model.topology.is_main:
         left = iter(rewards)
-        write_jsonl_atomically(options.out, (
+        write_records(options.out, (
             record.record | {"rewards": [next(left) for _ in record.responses]}
             for record in records
         ))
@@ -294,20 +302,3 @@ def _check_reference(reference: Path, arch: Architecture) -> None:
             "same model with other weights. Give the model the run started from."
         )
     validate_hf_folder(reference, arch)
-
-
-def token_ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.ndarray:
-    """Token ids int32, none empty; an error names the record's file and line."""
-    try:
-        ids = encode(text)
-    except RecordError as error:
-        raise UserError(f"{record.source}: {error}") from error
-    if not ids:
-        raise UserError(f"{record.source}: the prompt has no tokens.")
-    return np.asarray(ids, dtype=np.int32)
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: give a file in a writable folder.")
-    sys.stderr.flush()

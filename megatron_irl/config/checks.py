@@ -141,6 +141,10 @@ def _check_range(path: str, value: float, interval: str, inside: bool) -> None:
 
 def _check_sources(recipe: Recipe) -> None:
     data = recipe.data
+    if data.overlong == "error" and data.bad_records == "drop":
+        raise UserError("data.overlong=error conflicts with data.bad_records=drop; the one "
+                        "refuses over-long records, the other leaves out what is refused. Set "
+                        "data.overlong to drop, or remove data.bad_records.")
     if data.split is not None:
         _check_range("data.split.eval", data.split.eval, "(0, 1)", 0 < data.split.eval < 1)
         if data.eval:

@@ -7,6 +7,7 @@ import types
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from megatron_irl.config.aliases import ALIASES
 from megatron_irl.config.schema import ModelConfig, Recipe
 from megatron_irl.errors import UserError
 
@@ -23,7 +24,6 @@ SECTION_KEYS = {
                 if (cls, f.name) != (ModelConfig, "overrides"))
     for name, cls in SECTIONS.items()
 }
-
 
 def recipe_from_mapping(mapping: Mapping[str, Any]) -> Recipe:
     """Build a recipe from the nested mapping a YAML file holds; no cross-field checks, no files.
@@ -190,6 +190,9 @@ def _check_required(mapping: Mapping[str, Any]) -> None:
 def _hint(section: str, name: str, allowed: Collection[str]) -> str:
     """End an unknown-key message: the nearest key, the same key elsewhere, or all there are."""
     prefix = f"{section}." if section else ""
+    alias = ALIASES.get(f"{prefix}{name}") or ALIASES.get(name)
+    if alias and alias != f"{prefix}{name}":
+        return f"; did you mean {alias}?"
     elsewhere = [f"{other}.{name}" for other, keys in SECTION_KEYS.items()
                  if name in keys and other != section]
     if name in TOP_LEVEL:
@@ -199,6 +202,10 @@ def _hint(section: str, name: str, allowed: Collection[str]) -> str:
     near = difflib.get_close_matches(name, [str(a) for a in allowed], n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
+    keys = {key: other for other, keys in SECTION_KEYS.items() for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {keys[near[0]]}.{near[0]}?"
     if len(allowed) <= 20:
         return f"; known keys are {', '.join(prefix + str(a) for a in sorted(allowed))}."
     return f"; nothing near it among the {len(allowed)} known keys."

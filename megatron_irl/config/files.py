@@ -68,9 +68,9 @@ def _expand(key: str, sources: Sources) -> Sources:
     expanded: list[str | DataSource] = []
     for each in sources:
         if isinstance(each, str):
-            expanded += _files(key, each, None)
+            expanded += files_of(key, each, None)
         else:
-            found = [file for pattern in each.path for file in _files(key, pattern, each.split)]
+            found = [file for pattern in each.path for file in files_of(key, pattern, each.split)]
             # The split is in the names now; written again it would be looked for in folders.
             saved = all(os.path.isdir(file) for file in found)
             split = each.split if saved else None
@@ -85,8 +85,20 @@ def _expand(key: str, sources: Sources) -> Sources:
     return tuple(expanded)
 
 
-def _files(key: str, pattern: str, split: str | None) -> list[str]:
-    """The files of a pattern; a name that exists is taken literally, whatever characters it has."""
+def files_of(key: str, pattern: str, split: str | None = None) -> list[str]:
+    """Return the files of a path, folder or glob, sorted.
+
+    A name that exists is taken literally, whatever characters it has. A folder that
+    ``datasets.save_to_disk`` wrote stands for itself.
+
+    Args:
+        key: What the user set, for messages.
+        pattern: The path; a relative one counts from the working directory.
+        split: Which split of a folder with several.
+
+    Raises:
+        UserError: There is no such file, or which split is meant is not clear.
+    """
     if os.path.isfile(pattern):
         return [pattern]
     if os.path.isdir(pattern):
@@ -150,4 +162,4 @@ def _split_of(path: Path) -> str | None:
     shard = _SHARD.match(stem)
     if shard:
         return shard[1]
-    return stem if _SPLIT.match(stem) else path.parent.name if _SPLIT.match(path.parent.name) else None
+    return next((name for name in (stem, path.parent.name) if _SPLIT.match(name)), None)

@@ -50,8 +50,9 @@ def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
         UserError: No demonstrations, or a spin recipe that sets another round length.
     """
     if num_demonstrations < 1:
-        raise UserError(f"data.train={', '.join(map(str, recipe.data.train))} has no usable demonstration; "
-                        "at least 1 is needed. Set data.train to a file that has some.")
+        files = ", ".join(map(str, recipe.data.train))
+        raise UserError(f"data.train={files} has no usable demonstration; at least 1 is needed. "
+                        "Set data.train to a file that has some.")
     algorithm = recipe.algorithm
     steps, prompts = _round_size(recipe, num_demonstrations)
     if algorithm.name == "spin":

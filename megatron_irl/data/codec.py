@@ -77,7 +77,7 @@ def load_codec(path: Path) -> tuple[Codec, str | None]:
 def text_after(codec: Codec, before: list[int], ids: list[int]) -> str:
     """Return the text of ``ids`` as it stands behind ``before``, special tokens left out.
 
-    Decoded by themselves, the ids of a SentencePiece kind of tokenizer would lose their first space.
+    Decoded by themselves, the ids of a SentencePiece kind of tokenizer lose their first space.
     """
     context = before[-CONTEXT:]
     if not codec.decode(context):  # only special tokens, which show no space

@@ -15,7 +15,7 @@ from megatron_irl.data.records import collect_in_batches
 from megatron_irl.data.rendering import REMARKS, Encoded
 from megatron_irl.data.sources import Paths, Reading
 from megatron_irl.data.tokenizer import Tokenizer
-from megatron_irl.data.turns import TURNS_REMARKS, Turns, encode_turns
+from megatron_irl.data.turns import TURNS_REMARKS, Turned, Turns, encode_turns
 from megatron_irl.errors import UserError
 from megatron_irl.types import Demonstration
 
@@ -157,47 +157,68 @@ def load_demonstrations(
         UserError: Malformed records, named by file and line; a file that is missing or empty;
             nothing left to train on.
     """
-    limits = Limits(max_prompt_length, max_response_length, overlong)
-    counts: Counter[str] = Counter()
-    remarks, lengths = Remarks(), (array("i"), array("i"))
+    builder = _Builder(tokenizer, Limits(max_prompt_length, max_response_length, overlong))
 
-    def share(batch: list[Conversation]) -> list[list[tuple[Conversation, Encoded]] | RecordError]:
+    def share(batch: list[Conversation]) -> list[Turned | RecordError]:
         return encode_turns(tokenizer, batch, turns)
 
-    def build(
-        record: Conversation, found: list[tuple[Conversation, Encoded]] | RecordError
-    ) -> list[Demonstration] | None:
-        del record
-        if isinstance(found, RecordError):
-            raise found
-        built = []
-        for conversation, encoded in found:
-            remarks.add(encoded.remarks, conversation.source)
-            prompt_ids, response_ids = encoded.prompt_ids, encoded.response_ids
-            for each, ids in zip(lengths, (prompt_ids, response_ids), strict=True):
-                each.append(len(ids))
-            reason = limits.reason_to_drop(len(prompt_ids), len(response_ids))
-            if reason is not None:
-                counts[reason] += 1
-                continue
-            cut = limits.cut(prompt_ids, tokenizer.bos_id)
-            counts["truncated_prompts"] += len(cut) < len(prompt_ids)
-            counts.update(kept=1, prompt_tokens=len(cut), response_tokens=len(response_ids))
-            built.append(Demonstration(
-                counts["kept"] - 1, np.array(cut, np.int32), np.array(response_ids, np.int32),
-                prompt_of(conversation), conversation.messages[-1]["content"],
-                conversation.answer, conversation.source, _mask(encoded)))
-        return built or None
-
-    records = collect_in_batches(paths, lambda conversation: conversation, share, build, limit)
+    records = collect_in_batches(
+        paths, lambda conversation: conversation, share, builder.build, limit)
     demonstrations = [demonstration for built in records for demonstration in built]
-    report = LoadReport(
-        *(counts[name] for name in list(LoadReport.__dataclass_fields__)[:6]), *lengths, remarks)
+    report = builder.report()
     if not demonstrations:
         raise UserError(f"no demonstration is left in {Reading.of(paths)}: {report.summary()}. "
                         f"Raise data.max_prompt_length={max_prompt_length} or "
                         f"data.max_response_length={max_response_length}.")
     return demonstrations, report
+
+
+class _Builder:
+    """Makes demonstrations of encoded records, and counts."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._tokenizer, self._limits = tokenizer, limits
+        self._counts: Counter[str] = Counter()
+        self._remarks = Remarks()
+        self._prompt_lengths, self._response_lengths = array("i"), array("i")
+
+    def build(
+        self, record: Conversation, found: Turned | RecordError
+    ) -> list[Demonstration] | None:
+        """The demonstrations of a record that are within the limits; None if none is."""
+        del record
+        if isinstance(found, RecordError):
+            raise found
+        built = [self._demonstration(*turn) for turn in found]
+        return [demonstration for demonstration in built if demonstration is not None] or None
+
+    def _demonstration(
+        self, conversation: Conversation, encoded: Encoded
+    ) -> Demonstration | None:
+        prompt_ids, response_ids = encoded.prompt_ids, encoded.response_ids
+        self._remarks.add(encoded.remarks, conversation.source)
+        self._prompt_lengths.append(len(prompt_ids))
+        self._response_lengths.append(len(response_ids))
+        reason = self._limits.reason_to_drop(len(prompt_ids), len(response_ids))
+        if reason is not None:
+            self._counts[reason] += 1
+            return None
+        cut = self._limits.cut(prompt_ids, self._tokenizer.bos_id)
+        counts = self._counts
+        counts["truncated_prompts"] += len(cut) < len(prompt_ids)
+        counts.update(kept=1, prompt_tokens=len(cut), response_tokens=len(response_ids))
+        return Demonstration(
+            counts["kept"] - 1, np.array(cut, np.int32), np.array(response_ids, np.int32),
+            prompt_of(conversation), conversation.messages[-1]["content"], conversation.answer,
+            conversation.source, _mask(encoded))
+
+    def report(self) -> LoadReport:
+        """What became of the records so far."""
+        names = ("kept", "dropped_prompt", "dropped_response", "truncated_prompts",
+                 "prompt_tokens", "response_tokens")
+        return LoadReport(**{name: self._counts[name] for name in names},
+                          prompt_lengths=self._prompt_lengths,
+                          response_lengths=self._response_lengths, remarks=self._remarks)
 
 
 def _mask(encoded: Encoded) -> np.ndarray | None:

@@ -64,14 +64,9 @@ class Normaliser:
         record = _opened(record)
         form = self.form(record)
         if self._purpose == "demonstration":
-            if form.messages and not (form.chosen or form.system or form.tools):
-                messages = _complete(_messages(record, form, form.messages), form.messages)
-                found = Conversation(messages, source)
-            else:
-                found = _demonstration(record, form, source)
-            if form.answer or form.response == "answer":
-                found = replace(found, answer=_answer(record, form))
-            conversations = [found]
+            asked = form.answer or form.response == "answer"
+            answer = _answer(record, form) if asked else None
+            conversations = [_demonstration(record, form, source, answer)]
         elif self._purpose == "preference":
             conversations = [_preference(record, form, source)]
         elif self._purpose == "prompt":
@@ -103,16 +98,18 @@ def _opened(record: dict[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _demonstration(record: dict[str, Any], form: Form, source: str) -> Conversation:
+def _demonstration(
+    record: dict[str, Any], form: Form, source: str, answer: str | None
+) -> Conversation:
     if form.chosen:
-        before, answer, plain = _sides(record, form, ("chosen",))
-        return Conversation([*before, answer[0]], source, plain=plain)
-    if form.messages:
+        before, turns, plain = _sides(record, form, ("chosen",))
+    elif form.messages:
         messages = _with_system(_messages(record, form, form.messages), record, form)
-        return Conversation(_complete(messages, form.messages), source)
-    before, plain = _before(record, form)
-    answer = _response(record, form, form.response)
-    return Conversation([*before, *answer], source, plain=plain)
+        return Conversation(_complete(messages, form.messages), source, answer=answer)
+    else:
+        before, plain = _before(record, form)
+        turns = _response(record, form, form.response)
+    return Conversation([*before, *turns], source, answer=answer, plain=plain)
 
 
 def _preference(record: dict[str, Any], form: Form, source: str) -> Conversation:

@@ -101,8 +101,9 @@ class Forms:
             self._given[FIELD_NAMES[name]] = theirs
             self._asks_chat |= name in _CHAT_NAMES
         # Both are text of question-answer sets: there ``answer`` is what the model is to say.
-        if "question" in (fields or {}) and "response" not in self._given and "answer" in self._given:
-            self._given["response"] = self._given.pop("answer")
+        if "question" in (fields or {}) and "response" not in self._given:
+            if "answer" in self._given:
+                self._given["response"] = self._given.pop("answer")
         if purpose == "prompt":  # what was answered is not asked for
             for name in ("response", "rejected", "answer"):
                 self._given.pop(name, None)
@@ -131,7 +132,7 @@ class Forms:
         for form in self._candidates(present):
             if all(getattr(form, name) for name in own):
                 return form
-        raise RecordError(self._nothing_fits(present))
+        raise RecordError(self._nothing_fits(present), _ADVICE)
 
     def _candidates(self, present: Collection[str]) -> list[Form]:
         """The forms that the fields allow, in the order in which they are preferred."""
@@ -218,19 +219,19 @@ class Forms:
         needed = ("chosen", "rejected")
         if self._purpose == "preference":
             missing = [f'"{key}"' for key in needed if key not in present]
-            return f"no {' and no '.join(missing)}; {keys}. {_ADVICE}"
+            return f"no {' and no '.join(missing)}; {keys}"
         half = [(p, r) for prompts, _, responses in (_PLAIN, *_PAIRS)
                 for p in prompts for r in responses if (p in present) != (r in present)]
         wanted = "" if self._format == "auto" else f" of data.format={self._format}"
         if self._purpose == "score":
-            return f'nothing to score{wanted}: no "responses" or "response" to a "prompt", and no ' \
-                   f'"messages"; {keys}. {_ADVICE}'
+            return (f'nothing to score{wanted}: no "responses" or "response" to a "prompt", and '
+                    f'no "messages"; {keys}')
         if half and self._format in ("auto", "prompt_response", "alpaca"):
             prompt, response = half[0]
             missing = response if prompt in present else prompt
-            return f'no "{missing}"; {keys}. {_ADVICE}'
+            return f'no "{missing}"; {keys}'
         return (f'neither "messages" nor "prompt" and "response", nor another form that is '
-                f"known{wanted}; {keys}. {_ADVICE}")
+                f"known{wanted}; {keys}")
 
 
 _ADVICE = ('Write {"messages": [{"role", "content"}...]} or {"prompt", "response"}, or name the '

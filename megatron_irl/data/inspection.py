@@ -19,8 +19,9 @@ ROUND_TO = 64  # tokens; suggested limits are multiples of it
 def show_records(
     demonstrations: Sequence[Demonstration], tokenizer: Tokenizer, count: int
 ) -> list[str]:
-    """Return the first ``count`` demonstrations, special tokens spelt out, each counted token in
-    «marks», line breaks as ``\\n``.
+    """Return the first ``count`` demonstrations, prompt and response told apart.
+
+    Special tokens are spelt out, line breaks escaped, and each counted token is in «marks».
     """
     lines = []
     for demonstration in demonstrations[:count]:

@@ -152,7 +152,8 @@ def _message(message: dict[str, Any], where: str, role: str, content: str) -> di
     text_key = content or next((k for k in _TEXT_KEYS if k in fields), "content")
     value = fields.pop(text_key, None)
     if known in _CALLS:
-        return {"role": "assistant", "content": "", "tool_calls": tool_calls(value, where), **fields}
+        calls = tool_calls(value, where)
+        return {"role": "assistant", "content": "", "tool_calls": calls, **fields}
     result = {"role": _ROLE_OF[known], "content": "", **fields}
     calls = fields.get("tool_calls") or result.pop("function_call", None)
     if calls:
@@ -187,9 +188,11 @@ def _joined(parts: list[Any], where: str) -> tuple[str, str]:
             continue
         kind = part.get("type", "text") if isinstance(part, dict) else kind_name(part)
         if kind in _THINKING:
-            thoughts.append(text_of(part.get(kind, part.get("text")), f"{where}: content[{i}]", True))
+            text = part.get(kind, part.get("text"))
+            thoughts.append(text_of(text, f"{where}: content[{i}]: {kind}", allow_empty=True))
         elif isinstance(part, dict) and kind in ("text", "input_text", "output_text"):
-            texts.append(text_of(part.get("text"), f"{where}: content[{i}]: text", True))
+            name = f"{where}: content[{i}]: text"
+            texts.append(text_of(part.get("text"), name, allow_empty=True))
         else:
             raise RecordError(f"{where}: content[{i}] is of the kind {kind!r}; only text can be "
                               "read")

@@ -1,6 +1,5 @@
 """Preference pairs: records of a prompt with a chosen and a rejected answer → token ids."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,7 +40,10 @@ class Preferences(list[Preference]):
     """
 
     dropped_prompt = dropped_response = equal = truncated_prompts = 0
-    remarks: dict[str, tuple[int, str]] = {}  # noqa: RUF012, replaced and never changed
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remarks = Remarks()
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -88,8 +90,7 @@ def load_preferences(
             messages, but no chat template.
     """
     limits = Limits(max_prompt_length, max_response_length, overlong)
-    counts: Counter[str] = Counter()
-    remarks = Remarks()
+    found = Preferences()
 
     def share(batch: list[Conversation]) -> list[tuple[Encoded, Encoded] | RecordError]:
         sides = [side for conversation in batch for side in _sides(conversation)]
@@ -97,31 +98,35 @@ def load_preferences(
         return [_both(*pair) for pair in zip(encoded[0::2], encoded[1::2], strict=True)]
 
     def build(
-        conversation: Conversation, found: tuple[Encoded, Encoded] | RecordError
+        conversation: Conversation, sides: tuple[Encoded, Encoded] | RecordError
     ) -> Preference | None:
-        if isinstance(found, RecordError):
-            raise found
-        prompt_ids = common_prompt(*found)
-        answers = [each.ids[len(prompt_ids) :] for each in found]
-        for each in found:
-            remarks.add(each.remarks, conversation.source)
-        reason = limits.reason_to_drop(len(prompt_ids), max(map(len, answers)))
-        if reason is None and answers[0] == answers[1]:
-            reason = "equal"
-        if reason is not None:
-            counts[reason] += 1
-            return None
-        cut = limits.cut(prompt_ids, tokenizer.bos_id)
-        counts["truncated_prompts"] += len(cut) < len(prompt_ids)
-        ids = [np.array(each, np.int32) for each in (cut, *answers)]
-        return Preference(ids[0], ids[1], ids[2], conversation.source)
+        if isinstance(sides, RecordError):
+            raise sides
+        return _preference(found, tokenizer, limits, conversation.source, sides)
 
-    preferences = Preferences(collect_in_batches(
-        paths, lambda conversation: conversation, share, build, purpose="preference"))
-    preferences.remarks = remarks
-    for name, count in counts.items():
-        setattr(preferences, name, count)
-    return preferences
+    found += collect_in_batches(
+        paths, lambda conversation: conversation, share, build, purpose="preference")
+    return found
+
+
+def _preference(
+    counts: Preferences, tokenizer: Tokenizer, limits: Limits, source: str,
+    sides: tuple[Encoded, Encoded],
+) -> Preference | None:
+    """A preference if it is within the limits, and counted if it is not."""
+    prompt_ids = common_prompt(*sides)
+    answers = [each.ids[len(prompt_ids) :] for each in sides]
+    for each in sides:
+        counts.remarks.add(each.remarks, source)
+    reason = limits.reason_to_drop(len(prompt_ids), max(map(len, answers)))
+    if reason is None and answers[0] == answers[1]:
+        reason = "equal"
+    if reason is not None:
+        setattr(counts, reason, getattr(counts, reason) + 1)
+        return None
+    cut = limits.cut(prompt_ids, tokenizer.bos_id)
+    counts.truncated_prompts += len(cut) < len(prompt_ids)
+    return Preference(*(np.array(ids, np.int32) for ids in (cut, *answers)), source=source)
 
 
 def common_prompt(first: Encoded, second: Encoded) -> list[int]:

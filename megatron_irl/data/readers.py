@@ -32,7 +32,15 @@ Row = tuple[str, Any]
 
 
 class RecordError(UserError):
-    """One record or text is unusable; loaders put file and line before the message."""
+    """One record or text is unusable; loaders put file and line before the message.
+
+    Attributes:
+        advice: What to do about it and all of its kind; said once, after the messages.
+    """
+
+    def __init__(self, message: str, advice: str = "") -> None:
+        super().__init__(message)
+        self.advice = advice
 
 
 def read_rows(path: Path) -> Iterator[Row]:

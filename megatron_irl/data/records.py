@@ -1,7 +1,6 @@
 """From files to what is made of their records, with the errors of all of them in one message."""
 
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 from megatron_irl.data.conversation import Conversation
@@ -74,7 +73,7 @@ def _collect[Prepared, Shared, T](
     limit: int | None,
 ) -> list[T]:
     results: list[T] = []
-    problems: list[str] = []
+    problems: dict[str, RecordError] = {}
     batch: list[tuple[str, Prepared | RecordError]] = []
 
     def finish() -> None:
@@ -85,7 +84,7 @@ def _collect[Prepared, Shared, T](
                     raise prepared
                 result = build(prepared, next(shared))
             except RecordError as error:
-                problems.append(f"{source}: {error}")
+                problems.setdefault(f"{source}: {error}", error)
                 continue
             if result is not None:
                 results.append(result)
@@ -107,16 +106,19 @@ def _collect[Prepared, Shared, T](
     finish()
     records.note()
     if problems and reading.bad_records == "error":
-        raise UserError(_describe(problems))
+        advice = dict.fromkeys(e.advice for e in problems.values() if e.advice)
+        if purpose in ("demonstration", "preference"):
+            advice["data.bad_records=drop leaves such records out."] = None
+        raise UserError(_describe(list(problems), " ".join(advice)))
     if problems:
-        reading.notes.append(f"data.bad_records=drop left out {_describe(problems)}")
+        reading.notes.append(f"data.bad_records=drop: {_describe(list(problems))}")
     return results
 
 
-def _describe(problems: list[str]) -> str:
+def _describe(problems: list[str], advice: str = "") -> str:
     if len(problems) == 1:
-        return problems[0]
-    shown = list(islice(problems, MAX_SHOWN))
-    rest = len(problems) - len(shown)
-    lines = [f"{len(problems)} records cannot be used:", *shown]
-    return "\n  ".join(lines + ([f"... and {rest} more"] if rest else []))
+        return problems[0] + (f". {advice}" if advice else "")
+    rest = len(problems) - MAX_SHOWN
+    lines = [f"{len(problems)} records cannot be used:", *problems[:MAX_SHOWN]]
+    lines += [f"... and {rest} more"] if rest > 0 else []
+    return "\n  ".join(lines) + (f"\n{advice}" if advice else "")

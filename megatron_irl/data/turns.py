@@ -1,4 +1,4 @@
-"""Which of a conversation's assistant turns are learnt: the last, each by itself, or all at once."""
+"""Which of a conversation's assistant turns are learnt: the last, each alone, or all at once."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +11,8 @@ from megatron_irl.data.structured_fields import check_structure
 from megatron_irl.data.tokenizer import Tokenizer
 
 Turns = Literal["last", "each", "all"]
+Turned = list[tuple[Conversation, Encoded]]
+"""What is learnt of one record."""
 
 TURNS_REMARKS = {
     "unmarked_end": "have turns whose end the chat template's generation markers leave out; what "
@@ -41,7 +43,7 @@ def conversations_of(conversation: Conversation, turns: Turns) -> list[Conversat
 
 def encode_turns(
     tokenizer: Tokenizer, conversations: Sequence[Conversation], turns: Turns
-) -> list[list[tuple[Conversation, Encoded]] | RecordError]:
+) -> list[Turned | RecordError]:
     """Return what is learnt of each conversation as ids, all of them encoded together.
 
     Under ``all`` a conversation is one sequence with a span for every turn. The template's
@@ -57,7 +59,7 @@ def encode_turns(
         return [_marked(tokenizer, conversation) for conversation in conversations]
     parts = [conversations_of(conversation, turns) for conversation in conversations]
     encoded = iter(encode_conversations(tokenizer, [c for part in parts for c in part]))
-    results: list[list[tuple[Conversation, Encoded]] | RecordError] = []
+    results: list[Turned | RecordError] = []
     for conversation, part in zip(conversations, parts, strict=True):
         found = [(each, next(encoded)) for each in part]
         error = next((e for _, e in found if isinstance(e, RecordError)), None)
@@ -71,9 +73,7 @@ def encode_turns(
     return results
 
 
-def _joined(
-    conversation: Conversation, turns: list[tuple[Conversation, Encoded]]
-) -> list[tuple[Conversation, Encoded]]:
+def _joined(conversation: Conversation, turns: Turned) -> Turned:
     """One sequence of all turns where every turn's ids begin the whole's, else the turns."""
     whole = turns[-1][1]
     if any(each.ids != whole.ids[: len(each.ids)] for _, each in turns):
@@ -83,9 +83,7 @@ def _joined(
     return [(conversation, Encoded(whole.ids, spans, tuple(remarks)))]
 
 
-def _marked(
-    tokenizer: Tokenizer, conversation: Conversation
-) -> list[tuple[Conversation, Encoded]] | RecordError:
+def _marked(tokenizer: Tokenizer, conversation: Conversation) -> Turned | RecordError:
     """A conversation whose template marks what the assistant generates."""
     if conversation.plain:
         (encoded,) = encode_conversations(tokenizer, [conversation])

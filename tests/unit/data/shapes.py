@@ -44,7 +44,8 @@ def _spaced_vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     model = json.loads(trained.to_str())["model"]
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = [piece for piece in model["vocab"] if piece not in names]
-    return {piece: i for i, piece in enumerate([*names, *pieces])}, tuple(map(tuple, model["merges"]))
+    vocab = {piece: i for i, piece in enumerate([*names, *pieces])}
+    return vocab, tuple(map(tuple, model["merges"]))
 
 
 def spaced(scheme: str) -> Tokenizer:
@@ -128,9 +129,9 @@ LLAMA2 = (
     "'\n<</SYS>>\n\n' %}{% set turns = messages[1:] %}{% else %}{% set first = '' %}"
     "{% set turns = messages %}{% endif %}{% for m in turns %}"
     "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('take turns') }}"
-    "{% endif %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + (first if loop.first else '') + "
-    "m.content.strip() + ' [/INST]' }}{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}"
-    "{% endif %}{% endfor %}")
+    "{% endif %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + "
+    "(first if loop.first else '') + m.content.strip() + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}")
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('only user and assistant, in turn') }}{% endif %}"
@@ -175,7 +176,8 @@ VICUNA = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 
 HEAD = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
-FOOT = ("{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' + TAIL }}{% endif %}")
+FOOT = ("{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' + TAIL }}{% endif %}")
 EMPTY_THINK = "'<think>\n\n</think>\n\n'"
 OF_ASSISTANT = f"({EMPTY_THINK} if m['role'] == 'assistant' else '') + "
 

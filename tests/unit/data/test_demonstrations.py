@@ -10,15 +10,11 @@ import pandas
 import pytest
 
 from megatron_irl.data import records
-from megatron_irl.data.demonstrations import (
-    load_demonstrations,
-    load_prompts,
-    load_score_records,
-    write_jsonl_atomically,
-)
+from megatron_irl.data.demonstrations import load_demonstrations
+from megatron_irl.data.prompts import load_prompts, load_score_records
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
-from megatron_irl.storage.commit import replacing
+from megatron_irl.storage.commit import replacing, write_jsonl_atomically
 
 IM_START, IM_END = 256, 257
 USER, GOOD = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -87,7 +83,6 @@ def test_parquet_gzip_and_several_files(tmp_path, byte_tokenizer):
 
 BAD_RECORDS = [
     ("{", "not JSON"),
-    ("", "empty line"),
     ("[1]", "must be a JSON object, not a list"),
     ({}, 'neither "messages" nor'),
     ({"prompt": "Q"}, 'no "response"'),
@@ -106,10 +101,11 @@ BAD_RECORDS = [
     ({"messages": [{"role": "user", "content": ""}, GOOD]}, "the prompt is empty"),
     ({"messages": [USER]}, "the last message is from 'user'"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, '"content" is empty'),
-    ({"messages": [{"role": "human", "content": "Q"}, GOOD]}, "role 'human' is none of"),
+    ({"messages": [{"role": "narrator", "content": "Q"}, GOOD]}, "role 'narrator' is none of"),
     ({"messages": ["Q", GOOD]}, '"messages"[0] must be an object'),
     ({"messages": [{"role": "user"}, GOOD]}, '"messages"[0]: content must be a string, not null'),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}, GOOD]}, "not a list"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}, GOOD]},
+     '"messages"[0]: content[0]: text must be a string, not null'),
     ({"prompt": [USER, GOOD], "response": "A"}, "ends with an assistant message"),
 ]
 
@@ -147,7 +143,8 @@ def any_tokenizer(request, tmp_path):
         return load_tokenizer(request.getfixturevalue("byte_folder")(adds_bos=True))
     file = tmp_path / "tokenizer.model"
     file.write_bytes(request.getfixturevalue("sentencepiece_model"))
-    return load_tokenizer(file, "{{ bos_token }}{{ messages[0]['content'] }}</s>")
+    return load_tokenizer(file, "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+                          "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}")
 
 
 def random_records(seed: int, num: int) -> list[dict]:
@@ -174,13 +171,13 @@ def test_records_together_give_what_they_give_alone(tmp_path, any_tokenizer, lim
     def refuse(text):
         raise AssertionError(f"{text!r} was encoded by itself")
 
-    got, report = load(paths, dataclasses.replace(any_tokenizer, _encode=refuse),
+    codec = dataclasses.replace(any_tokenizer.codec, encode_batch=refuse)
+    got, report = load(paths, dataclasses.replace(any_tokenizer, codec=codec),
                        max_prompt_length=40, max_response_length=40, limit=limit)
     expected = []
     dropped = 0
     for record in everything:
-        ids = (any_tokenizer.render_prompt(record["prompt"]),
-               any_tokenizer.response_ids(record["response"]))
+        ids = alone(any_tokenizer, record)
         if max(map(len, ids)) > 40:
             dropped += 1
         else:
@@ -190,6 +187,29 @@ def test_records_together_give_what_they_give_alone(tmp_path, any_tokenizer, lim
     assert [(d.prompt_ids.tolist(), d.response_ids.tolist()) for d in got] == expected, seed
     assert (report.kept, report.dropped) == (len(expected), dropped), seed
     assert report.prompt_tokens == sum(len(prompt) for prompt, _ in expected)
+
+
+def alone(tokenizer, record):
+    """Prompt and response of a record: the longest beginning that its prompt has by itself."""
+    bos, prompt, response = tokenizer.bos_id, record["prompt"], record["response"]
+    if isinstance(prompt, str):
+        whole, before = (tokenizer.encode(text) for text in (prompt + response, prompt))
+        whole, before = ([i for n, i in enumerate([bos, *ids]) if n != 1 or i != bos]
+                         for ids in (whole, before))
+        whole.append(tokenizer.eos_id)
+    else:
+        messages = [*prompt, {"role": "assistant", "content": response}]
+        text = tokenizer.template.render(messages).text
+        whole = tokenizer.encode(text)
+        whole = whole[: whole.index(tokenizer.eos_id, len(prompt_ids(tokenizer, prompt))) + 1]
+        before = prompt_ids(tokenizer, prompt)
+    count = next((n for n, (a, b) in enumerate(zip(whole, before, strict=False)) if a != b),
+                 len(before))
+    return whole[:count], whole[count:]
+
+
+def prompt_ids(tokenizer, messages):
+    return tokenizer.encode(tokenizer.template.render(messages, add_generation_prompt=True).text)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 128])
@@ -202,10 +222,13 @@ def test_errors_keep_the_order_of_the_lines(tmp_path, byte_tokenizer, monkeypatc
     with pytest.raises(UserError) as raised:
         load(path, byte_tokenizer)
     token = "the response holds an end-of-response token inside its text"
-    assert [line.strip() for line in str(raised.value).splitlines()] == [
+    *lines, advice = [line.strip() for line in str(raised.value).splitlines()]
+    assert "data.fields={prompt: THEIR_NAME" in advice and "data.bad_records=drop" in advice
+    assert lines == [
         "5 records cannot be used:", f"{path}:2: {token}",
         f"{path}:3: must be a JSON object, not a list", f"{path}:5: {token}",
-        f'{path}:6: "answer" must be a string or a number', f'{path}:7: no "response"']
+        f'{path}:6: "answer" must be a string or a number, not a list',
+        f'{path}:7: no "response"; its keys are: prompt']
     demonstrations, _ = load(path, byte_tokenizer, limit=1)  # what follows is not even read
     assert [d.source for d in demonstrations] == [f"{path}:1"]
 
@@ -218,16 +241,16 @@ def test_many_errors_are_one_message_with_the_total(tmp_path, byte_tokenizer):
     assert lines[0] == "7 records cannot be used:"
     assert [line.split(": ")[0].strip() for line in lines[1:6]] == [
         f"{path}:{i}" for i in range(1, 6)]
-    assert lines[6:] == ["  ... and 2 more"]
+    assert lines[6:] == ["  ... and 2 more", "data.bad_records=drop leaves such records out."]
 
 
 def test_unusable_files(tmp_path, byte_tokenizer):
     (tmp_path / "empty.jsonl").touch()
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.txt").touch()
     (tmp_path / "bad.parquet").write_text("no")
     (tmp_path / "bad.jsonl.gz").write_text("no")
     for name, message in [("none.jsonl", "no such file"), ("empty.jsonl", "has no records"),
-                          ("a.csv", "unknown kind of file"), ("bad.parquet", "cannot be read"),
+                          ("a.txt", "unknown kind of file"), ("bad.parquet", "cannot be read"),
                           ("bad.jsonl.gz", "cannot be read")]:
         with pytest.raises(UserError, match=message) as raised:
             load(tmp_path / name, byte_tokenizer)
@@ -299,7 +322,8 @@ def test_prompt_and_score_files_keep_the_record(tmp_path):
         load_prompts(bad)
     for responses in ([], "a", None):
         bad = write_lines(tmp_path / "b.jsonl", {"prompt": "Q", "responses": responses})
-        with pytest.raises(UserError, match=r'b\.jsonl:1: "responses" must be a non-empty list'):
+        message = 'no "responses"' if responses is None else '"responses" must be a non-empty list'
+        with pytest.raises(UserError, match=rf"b\.jsonl:1: .*{message}"):
             load_score_records(bad)
 
 

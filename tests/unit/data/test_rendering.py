@@ -5,10 +5,9 @@ from transformers import AutoTokenizer
 
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.readers import RecordError
-from megatron_irl.data.rendering import REMARKS, Encoded, encode_conversations, encode_prompt
+from megatron_irl.data.rendering import encode_conversations, encode_prompt
 from megatron_irl.data.tokenizer import load_tokenizer
-from megatron_irl.errors import UserError
-from tests.unit.data.shapes import TEMPLATES, TOKENIZERS, sentencepiece_model, write_tokenizer
+from tests.unit.data.shapes import TEMPLATES, TOKENIZERS, write_tokenizer
 
 
 def turn(role, content, **fields):
