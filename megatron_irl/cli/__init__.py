@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from megatron_irl import __version__
 from megatron_irl.config.schema import FormatName
@@ -50,19 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
                       "sees them, and how long all of them are")
     plan.set_defaults(run=_plan)
 
-    _generate_options(commands.add_parser(
-        "generate", help="sample responses for a file of prompts"))
-
-    score = commands.add_parser("score", help="rewards of given responses")
-    _model_options(score)
-    score.add_argument("--pairs", type=_path, required=True, help='{"prompt": ..., "responses": '
-                       '[...]} records, lines that generate wrote, or whatever train takes')
-    _file_options(score)
-    score.add_argument("--reference", type=_path, help="HF folder of the reference policy "
-                       "(default: the model the run started from)")
-    score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
-                       "last; for HF folders 1)")
-    score.set_defaults(run=_score)
+    _add_generate(commands)
+    _add_score(commands)
 
     keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
     keep.add_argument("run_folder", type=_path, metavar="RUN",
@@ -79,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _generate_options(generate: argparse.ArgumentParser) -> None:
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="sample responses for a file of prompts")
     _model_options(generate)
     generate.add_argument("--prompts", type=_path, required=True, help='{"prompt": ...} records, '
                           "or whatever train takes: the last answer is left out")
@@ -99,6 +89,19 @@ def _generate_options(generate: argparse.ArgumentParser) -> None:
                           "writes of finished ones (default: 1024, with --stream 64); changes no "
                           "response")
     generate.set_defaults(run=_generate)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser("score", help="rewards of given responses")
+    _model_options(score)
+    score.add_argument("--pairs", type=_path, required=True, help='{"prompt": ..., "responses": '
+                       '[...]} records, lines that generate wrote, or whatever train takes')
+    _file_options(score)
+    score.add_argument("--reference", type=_path, help="HF folder of the reference policy "
+                       "(default: the model the run started from)")
+    score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
+                       "last; for HF folders 1)")
+    score.set_defaults(run=_score)
 
 
 def _path(text: str) -> Path:

@@ -18,6 +18,7 @@ from transformers.utils.chat_template_utils import (
 
 from megatron_irl.data.conversation import Messages
 from megatron_irl.data.readers import RecordError
+from megatron_irl.errors import UserError
 
 REASONING_FIELDS: tuple[str, ...] = _REASONING_FIELDS
 """Names under which messages carry what was thought before the answer."""
@@ -63,6 +64,20 @@ class ChatTemplate:
         """Whether what it writes may depend on the day."""
         return "strftime_now" in self.text
 
+    def check(self, name: str) -> None:
+        """Raise UserError unless the text is Jinja.
+
+        Args:
+            name: Where it comes from.
+        """
+        try:
+            _compile_jinja_template(self.text)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"{name}: the chat template is not Jinja: {error.message} (line {error.lineno} of "
+                "the template). Set data.chat_template to another one."
+            ) from error
+
     def render(
         self,
         messages: Messages,
@@ -97,11 +112,6 @@ class ChatTemplate:
             if with_spans:
                 return Rendered(*_render_with_assistant_indices(compiled, **variables))
             return Rendered(compiled.render(**variables), [])
-        except jinja2.TemplateSyntaxError as error:
-            raise RecordError(
-                f"the chat template is not Jinja: {error.message} (line {error.lineno} of the "
-                "template). Set data.chat_template to another one."
-            ) from error
         except jinja2.UndefinedError as error:
             raise RecordError(_failed(error, messages)) from error
         except jinja2.TemplateError as error:

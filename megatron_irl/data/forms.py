@@ -155,7 +155,9 @@ class Forms:
 
     def _with_messages(self, present: Collection[str]) -> list[Form]:
         key = self._key("messages", MESSAGES, present)
-        if not key:
+        # ShareGPT's preferences: the conversation is what comes before the two answers.
+        sides = key == "conversations" and {"chosen", "rejected"} <= set(present)
+        if not key or sides:
             return []
         format = "sharegpt" if key == "conversations" else "messages"
         return [self._form(format, present, messages=key)]
@@ -220,16 +222,17 @@ class Forms:
         if self._purpose == "preference":
             missing = [f'"{key}"' for key in needed if key not in present]
             return f"no {' and no '.join(missing)}; {keys}"
-        half = [(p, r) for prompts, _, responses in (_PLAIN, *_PAIRS)
+        pairs = {"auto": (_PLAIN, *_PAIRS), "prompt_response": (_PLAIN,), "alpaca": _PAIRS}
+        half = [(p, r) for prompts, _, responses in pairs.get(self._format, ())
                 for p in prompts for r in responses if (p in present) != (r in present)]
         wanted = "" if self._format == "auto" else f" of data.format={self._format}"
         if self._purpose == "score":
             return (f'nothing to score{wanted}: no "responses" or "response" to a "prompt", and '
                     f'no "messages"; {keys}')
-        if half and self._format in ("auto", "prompt_response", "alpaca"):
+        if half:
             prompt, response = half[0]
             missing = response if prompt in present else prompt
-            return f'no "{missing}"; {keys}'
+            return f'no "{missing}"{wanted}; {keys}'
         return (f'neither "messages" nor "prompt" and "response", nor another form that is '
                 f"known{wanted}; {keys}")
 

@@ -69,10 +69,8 @@ def load_preferences(
 ) -> Preferences:
     """Read ``{"prompt", "chosen", "rejected"}`` records from files, in order.
 
-    ``prompt`` is a string or messages; ``chosen`` and ``rejected`` are strings, or messages of
-    which the last is the assistant's. Messages may repeat the conversation before the answer, as
-    files of the HH kind do; ``prompt`` may then be left out, or be the text of its last message.
-    Other fields are ignored.
+    The two are strings, or messages of which the last is the assistant's; these may repeat the
+    conversation before the answer, as files of the HH kind do, and ``prompt`` may then be left out.
 
     Args:
         paths: One file or several.

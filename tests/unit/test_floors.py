@@ -16,7 +16,7 @@ FLOORS = [
     ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
      "convert.hf_config", "convert.hf_folder", "convert.rope", "convert.windows",
      "convert.config_values"),
-    ("hardware", "parallel", "storage.commit", "storage.partial", "data"),
+    ("hardware", "parallel", "storage.commit", "storage.partial", "storage.tables", "data"),
     ("model", "generation", "storage", "convert"),
     ("train", "run", "policy", "algorithms", "evaluation", "console"),
     ("cli", "__main__"),

@@ -177,7 +177,6 @@ def test_sentencepiece(tmp_path, sentencepiece_model, as_folder):
     whole = [1, *reference.encode(f"{text}: {text}"), 2]
     for response in (text, text + "</s>"):  # no space before it but the prompt's own
         assert encoded(tokenizer, f"{text}: ", response).ids == whole
-    assert reference.decode(whole) == f"{text}: {text}"
     assert tokenizer.decode([1, *ids, 2]) == text
 
 
