@@ -195,7 +195,9 @@ def _encoded(tokenizer: Tokenizer, text: Text, split: Split, allow_empty: bool) 
         ids, start = _with_bos(tokenizer, ids), start + bos
     response = turn_ids(tokenizer, ids[start:], plain=plain)
     if start < 1:
-        raise RecordError("the prompt has no tokens")
+        is_merged = count + missing > 0
+        raise RecordError("the prompt and the beginning of its answer are one token; write a space "
+                          "between them" if is_merged else "the prompt has no tokens")
     if len(response) == 1 and not allow_empty:
         raise RecordError("the response has no tokens")
     ids = ids[:start] + response

@@ -53,6 +53,7 @@ def learn_shape(template: ChatTemplate, codec: Codec, stop_ids: Collection[int])
         UserError: The template begins an answer with the very token that ends it.
     """
     try:
+        before = template.render([ASK]).text
         prompt = template.render([ASK], add_generation_prompt=True).text
         wholes = [template.render([ASK, _answer(probe)]).text for probe in PROBES]
     except RecordError as error:
@@ -60,32 +61,35 @@ def learn_shape(template: ChatTemplate, codec: Codec, stop_ids: Collection[int])
     starts = [w.lower().rfind(probe) for w, probe in zip(wholes, PROBES, strict=True)]
     if min(starts) < 0:
         return TurnShape(notes=("the chat template leaves out the assistant's answer",))
-    header = _missing_header(template, prompt, wholes[0])
-    position = len(prompt) - len(header)
+    # Up to here the prompt and the finished conversation are one text; all of it, as a rule.
+    position = len(os.path.commonprefix([prompt, wholes[0]]))
+    header = _missing_header(template, prompt, position)
     splits = codec.split_batch([
         (whole, [position, start + len(probe)])
         for whole, start, probe in zip(wholes, starts, PROBES, strict=True)
     ])
     ids, (begin, until) = splits[0].ids, splits[0].counts
-    after = ids[until:]
-    end = _end_of_turn(after, stop_ids, codec)
-    lead = wholes[0][position : starts[0]] if position <= starts[0] else ""
-    before = ids[begin:until]
-    if end is not None and end in before:
+    end = next((i for i in ids[until:] if i in stop_ids or i in codec.special_ids), None)
+    if position < min(len(before), starts[0]):
+        # What comes before the answer is another once it is there: every record will be refused.
+        return TurnShape(end_id=end)
+    if end is not None and end in ids[begin:until]:
         raise UserError(
             f"the chat template begins an answer with {codec.decode_all([end])!r}, the token that "
             "also ends it, and has no generation prompt to tell them apart. Set "
             "data.chat_template to one that has."
         )
+    after = ids[until:]
     tail = wholes[0][starts[0] + len(PROBES[0]) :]
-    inside = after[: after.index(end)] if end is not None else after
-    shown_tail = text_after(codec, ids[:until], inside)
+    shown_tail = text_after(codec, ids[:until], after if end is None else after[: after.index(end)])
+    is_whole = position == len(prompt) - len(header)
     shape = TurnShape(
-        end_id=end, tail_ids=tuple(after[after.index(end) + 1 :]) if end is not None else (),
-        shown_lead=text_after(codec, ids[:begin], before)[: -len(PROBES[0])],
-        shown_tail=shown_tail if end is not None else shown_tail.rstrip(),
-        tail_space=tail[len(tail.rstrip()) :] if end is None else "", lead=lead, header=header,
-        unstable=max(split.missing[0] for split in splits),
+        end_id=end, tail_ids=() if end is None else tuple(after[after.index(end) + 1 :]),
+        tail_space=tail[len(tail.rstrip()) :] if end is None else "",
+        shown_lead=text_after(codec, ids[:begin], ids[begin:until])[: -len(PROBES[0])],
+        shown_tail=shown_tail.rstrip() if end is None else shown_tail,
+        lead=wholes[0][position : starts[0]], header=header,
+        unstable=max(split.missing[0] for split in splits) if is_whole else 0,
     )
     return TurnShape(**vars(shape) | {"notes": tuple(_notes(shape, tail))})
 
@@ -94,26 +98,17 @@ def _answer(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def _missing_header(template: ChatTemplate, prompt: str, whole: str) -> str:
+def _missing_header(template: ChatTemplate, prompt: str, position: int) -> str:
     """The end of the generation prompt that a finished conversation does not have."""
-    if whole.startswith(prompt):
+    if position == len(prompt):
         return ""
     try:  # a prompt that opens the thinking is how an answer with some begins
         thinking = template.render([ASK, _answer("paris") | {"reasoning_content": "hm"}]).text
+        if thinking.startswith(prompt):
+            return ""
     except RecordError:
-        thinking = whole
-    if thinking.startswith(prompt):
-        return ""
-    return prompt[len(os.path.commonprefix([prompt, whole])) :]
-
-
-def _end_of_turn(after: list[int], stop_ids: Collection[int], codec: Codec) -> int | None:
-    """The first token after an answer that the model is known to stop at, else that is no text."""
-    for known in (stop_ids, codec.special_ids):
-        found = next((i for i in after if i in known), None)
-        if found is not None:
-            return found
-    return None
+        pass  # a template that cannot do with thinking: its prompt promises none
+    return prompt[position:]
 
 
 def _notes(shape: TurnShape, tail: str) -> list[str]:
