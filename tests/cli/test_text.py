@@ -96,7 +96,7 @@ def test_heldout_likelihood_is_that_of_the_rendered_text(zephyr, tmp_path, no_re
 def test_every_turn_is_learnt_in_one_sequence(zephyr, tmp_path, no_report):
     lines = records(turns=3)
     recipe = recipe_of(tmp_path, zephyr, lines, data={
-        "turns": "all", "max_prompt_length": 48, "max_response_length": 160}, train={
+        "turns": "all", "max_prompt_length": 110, "max_response_length": 140}, train={
         "global_batch_size": len(lines), "micro_batch_size": len(lines)},
         optimizer={"lr": 0.0}, algorithm={"steps_per_round": 1})
     result = run("train", recipe)
