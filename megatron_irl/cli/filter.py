@@ -9,10 +9,16 @@ from typing import Any
 from megatron_irl.config import load_recipe
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import prompt_of
-from megatron_irl.data.ledger import LedgerRow, complete_rounds, digest, ledger_rounds, read_ledger
+from megatron_irl.data.ledger import (
+    LedgerRow,
+    complete_rounds,
+    ledger_rounds,
+    read_ledger,
+    record_digest,
+)
 from megatron_irl.data.records import collect
-from megatron_irl.data.sources import training_reading
-from megatron_irl.data.turns import conversations_of
+from megatron_irl.data.sources import Reading, training_reading
+from megatron_irl.data.turns import Turns, conversations_of
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_jsonl_atomically
 
@@ -116,25 +122,33 @@ def _unchanged_records(
     if out.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--out {out} is a file of the run's data.train. Choose another one.")
 
-    data = load_recipe(run / "recipe.yaml", check_files=False).data
+    reading, turns = _reading(run, paths)
 
     def build(found: list[Conversation], record: dict[str, Any]) -> list[Any]:
         (whole,) = found
         return [
-            (each.source, digest(prompt_of(each), each.messages[-1]["content"]),
-             record if data.turns == "last" else _as_record(each))
-            for each in conversations_of(whole, data.turns)]
+            (each.source, record_digest(prompt_of(each), each.messages[-1]["content"]),
+             record if turns == "last" else _as_record(each))
+            for each in conversations_of(whole, turns)]
 
-    # Bad records are passed over: the run was refused by them, or left them out itself.
-    reading = replace(training_reading(data, []), part="all", bad_records="drop")
-    now = {source: (found, record) for turns in collect(reading, build)
-           for source, found, record in turns}
+    reading = replace(reading, part="all")  # what was held out has no row
+    now = {source: (found, record) for records in collect(reading, build)
+           for source, found, record in records}
     changed = [row.source for row in rows if now.get(row.source, ("", {}))[0] != row.digest]
     if changed:
         raise UserError(f"{changed[0]} is not the record that the run scored ({len(changed)} of "
                         f"{len(rows)} differ): the file has changed since. Put the run's version "
                         "back, or run it again.")
     return {source: record for source, (_, record) in now.items()}
+
+
+def _reading(run: Path, paths: Sequence[Path]) -> tuple[Reading, Turns]:
+    """How the run read the files that its ledger names, and which turns it learnt."""
+    try:
+        data = load_recipe(run / "recipe.yaml", check_files=False).data
+    except UserError:  # the recipe is for people to look at; what was read, the digests tell
+        return Reading(tuple(paths)), "last"
+    return training_reading(data, []), data.turns
 
 
 def _as_record(conversation: Conversation) -> dict[str, Any]:

@@ -13,13 +13,12 @@ import numpy as np
 from megatron_irl.cli.encoding import prompt_ids
 from megatron_irl.cli.inference import OpenModel, open_model, with_ranks
 from megatron_irl.cli.outputs import check_one_kind, check_out, reading_of, say_what_was_read
-from megatron_irl.console import Progress
+from megatron_irl.console import Console
 from megatron_irl.data.prompts import PromptRecord, load_prompts
 from megatron_irl.data.sources import Reading
 from megatron_irl.errors import UserError
-from megatron_irl.generation.interface import Generator, SamplingConfig
-from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.parallel.reduce import from_main, gather_in_turn
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
@@ -71,12 +70,11 @@ def _generate(
     options: argparse.Namespace, reading: Reading, records: list[PromptRecord]
 ) -> None:
     model = open_model(options)
-    progress = Progress(enabled=model.topology.is_main)
+    progress = Console(enabled=model.topology.is_main)
     say_what_was_read(progress, reading, model.tokenizer, records)
     prompts = prompt_ids(model.tokenizer, records)
-    generator = MegatronGenerator(
-        model.chunks, model.topology, vocab_size=model.architecture.vocab_size,
-        max_sequence_length=_longest(model, prompts, options.max_new_tokens),
+    model.policy.open_generator(
+        max_sequence_length=_longest(model, prompts, options.max_new_tokens)
     )
     sampling = SamplingConfig(
         temperature=options.temperature, top_p=options.top_p, top_k=0,
@@ -87,7 +85,7 @@ def _generate(
     if model.topology.is_main:
         partial = PartialJsonl(options.out, _settings(options, model, records, prompts, sampling))
     try:
-        _generate_rest(options, model, generator, sampling, records, prompts, partial)
+        _generate_rest(options, model, sampling, records, prompts, partial)
         if partial is not None:
             partial.finish()
     finally:
@@ -107,7 +105,7 @@ def _longest(model: OpenModel, prompts: Sequence[np.ndarray], max_new_tokens: in
 
 
 def _generate_rest(
-    options: argparse.Namespace, model: OpenModel, generator: Generator, sampling: SamplingConfig,
+    options: argparse.Namespace, model: OpenModel, sampling: SamplingConfig,
     records: Sequence[PromptRecord], prompts: Sequence[np.ndarray], partial: PartialJsonl | None,
 ) -> None:
     """Sample the lines not written yet, chunk by chunk; the main rank, with ``partial``, writes.
@@ -119,7 +117,7 @@ def _generate_rest(
     """
     topology, each = model.topology, options.num_samples
     count = len(prompts) * each
-    progress = Progress(enabled=topology.is_main)
+    progress = Console(enabled=topology.is_main)
     start = _finished(partial, topology)
     if start:
         what = "prompts" if each == 1 else "samples"
@@ -130,14 +128,13 @@ def _generate_rest(
     with progress.generation(len(range(start, count)[share])) as advance:
         for first in range(start, count, size):
             lines = range(first, min(first + size, count))
-            samples = generator.generate(
-                [prompts[line // each] for line in lines[share]], sampling,
+            samples = model.policy.generate(
+                [prompts[line // each] for line in lines], sampling,
                 functools.partial(_advance, advance, finished, tokens),
-                keys=[line % each * len(prompts) + line // each for line in lines[share]],
+                keys=[line % each * len(prompts) + line // each for line in lines],
             )
-            finished += len(samples)
-            tokens += sum(len(sample.token_ids) for sample in samples)
-            samples = gather_in_turn(samples, topology)
+            finished += len(lines[share])  # what is shown is this replica's share
+            tokens += sum(len(sample.token_ids) for sample in samples[share])
             if partial is not None:
                 written = [
                     _line(options, model, records[line // each], prompts[line // each], sample,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.config.files import files_of
-from megatron_irl.console import Progress
+from megatron_irl.console import Console
 from megatron_irl.data.forms import check_field_name
 from megatron_irl.data.prompts import PromptRecord, ScoreRecord
 from megatron_irl.data.sources import Reading
@@ -64,7 +64,7 @@ def write_records(out: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def say_what_was_read(
-    progress: Progress, reading: Reading, tokenizer: Tokenizer,
+    progress: Console, reading: Reading, tokenizer: Tokenizer,
     records: Sequence[PromptRecord] | Sequence[ScoreRecord],
 ) -> None:
     """Tell the user what was recognised, and of prompts that miss the chat template."""

@@ -4,9 +4,11 @@ import dataclasses
 import glob
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from megatron_irl.algorithms.registry import rules_of
+from megatron_irl.config.bounds import value_at
 from megatron_irl.config.schema import DataSource, Recipe
 from megatron_irl.errors import UserError
 
@@ -29,10 +31,9 @@ def expand_home(recipe: Recipe) -> Recipe:
         chat_template=recipe.data.chat_template and home(recipe.data.chat_template),
         **{name: _with_home(getattr(recipe.data, name))
            for name in ("train", "eval", "eval_preferences")})
-    reward = dataclasses.replace(
-        recipe.reward, preferences=_with_home(recipe.reward.preferences))
+    recipe = _with_preferences(recipe, lambda _, sources: _with_home(sources))
     model = dataclasses.replace(recipe.model, hf=home(recipe.model.hf))
-    return dataclasses.replace(recipe, data=data, reward=reward, model=model,
+    return dataclasses.replace(recipe, data=data, model=model,
                                output_dir=home(recipe.output_dir))
 
 
@@ -46,9 +47,18 @@ def expand_files(recipe: Recipe) -> Recipe:
     data = dataclasses.replace(recipe.data, **{
         name: _expand(f"data.{name}", getattr(recipe.data, name))
         for name in ("train", "eval", "eval_preferences")})
-    reward = dataclasses.replace(
-        recipe.reward, preferences=_expand("reward.preferences", recipe.reward.preferences))
-    return dataclasses.replace(recipe, data=data, reward=reward)
+    return dataclasses.replace(_with_preferences(recipe, _expand), data=data)
+
+
+def _with_preferences(recipe: Recipe, change: Callable[[str, Sources], Sources]) -> Recipe:
+    """The recipe with the preferences that its algorithm trains on changed, if it has any."""
+    trained_on = rules_of(recipe.algorithm.name).preferences
+    if trained_on is None:
+        return recipe
+    name, _, key = trained_on.partition(".")
+    files = change(trained_on, value_at(recipe, trained_on))
+    section = dataclasses.replace(recipe.sections[name], **{key: files})
+    return dataclasses.replace(recipe, sections={**recipe.sections, name: section})
 
 
 def paths_of(sources: Iterable[str | DataSource]) -> list[str]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from megatron_irl.config.checks import check_given_keys, check_recipe
+from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import (
-    MAPPING_SECTIONS,
-    TOP_LEVEL,
     check_field_names,
+    mapping_sections,
     recipe_from_mapping,
+    top_level,
 )
 from megatron_irl.config.files import expand_files, expand_home
 from megatron_irl.config.schema import Recipe
@@ -44,13 +44,10 @@ def load_recipe(
     for override in overrides:
         _apply_override(mapping, override)
     recipe = recipe_from_mapping(mapping)
-    check_given_keys(recipe.algorithm.name, mapping)
-    check_recipe(recipe)
     recipe = expand_home(recipe)
-    if not check_files:
-        return recipe
-    recipe = expand_files(recipe)
-    check_recipe(recipe)  # again: patterns may have met in one file
+    if check_files:
+        recipe = expand_files(recipe)
+    check_recipe(recipe)  # after the files: two patterns may have met in one of them
     return recipe
 
 
@@ -106,14 +103,14 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
                         "Write it with = and without spaces around it.")
     value = _parse(text, f"the value of override {override!r}")
     section, dot, key = dotted.partition(".")
-    check_field_names("", [section], TOP_LEVEL)
+    check_field_names("", [section], top_level())
     if not dot:
-        if section in MAPPING_SECTIONS:
+        if section in mapping_sections():
             raise UserError(f"override {override!r} names a section; {section} holds keys. "
                             f"Override one of them, as in {section}.key=value.")
         mapping[section] = value
         return
-    if section not in MAPPING_SECTIONS:
+    if section not in mapping_sections():
         raise UserError(f"override {override!r} names {dotted}, but {section} is a single value. "
                         f"Write {section}=value.")
     current = mapping.get(section)

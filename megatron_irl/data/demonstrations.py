@@ -83,12 +83,12 @@ class LoadReport:
         remarks: What the records show of the chat template: how many, and the first of them.
     """
 
-    kept: int
-    dropped_prompt: int
-    dropped_response: int
-    truncated_prompts: int
-    prompt_tokens: int
-    response_tokens: int
+    kept: int = 0
+    dropped_prompt: int = 0
+    dropped_response: int = 0
+    truncated_prompts: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
     prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
     response_lengths: array[int] = field(default_factory=lambda: array("i"))
     remarks: dict[str, tuple[int, str]] = field(default_factory=dict)

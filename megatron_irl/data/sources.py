@@ -99,7 +99,8 @@ class Records:
     """
 
     def __init__(self, reading: Reading, purpose: Purpose) -> None:
-        self._reading, self._purpose = reading, purpose
+        self._reading: Reading = reading
+        self._purpose: Purpose = purpose
         self._seen: dict[str, _Seen] = {}
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any], list[Conversation] | RecordError]]:
