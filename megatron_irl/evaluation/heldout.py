@@ -11,6 +11,7 @@ import numpy as np
 from megatron_irl.algorithms.rules import AlgorithmRules
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
+from megatron_irl.data.answers import same_answer
 from megatron_irl.data.corpus import Corpus
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.pair_bank import PairBank, usable_pairs
