@@ -216,9 +216,9 @@ def test_a_template_that_prints_the_date_goes_on_tomorrow(
     mapping = small_recipe(model, data, tmp_path / "run")
     mapping["data"] |= {"chat_template": template, "max_prompt_length": 64}
     recipe = write_recipe(tmp_path / "r.yaml", **mapping)
-    monkeypatch.setattr("megatron_irl.run.session.today", lambda: datetime(2024, 7, 1))
+    monkeypatch.setattr("megatron_irl.run.inputs.today", lambda: datetime(2024, 7, 1))
     interrupted(monkeypatch, recipe)
-    monkeypatch.setattr("megatron_irl.run.session.today", lambda: datetime(2024, 7, 2))
+    monkeypatch.setattr("megatron_irl.run.inputs.today", lambda: datetime(2024, 7, 2))
     result = run("train", recipe)
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "run" / "run.json").read_text())["start"]["date"].startswith(
