@@ -39,7 +39,8 @@ class Normaliser:
     def __init__(
         self, purpose: Purpose, format: str = "auto", fields: Mapping[str, str] | None = None
     ) -> None:
-        self._purpose, self._forms = purpose, Forms(purpose, format, fields)
+        self._purpose: Purpose = purpose
+        self._forms = Forms(purpose, format, fields)
 
     def form(self, record: Mapping[str, Any]) -> Form:
         """Return the form of a record.
@@ -61,7 +62,8 @@ class Normaliser:
         Raises:
             RecordError: No form fits, or a value is not what its field should be.
         """
-        record = _opened(record)
+        if "prompt" in record or "text" in record:
+            record = _opened(record)
         form = self.form(record)
         if self._purpose == "demonstration":
             asked = form.answer or form.response == "answer"
@@ -104,7 +106,9 @@ def _demonstration(
     if form.chosen:
         before, turns, plain = _sides(record, form, ("chosen",))
     elif form.messages:
-        messages = _with_system(_messages(record, form, form.messages), record, form)
+        messages = _messages(record, form, form.messages)
+        if form.system:
+            messages = _with_system(messages, record, form)
         return Conversation(_complete(messages, form.messages), source, answer=answer)
     else:
         before, plain = _before(record, form)
@@ -279,13 +283,17 @@ def _complete(messages: Messages, key: str) -> Messages:
 
 
 def _check_answer(message: dict[str, Any]) -> None:
-    if not message["content"].strip() and not message.get("tool_calls"):
+    text = message["content"]
+    if (not text or text.isspace()) and not message.get("tool_calls"):
         raise RecordError('"content" is empty')
 
 
 def awaiting_assistant(messages: Messages) -> Messages:
     """Return the messages if they can be a prompt: some text, and not the assistant's turn done."""
-    if not any(message["content"].strip() for message in messages):
+    for message in messages:
+        if message["content"] and not message["content"].isspace():
+            break
+    else:
         raise RecordError("the prompt is empty")
     if messages[-1]["role"] == "assistant":
         raise RecordError("the prompt ends with an assistant message; nothing is left to answer")

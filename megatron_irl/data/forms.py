@@ -94,6 +94,7 @@ class Forms:
         self, purpose: Purpose, format: str = "auto", fields: Mapping[str, str] | None = None
     ) -> None:
         self._purpose, self._format = purpose, format
+        self._on_command_line = purpose in ("prompt", "score")
         self._given: dict[str, str] = {}
         self._asks_chat = False
         for name, theirs in (fields or {}).items():
@@ -125,14 +126,17 @@ class Forms:
         for name, theirs in given.items():
             if name in ("messages", "prompt", "response", "chosen", "rejected", "responses"):
                 if theirs not in present:
-                    raise RecordError(f'no "{theirs}", which data.fields.{name} names; its keys '
-                                      f"are: {_listed(present)}")
+                    key = f"--field {name}" if self._on_command_line else f"data.fields.{name}"
+                    raise RecordError(f'no "{theirs}", which {key} names; its keys are: '
+                                      f"{_listed(present)}")
         own = {name for name in given if name not in (*_OPTIONAL, "answer", "role", "content",
                                                       "context")}
         for form in self._candidates(present):
             if all(getattr(form, name) for name in own):
                 return form
-        raise RecordError(self._nothing_fits(present), _ADVICE)
+        how = "--field prompt=THEIR_NAME" if self._on_command_line else (
+            "data.fields={prompt: THEIR_NAME, response: THEIR_NAME}")
+        raise RecordError(self._nothing_fits(present), f"{_ADVICE}, as in {how}.")
 
     def _candidates(self, present: Collection[str]) -> list[Form]:
         """The forms that the fields allow, in the order in which they are preferred."""
@@ -238,7 +242,7 @@ class Forms:
 
 
 _ADVICE = ('Write {"messages": [{"role", "content"}...]} or {"prompt", "response"}, or name the '
-           "fields, as in data.fields={prompt: THEIR_NAME, response: THEIR_NAME}.")
+           "fields")
 
 
 def check_field_name(name: str) -> None:
@@ -246,8 +250,8 @@ def check_field_name(name: str) -> None:
     if name not in FIELD_NAMES:
         near = difflib.get_close_matches(name, FIELD_NAMES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(FIELD_NAMES)}."
-        raise UserError(f"unknown key data.fields.{name}; {hint} data.fields maps our names to "
-                        "those of the file.")
+        raise UserError(f"unknown key data.fields.{name}; {hint} data.fields (on the command line "
+                        "--field) maps our names to those of the file.")
 
 
 def _listed(present: Collection[str]) -> str:

@@ -13,6 +13,19 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+def parsed_line(line: str) -> Any:
+    """``json.loads`` of a line, without what that does again for every call.
+
+    Raises:
+        json.JSONDecodeError: It is not JSON.
+    """
+    try:
+        value, end = _DECODER.raw_decode(line)
+    except json.JSONDecodeError:  # of white space in front too
+        return json.loads(line)
+    return json.loads(line) if line[end:].strip(" \t\r\n") else value
+
+
 def is_array(head: bytes) -> bool:
     """Whether a text that begins so is an array of objects."""
     return re.match(rb"(?:\xef\xbb\xbf)?\s*\[\s*\{", head) is not None

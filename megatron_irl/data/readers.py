@@ -16,7 +16,13 @@ from typing import Any, BinaryIO, cast
 import pyarrow
 import pyarrow.parquet
 
-from megatron_irl.data.json_text import array_items, is_array, is_stream, stream_values
+from megatron_irl.data.json_text import (
+    array_items,
+    is_array,
+    is_stream,
+    parsed_line,
+    stream_values,
+)
 from megatron_irl.errors import UserError
 
 COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
@@ -202,7 +208,7 @@ def as_object(raw: Any) -> dict[str, Any]:
     """
     if isinstance(raw, bytes):
         try:
-            raw = json.loads(raw.decode("utf-8-sig"))
+            raw = parsed_line(raw.removeprefix(b"\xef\xbb\xbf").decode())
         except UnicodeDecodeError as error:
             raise RecordError(f"not UTF-8: {error}") from None
         except json.JSONDecodeError as error:

@@ -144,8 +144,10 @@ class Records:
                 else:
                     name = form.description
                     seen.counts[name] = seen.counts.get(name, 0) + 1
-                    seen.first = seen.first or found[0]
-                for _ in range(times):
+                    if seen.first is None:
+                        seen.first = found[0]
+                yield place, record, found
+                for _ in range(times - 1):
                     yield place, record, found
             if place is None:
                 raise UserError(f"{path}: the file has no records.")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_irl.data.chat_template import ChatTemplate
 from megatron_irl.data.codec import Codec, text_after
@@ -91,7 +91,7 @@ def learn_shape(template: ChatTemplate, codec: Codec, stop_ids: Collection[int])
         lead=wholes[0][position : starts[0]], header=header,
         unstable=max(split.missing[0] for split in splits) if is_whole else 0,
     )
-    return TurnShape(**vars(shape) | {"notes": tuple(_notes(shape, tail))})
+    return replace(shape, notes=tuple(_notes(shape, tail)))
 
 
 def _answer(text: str) -> dict[str, str]:
