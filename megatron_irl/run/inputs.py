@@ -88,7 +88,7 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
         recipe, tokenizer, preferences=(key, value_at(recipe, key)) if key else None
     )
     resolved = resolve(recipe, len(data.demonstrations))
-    folder.check(resolved, data.digest, start)
+    folder.check(resolved, data.digest, len(data.demonstrations), start)
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
         optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],

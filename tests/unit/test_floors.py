@@ -20,7 +20,7 @@ FLOORS = [
      "convert.rope", "convert.windows", "convert.config_values"),
     ("algorithms.registry", "algorithms.rules"),
     ("config",),
-    ("hardware", "console", "timing", "parallel", "storage.commit", "storage.partial",
+    ("hardware", "compat", "console", "timing", "parallel", "storage.commit", "storage.partial",
      "storage.tables", "data"),
     ("model", "generation", "storage", "convert"),
     ("policy",),
