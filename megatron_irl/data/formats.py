@@ -6,7 +6,6 @@ trees. What each field is, ``forms`` tells; here its value is read and checked.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,10 +20,8 @@ from megatron_irl.data.messages import (
     tool_calls,
 )
 from megatron_irl.data.readers import RecordError, kind_name
+from megatron_irl.data.transcripts import has_turns, turns_of
 from megatron_irl.data.trees import best_path, is_tree
-
-# "\n\nHuman: ...\n\nAssistant: ..." of the HH set, "### Human: ...### Assistant: ..." of Guanaco.
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?|(?:^|\n)?### (Human|Assistant): ?")
 
 
 class Normaliser:
@@ -96,7 +93,7 @@ def _opened(record: dict[str, Any]) -> dict[str, Any]:
             "messages": best_path(record["prompt"])}
     text = record.get("text")
     if isinstance(text, str) and text.startswith("### Human:") and "messages" not in record:
-        return {k: v for k, v in record.items() if k != "text"} | {"messages": _turns(text)}
+        return {k: v for k, v in record.items() if k != "text"} | {"messages": turns_of(text)}
     return record
 
 
@@ -207,7 +204,7 @@ def _check_same_prompt(record: dict[str, Any], form: Form, before: Messages) -> 
     prompt = record[form.prompt]
     if isinstance(prompt, str):
         same = text_of(prompt, f'"{form.prompt}"') == before[-1]["content"] or (
-            _has_turns(prompt) and _turns(prompt)[: len(before)] == before
+            has_turns(prompt) and turns_of(prompt)[: len(before)] == before
         )
         # UltraFeedback's kind: the conversation's first turn.
         same = same or prompt == next(m["content"] for m in before if m["role"] != "system")
@@ -222,9 +219,9 @@ def _side(value: Any, key: str, form: Form) -> tuple[Messages, dict[str, Any]]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        if not (isinstance(value, str) and _has_turns(value)):
+        if not (isinstance(value, str) and has_turns(value)):
             return [], {"role": "assistant", "content": text_of(value, f'"{key}"')}
-        value = _turns(value)
+        value = turns_of(value)
     messages = checked_messages(value, key, form.role, form.content)
     if not messages:
         raise RecordError(f'"{key}" is empty')
@@ -331,23 +328,3 @@ def _answer(record: dict[str, Any], form: Form) -> str | None:
         if answer.is_integer():  # a column of integers, one missing, becomes one of floats
             return str(int(answer))
     return str(answer)
-
-
-def _has_turns(text: str) -> bool:
-    return text.lstrip("\n").startswith(("Human: ", "### Human:")) and "Assistant:" in text
-
-
-def _turns(text: str) -> Messages:
-    """The turns of a conversation written as one text; two of one speaker in a row are joined."""
-    text = text.lstrip("\n")
-    marks = list(_TURN.finditer(text))
-    ends = [mark.start() for mark in marks[1:]] + [len(text)]
-    messages: Messages = []
-    for mark, end in zip(marks, ends, strict=True):
-        role = "user" if "Human" in (mark[1], mark[2]) else "assistant"
-        content = text[mark.end() : end].strip()
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += f"\n\n{content}"
-        else:
-            messages.append({"role": role, "content": content})
-    return messages
