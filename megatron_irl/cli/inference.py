@@ -31,9 +31,8 @@ from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.provenance import check_weights, date_of, start_of
 from megatron_irl.policy.scoring import summed
-from megatron_irl.run.folder import RunFolder
-from megatron_irl.run.provenance import weights_digest
 from megatron_irl.storage.checkpoint import Checkpointer
 
 
@@ -134,7 +133,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     tokenizer = load_tokenizer(
         source.tokenizer_dir, template, model=source.hf_dir,
         arguments=recipe.data.chat_template_args if recipe else None,
-        date=RunFolder(options.model).date if recipe else None,
+        date=date_of(start_of(options.model)) if recipe else None,
     )
     check_vocabulary(tokenizer, arch.vocab_size)
     topology = initialize(parallel)
@@ -214,7 +213,7 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     if recipe is not None and source.reward == "implicit":
         reference = options.reference or Path(recipe.model.hf)
         if options.reference is None and (reference / "config.json").exists():
-            RunFolder(options.model).check_weights(reference, weights_digest(reference))
+            check_weights(options.model, reference)
         return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
     if options.reference is None:
         what = "an HF folder" if recipe is None else f"an {recipe.algorithm.name} run"

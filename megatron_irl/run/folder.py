@@ -20,6 +20,7 @@ from megatron_irl.config import (
     to_yaml,
 )
 from megatron_irl.errors import UserError
+from megatron_irl.policy.provenance import date_of
 from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
 from megatron_irl.storage.lease import LEASE_PATTERN
 
@@ -67,23 +68,7 @@ class RunFolder:
     @property
     def date(self) -> datetime | None:
         """The date that chat templates print in this run; None before it has begun."""
-        written = self._start().get("date")
-        return None if written is None else datetime.fromisoformat(written)
-
-    def check_weights(self, hf_dir: Path, digest: str) -> None:
-        """Raise UserError if the run began with other weights than those now in a folder.
-
-        Args:
-            hf_dir: For the message.
-            digest: Of what is there now, see ``provenance.weights_digest``.
-        """
-        known = self._start().get("model.hf", digest)
-        if known != digest:
-            raise UserError(
-                f"{hf_dir} is not what {self.path} began with: the digest of its weights and "
-                f"config.json was {known} and is {digest}. Put the files back, or give a folder "
-                "that has them."
-            )
+        return date_of(self._start())
 
     def check(
         self, recipe: Recipe, data: str, num_demonstrations: int, start: dict[str, str]

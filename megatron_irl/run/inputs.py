@@ -18,8 +18,8 @@ from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokeni
 from megatron_irl.errors import UserError
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
 from megatron_irl.model.build import build_config, build_ddp_config
+from megatron_irl.policy.provenance import describe_start, today
 from megatron_irl.run.folder import RunFolder
-from megatron_irl.run.provenance import describe_start, today
 from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_irl.data.tokenizer import Tokenizer
+from megatron_irl.errors import UserError
 
 BLOCKS = 64  # of each weight file that are read
 BLOCK_BYTES = 4096
@@ -36,6 +37,31 @@ def describe_start(hf_dir: Path, tokenizer: Tokenizer, date: datetime) -> dict[s
         "chat template": _digest(written),
         "date": date.isoformat(),
     }
+
+
+def start_of(run: Path) -> dict[str, str]:
+    """Return what a run's folder says it began with; empty for one of earlier versions."""
+    try:
+        return dict(json.loads((run / "run.json").read_text())["start"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # cut or gone: what it would tell is a check, and the run's date
+
+
+def date_of(start: dict[str, str]) -> datetime | None:
+    """The date that chat templates print in a run; None where it is not known."""
+    return datetime.fromisoformat(start["date"]) if "date" in start else None
+
+
+def check_weights(run: Path, hf_dir: Path) -> None:
+    """Raise UserError if a run began with other weights than those now in a folder."""
+    digest = weights_digest(hf_dir)
+    known = start_of(run).get("model.hf", digest)
+    if known != digest:
+        raise UserError(
+            f"{hf_dir} is not what {run} began with: the digest of its weights and config.json was "
+            f"{known} and is {digest}. Put the files back, or give a folder that has them as "
+            "--reference."
+        )
 
 
 def weights_digest(hf_dir: Path) -> str:
