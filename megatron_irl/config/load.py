@@ -1,5 +1,6 @@
 """Read a recipe: YAML file, dotted overrides, file patterns."""
 
+import dataclasses
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from megatron_irl.config.fields import (
     top_level,
 )
 from megatron_irl.config.files import expand_files, expand_home
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -43,12 +45,25 @@ def load_recipe(
     mapping.pop("environment", None)
     for override in overrides:
         _apply_override(mapping, override)
-    recipe = recipe_from_mapping(mapping)
-    recipe = expand_home(recipe)
+    recipe = _in_hub_cache(expand_home(recipe_from_mapping(mapping)))
     if check_files:
         recipe = expand_files(recipe)
     check_recipe(recipe)  # after the files: two patterns may have met in one of them
     return recipe
+
+
+def _in_hub_cache(recipe: Recipe) -> Recipe:
+    """Name the snapshot where a repository of the Hugging Face cache is given: it stays the same
+    though a newer revision be fetched while a run goes on.
+    """
+    tokenizer = recipe.data.tokenizer
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, hf=str(hub_snapshot(recipe.model.hf))),
+        data=dataclasses.replace(
+            recipe.data, tokenizer=str(hub_snapshot(tokenizer)) if tokenizer else tokenizer
+        ),
+    )
 
 
 class _Loader(yaml.SafeLoader):

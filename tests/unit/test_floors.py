@@ -16,8 +16,7 @@ SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
     ("types", "objectives", "errors", "config.schema", "config.data_schema", "config.bounds",
-     "convert.tensors", "convert.families", "convert.hf_config", "convert.hf_folder",
-     "convert.rope", "convert.windows", "convert.config_values"),
+     "families", "convert.hf_config", "convert.hf_folder"),
     ("algorithms.registry", "algorithms.rules"),
     ("config",),
     ("hardware", "compat", "console", "timing", "parallel", "storage.commit", "storage.partial",
