@@ -51,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="check a recipe and print what it would do")
     plan.add_argument("recipe", type=_path)
     plan.add_argument("overrides", nargs="*")
+    plan.add_argument("--show", type=int, metavar="N", help="show N demonstrations as the model "
+                      "sees them, and how long all of them are")
     plan.set_defaults(run=_plan)
 
     _add_generate(commands)
@@ -164,7 +166,9 @@ def _plan(options: argparse.Namespace, argv: list[str]) -> int:
     from megatron_irl.config import load_recipe
 
     del argv
-    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides)))
+    if options.show is not None and options.show < 0:
+        raise UserError(f"--show {options.show} must be at least 0.")
+    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides), options.show))
     return 0
 
 

@@ -18,6 +18,7 @@ from megatron_irl.data.ledger import (
 )
 from megatron_irl.data.records import collect
 from megatron_irl.data.sources import Reading, training_reading
+from megatron_irl.data.turns import Turns, conversations_of
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_jsonl_atomically
 
@@ -31,6 +32,9 @@ def filter_demonstrations(
     round: int | None = None,
 ) -> str:
     """Write the records of ``data.train`` whose ledger reward is high enough, in their order.
+
+    Of a run with ``data.turns: each`` every turn kept is written as a record of its own, with what
+    came before it: to be trained on with ``data.turns: last``.
 
     Args:
         run: Run folder with a demonstration ledger.
@@ -118,13 +122,18 @@ def _unchanged_records(
     if out.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--out {out} is a file of the run's data.train. Choose another one.")
 
-    def build(found: list[Conversation], record: dict[str, Any]) -> Any:
-        (conversation,) = found
-        response = conversation.messages[-1]["content"]
-        return conversation.source, record_digest(prompt_of(conversation), response), record
+    reading, turns = _reading(run, paths)
 
-    reading = replace(_reading(run, paths), part="all")  # what was held out has no row
-    now = {source: (found, record) for source, found, record in collect(reading, build)}
+    def build(found: list[Conversation], record: dict[str, Any]) -> list[Any]:
+        (whole,) = found
+        return [
+            (each.source, record_digest(prompt_of(each), each.messages[-1]["content"]),
+             record if turns == "last" else _as_record(each))
+            for each in conversations_of(whole, turns)]
+
+    reading = replace(reading, part="all")  # what was held out has no row
+    now = {source: (found, record) for records in collect(reading, build)
+           for source, found, record in records}
     changed = [row.source for row in rows if now.get(row.source, ("", {}))[0] != row.digest]
     if changed:
         raise UserError(f"{changed[0]} is not the record that the run scored ({len(changed)} of "
@@ -133,9 +142,22 @@ def _unchanged_records(
     return {source: record for source, (_, record) in now.items()}
 
 
-def _reading(run: Path, paths: Sequence[Path]) -> Reading:
-    """How the run read the files that its ledger names."""
+def _reading(run: Path, paths: Sequence[Path]) -> tuple[Reading, Turns]:
+    """How the run read the files that its ledger names, and which turns it learnt."""
     try:
-        return training_reading(load_recipe(run / "recipe.yaml", check_files=False).data, [])
+        data = load_recipe(run / "recipe.yaml", check_files=False).data
     except UserError:  # the recipe is for people to look at; what was read, the digests tell
-        return Reading(tuple(paths))
+        return Reading(tuple(paths)), "last"
+    return training_reading(data, []), data.turns
+
+
+def _as_record(conversation: Conversation) -> dict[str, Any]:
+    """A turn of a conversation as a record of its own, for runs with ``data.turns: each``."""
+    if conversation.plain:
+        prompt, response = (message["content"] for message in conversation.messages)
+        record: dict[str, Any] = {"prompt": prompt, "response": response}
+    else:
+        record = {"messages": conversation.messages}
+    parts = {"tools": conversation.tools, "answer": conversation.answer,
+             "chat_template_kwargs": conversation.template_args}
+    return record | {name: value for name, value in parts.items() if value}

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_irl.cli.inference import OpenModel, open_model, token_ids, with_ranks
+from megatron_irl.cli.encoding import prompt_ids
+from megatron_irl.cli.inference import OpenModel, open_model, with_ranks
 from megatron_irl.cli.outputs import check_one_kind, check_out, reading_of, say_what_was_read
 from megatron_irl.console import Console
 from megatron_irl.data.prompts import PromptRecord, load_prompts
@@ -71,7 +72,7 @@ def _generate(
     model = open_model(options)
     progress = Console(enabled=model.topology.is_main)
     say_what_was_read(progress, reading, model.tokenizer, records)
-    prompts = [token_ids(r, model.tokenizer.render_prompt, r.prompt) for r in records]
+    prompts = prompt_ids(model.tokenizer, records)
     model.policy.open_generator(
         max_sequence_length=_longest(model, prompts, options.max_new_tokens)
     )
@@ -135,8 +136,10 @@ def _generate_rest(
             finished += len(lines[share])  # what is shown is this replica's share
             tokens += sum(len(sample.token_ids) for sample in samples[share])
             if partial is not None:
-                written = [_line(options, model, records[line // each], sample, line % each)
-                           for line, sample in zip(lines, samples, strict=True)]
+                written = [
+                    _line(options, model, records[line // each], prompts[line // each], sample,
+                          line % each)
+                    for line, sample in zip(lines, samples, strict=True)]
                 partial.append(written)
                 if options.stream:
                     sys.stdout.buffer.writelines(map(json_line, written))
@@ -162,10 +165,12 @@ def _advance(advance: Callable[..., None], finished: int, tokens: int, done: int
 
 
 def _line(
-    options: argparse.Namespace, model: OpenModel, record: PromptRecord, sample: Sample,
-    number: int,
+    options: argparse.Namespace, model: OpenModel, record: PromptRecord, prompt: np.ndarray,
+    sample: Sample, number: int,
 ) -> dict[str, Any]:
-    decode = model.tokenizer.decode
+    # Such a text that ``score``, given it with the prompt, sees these very ids.
+    decode = functools.partial(
+        model.tokenizer.response_text, prompt, plain=record.conversation.plain)
     response, sample = _cut(sample, options.stop, decode) if options.stop else (
         decode(sample.token_ids), sample)
     numbered = {"sample": number} if options.num_samples > 1 else {}

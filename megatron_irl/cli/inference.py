@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from megatron_irl import hardware
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.algorithms.rules import RewardKind
+from megatron_irl.cli.encoding import scored_sequences
 from megatron_irl.cli.outputs import check_out, reading_of, say_what_was_read, write_records
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recipe
@@ -22,7 +23,6 @@ from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_c
 from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.prompts import ScoreRecord, load_score_records
-from megatron_irl.data.records import RecordError
 from megatron_irl.data.sources import Reading
 from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_irl.errors import UserError
@@ -31,6 +31,7 @@ from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.provenance import check_weights, date_of, start_of
 from megatron_irl.policy.scoring import summed
 from megatron_irl.storage.checkpoint import Checkpointer
 
@@ -129,7 +130,12 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     config = build_config(arch, parallel, precision=precision, overrides=overrides)
     validate_hf_folder(source.hf_dir, arch)
     template = options.chat_template or source.chat_template
-    tokenizer = load_tokenizer(source.tokenizer_dir, template)
+    recipe = source.recipe
+    tokenizer = load_tokenizer(
+        source.tokenizer_dir, template, model=source.hf_dir,
+        arguments=recipe.data.chat_template_args if recipe else None,
+        date=date_of(start_of(options.model)) if recipe else None,
+    )
     check_vocabulary(tokenizer, arch.vocab_size)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
@@ -208,6 +214,8 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     recipe = source.recipe
     if recipe is not None and source.reward == "implicit":
         reference = options.reference or Path(recipe.model.hf)
+        if options.reference is None and (reference / "config.json").exists():
+            check_weights(options.model, reference)
         return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
     if options.reference is None:
         what = "an HF folder" if recipe is None else f"an {recipe.algorithm.name} run"
@@ -248,7 +256,8 @@ def _score_explicit(
     model = open_model(options, with_reward_head=True)
     progress = Console(enabled=model.topology.is_main)
     say_what_was_read(progress, reading, model.tokenizer, records)
-    sequences = _sequences(model, records)
+    sequences = scored_sequences(
+        model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     rewards = model.policy.score_rewards(sequences)
     _write_rewards(options, model, records, rewards)
 
@@ -261,7 +270,8 @@ def _score(
     progress = Console(enabled=model.topology.is_main)
     say_what_was_read(progress, reading, model.tokenizer, records)
     _check_reference(reference, model.architecture)
-    sequences = _sequences(model, records)
+    sequences = scored_sequences(
+        model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     policy = model.policy
     logps = np.array(summed(policy.score(sequences)))
     policy.load_weights(reference)
@@ -271,22 +281,6 @@ def _score(
         length_normalize=model.source.length_normalize,
     )
     _write_rewards(options, model, records, rewards.tolist())
-
-
-def _sequences(model: OpenModel, records: list[ScoreRecord]) -> list[tuple[np.ndarray, np.ndarray]]:
-    sequences = []
-    for record in records:
-        prompt = token_ids(record, model.tokenizer.render_prompt, record.prompt)
-        for text in record.responses:
-            response = token_ids(record, model.tokenizer.response_ids, text)
-            total, limit = len(prompt) + len(response), model.architecture.max_sequence_length
-            if total > limit:
-                raise UserError(
-                    f"{record.source}: prompt and response have {total} tokens, more than the "
-                    f"model's {limit} positions. Shorten them."
-                )
-            sequences.append((prompt, response))
-    return sequences
 
 
 def _write_rewards(
@@ -308,14 +302,3 @@ def _check_reference(reference: Path, arch: Architecture) -> None:
             "same model with other weights. Give the model the run started from."
         )
     validate_hf_folder(reference, arch)
-
-
-def token_ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.ndarray:
-    """Token ids int32, none empty; an error names the record's file and line."""
-    try:
-        ids = encode(text)
-    except RecordError as error:
-        raise UserError(f"{record.source}: {error}") from error
-    if not ids:
-        raise UserError(f"{record.source}: the prompt has no tokens.")
-    return np.asarray(ids, dtype=np.int32)

@@ -48,6 +48,10 @@ def check_recipe(recipe: Recipe) -> None:
     _check_algorithm(recipe.algorithm)
     rules = rules_of(recipe.algorithm.name)
     rules.check(recipe)
+    if recipe.data.turns == "all" and rules.reward != "none":
+        raise UserError(f"data.turns=all conflicts with algorithm.name={recipe.algorithm.name}; "
+                        "samples answer one turn, so each must be a record of its own. Set "
+                        "data.turns to each or last, or algorithm.name to sft.")
     _check_preferences(recipe, rules.preferences)
     for section, names in (("model", recipe.model.overrides), ("optimizer", recipe.optimizer)):
         _check_owned_elsewhere(section, names)

@@ -1,7 +1,7 @@
 """The recipe's section ``data``; see ``schema``."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FormatName = Literal["auto", "messages", "prompt_response", "alpaca", "sharegpt", "preference"]
 
@@ -72,6 +72,14 @@ class DataConfig:
     """Tokenizer folder; none: the one in ``model.hf``."""
     chat_template: str | None = None
     """Jinja chat template, or a file holding one; none: the tokenizer's."""
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, as in {enable_thinking: false}; a record's own
+    ``chat_template_kwargs`` win."""
+    turns: Literal["last", "each", "all"] = "last"
+    """Which of a conversation's assistant turns are learnt: the ``last``; ``each`` of them, as a
+    record of its own with what came before it; or ``all`` in one sequence (sft only). A chat
+    template that rewrites earlier turns makes ``each`` of ``all``, and the log says so. Held-out
+    records are taken as ``each`` under both, so that the likelihood is of the same tokens."""
     overlong: Literal["drop", "error", "truncate_prompt"] = "drop"
     """What to do with a record over a limit, of demonstrations or preferences: drop and count it,
     stop, or keep the prompt's end. A response is never cut, since that would teach the model to

@@ -129,6 +129,8 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
                             f"in {path}={{key: value}}.")
         return {coerce(key, args[0], path): coerce(item, args[1], f"{path}.{key}")
                 for key, item in value.items()}
+    if annotation is Any:
+        return value
     if dataclasses.is_dataclass(annotation):
         return _to_dataclass(value, annotation, path)
     if origin is Literal:

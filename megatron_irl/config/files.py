@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.config.bounds import value_at
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.schema import DataSource, Recipe
 from megatron_irl.errors import UserError
 
@@ -112,7 +113,7 @@ def files_of(key: str, pattern: str, split: str | None = None) -> list[str]:
     if os.path.isfile(pattern):
         return [pattern]
     if os.path.isdir(pattern):
-        return _of_folder(key, Path(pattern), split)
+        return _of_folder(key, hub_snapshot(pattern), split)
     found = sorted(glob.glob(pattern, recursive=True))
     files = [file for name in found for file in
              ([name] if os.path.isfile(name) else

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_irl.config import DataSource, Recipe
-from megatron_irl.data.demonstrations import load_demonstrations
+from megatron_irl.data.demonstrations import LoadReport, load_demonstrations
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.preferences import Preference, load_preferences
 from megatron_irl.data.sources import Reading, evaluation_reading, training_reading
@@ -24,6 +24,7 @@ class Corpus:
         heldout_preferences: Of ``data.eval_preferences``.
         digest: Of what is trained on. Order and ordinals of records are a run's coordinates.
         notes: Lines for the user: how many were kept, dropped, cut.
+        report: What became of the records of ``data.train``.
     """
 
     demonstrations: list[Demonstration]
@@ -32,6 +33,7 @@ class Corpus:
     heldout_preferences: Sequence[Preference] = ()
     digest: str = ""
     notes: tuple[str, ...] = ()
+    report: LoadReport = field(default_factory=LoadReport)
 
 
 def read_corpus(
@@ -51,16 +53,20 @@ def read_corpus(
         "max_response_length": recipe.data.max_response_length,
         "overlong": recipe.data.overlong,
     }
-    notes: list[str] = []
+    turns = recipe.data.turns
+    notes = list(tokenizer.notes)
     demonstrations, report = load_demonstrations(
-        training_reading(recipe.data, notes), tokenizer, **limits
+        training_reading(recipe.data, notes), tokenizer, turns=turns, **limits
     )
     notes.append(f"data.train: {report.summary()}")
     heldout: list[Demonstration] = []
     held_out = evaluation_reading(recipe.data, notes)
     if held_out is not None:
         heldout, eval_report = load_demonstrations(
-            held_out, tokenizer, limit=recipe.data.eval_limit, **limits
+            # One sequence of all turns cannot be generated for; each turn alone has the same
+            # tokens to be likely.
+            held_out, tokenizer, turns="each" if turns == "all" else turns,
+            limit=recipe.data.eval_limit, **limits,
         )
         notes.append(f"data.eval: {eval_report.summary()}")
     trained_on = _read_preferences(*preferences, recipe, tokenizer, notes) if preferences else []
@@ -70,9 +76,9 @@ def read_corpus(
     digest = digest_of([
         *((d.prompt_ids, d.response_ids) for d in demonstrations),
         *((p.prompt_ids, ids) for p in trained_on for ids in (p.chosen_ids, p.rejected_ids)),
-    ])
+    ], (d.loss_mask for d in demonstrations))
     return Corpus(
-        demonstrations, heldout, trained_on, heldout_preferences, digest, tuple(notes)
+        demonstrations, heldout, trained_on, heldout_preferences, digest, tuple(notes), report
     )
 
 

@@ -1,15 +1,14 @@
 """Preference pairs: records of a prompt with a chosen and a rejected answer → token ids."""
 
-from collections import Counter
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_irl.data.conversation import Conversation
-from megatron_irl.data.demonstrations import Overlong, overlong_count
-from megatron_irl.data.formats import prompt_of
-from megatron_irl.data.records import RecordError, collect
+from megatron_irl.data.demonstrations import Limits, Overlong, Remarks, remark_texts
+from megatron_irl.data.readers import RecordError
+from megatron_irl.data.records import collect_in_batches
+from megatron_irl.data.rendering import Encoded, encode_conversations
 from megatron_irl.data.sources import Paths, Reading
 from megatron_irl.data.tokenizer import Tokenizer
 
@@ -37,9 +36,14 @@ class Preferences(list[Preference]):
         dropped_prompt, dropped_response: Records with an over-long prompt, or answer.
         equal: Records whose answers are the same tokens.
         truncated_prompts: Preferences kept whose prompt lost its beginning.
+        remarks: As in ``LoadReport``; both answers of a record count.
     """
 
     dropped_prompt = dropped_response = equal = truncated_prompts = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remarks = Remarks()
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -52,7 +56,7 @@ class Preferences(list[Preference]):
             parts.append(f"dropped {self.equal} with equal answers")
         if self.truncated_prompts:
             parts.append(f"cut the beginning of {self.truncated_prompts} prompts")
-        return "; ".join(parts)
+        return "; ".join([*parts, *remark_texts(self.remarks)])
 
 
 def load_preferences(
@@ -83,45 +87,67 @@ def load_preferences(
             ``overlong="error"``), named by file and line; a file that is missing or empty;
             messages, but no chat template.
     """
-    counts: Counter[str] = Counter()
+    limits = Limits(max_prompt_length, max_response_length, overlong)
+    found = Preferences()
 
-    def build(conversations: list[Conversation], record: dict[str, Any]) -> Preference | None:
-        del record
-        (conversation,) = conversations
-        assert conversation.rejected is not None
-        prompt = prompt_of(conversation)
-        texts = [side[-1]["content"] for side in (conversation.messages, conversation.rejected)]
-        if not isinstance(prompt, str):
-            tokenizer.require_chat_template()
-        prompt_ids = tokenizer.render_prompt(prompt)
-        answers = [_answer_ids(tokenizer, key, text)
-                   for key, text in zip(("chosen", "rejected"), texts, strict=True)]
-        if not prompt_ids:
-            raise RecordError("the prompt has no tokens")
-        reason = overlong_count(len(prompt_ids), max(map(len, answers)), max_prompt_length,
-                                max_response_length, overlong)
-        if reason is None and answers[0] == answers[1]:
-            reason = "equal"
-        if reason is not None:
-            counts[reason] += 1
-            return None
-        if len(prompt_ids) > max_prompt_length:
-            counts["truncated_prompts"] += 1
-            prompt_ids = prompt_ids[-max_prompt_length:]
-        ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
-        return Preference(ids[0], ids[1], ids[2], conversation.source)
+    def share(batch: list[Conversation]) -> list[tuple[Encoded, Encoded] | RecordError]:
+        sides = [side for conversation in batch for side in _sides(conversation)]
+        encoded = encode_conversations(tokenizer, sides)
+        return [_both(*pair) for pair in zip(encoded[0::2], encoded[1::2], strict=True)]
 
-    preferences = Preferences(collect(paths, build, "preference"))
-    for name, count in counts.items():
-        setattr(preferences, name, count)
-    return preferences
+    def build(
+        conversation: Conversation, sides: tuple[Encoded, Encoded] | RecordError
+    ) -> Preference | None:
+        if isinstance(sides, RecordError):
+            raise sides
+        return _preference(found, tokenizer, limits, conversation.source, sides)
+
+    found += collect_in_batches(
+        paths, lambda conversation: conversation, share, build, purpose="preference")
+    return found
 
 
-def _answer_ids(tokenizer: Tokenizer, key: str, text: str) -> list[int]:
-    try:
-        ids = tokenizer.response_ids(text)
-    except RecordError as error:
-        raise RecordError(f'"{key}": {error}') from None
-    if len(ids) == 1:
-        raise RecordError(f'"{key}" has no tokens')
-    return ids
+def _preference(
+    counts: Preferences, tokenizer: Tokenizer, limits: Limits, source: str,
+    sides: tuple[Encoded, Encoded],
+) -> Preference | None:
+    """A preference if it is within the limits, and counted if it is not."""
+    prompt_ids = common_prompt(*sides)
+    answers = [each.ids[len(prompt_ids) :] for each in sides]
+    for each in sides:
+        counts.remarks.add(each.remarks, source)
+    reason = limits.reason_to_drop(len(prompt_ids), max(map(len, answers)))
+    if reason is None and answers[0] == answers[1]:
+        reason = "equal"
+    if reason is not None:
+        setattr(counts, reason, getattr(counts, reason) + 1)
+        return None
+    cut = limits.cut(prompt_ids, tokenizer.bos_id)
+    counts.truncated_prompts += len(cut) < len(prompt_ids)
+    return Preference(*(np.array(ids, np.int32) for ids in (cut, *answers)), source=source)
+
+
+def common_prompt(first: Encoded, second: Encoded) -> list[int]:
+    """The prompt of two answers to the same: the shorter one, where a token reaches into one."""
+    return min(first.prompt_ids, second.prompt_ids, key=len)
+
+
+def _sides(conversation: Conversation) -> tuple[Conversation, Conversation]:
+    assert conversation.rejected is not None
+    chosen = replace(conversation, rejected=None)
+    return chosen, replace(chosen, messages=conversation.rejected)
+
+
+def _both(
+    chosen: Encoded | RecordError, rejected: Encoded | RecordError
+) -> tuple[Encoded, Encoded] | RecordError:
+    """Both sides as ids, or what is wrong with one of them, named."""
+    if isinstance(chosen, RecordError):
+        return RecordError(f'"chosen": {chosen}')
+    if isinstance(rejected, RecordError):
+        return RecordError(f'"rejected": {rejected}')
+    prompt_ids = common_prompt(chosen, rejected)
+    if any(each.ids[: len(prompt_ids)] != prompt_ids for each in (chosen, rejected)):
+        return RecordError('the chat template renders what comes before "chosen" and "rejected" '
+                           "differently; no prompt would lead to both")
+    return chosen, rejected

@@ -74,7 +74,7 @@ def test_a_name_with_glob_characters_is_taken_literally(recipe_path: Path):
     ("train.beta=1", "unknown key train.beta; did you mean algorithm.beta?"),
     ("beta=1", "unknown key beta; did you mean algorithm.beta?"),
     ("trian.x=1", "unknown key trian; did you mean train?"),
-    ("data.zzz=1", "known keys are data.bad_records, data.chat_template, data.eval"),
+    ("data.zzz=1", "known keys are data.bad_records, data.chat_template, data.chat"),
     ("model.overrides={a: 1}", None),
     ("optimizer=3", "names a section"),
     ("seed.x=1", "seed is a single value"),

@@ -40,6 +40,17 @@ def test_a_folder_of_the_hub_gives_its_training_split(load):
     assert recipe.data.eval == (DataSource(("hub/data/test-00000-of-00001.parquet",)),)
 
 
+def test_a_data_set_in_the_cache_of_the_hub(load):
+    """Files are links into ``blobs``; of two revisions the one fetched last is meant."""
+    touch("datasets--o--n/snapshots/old/train.jsonl", "datasets--o--n/blobs/b1")
+    new = Path("datasets--o--n/snapshots/new")
+    new.mkdir()
+    (new / "train.jsonl").symlink_to("../../blobs/b1")
+    touch("datasets--o--n/refs/main")
+    Path("datasets--o--n/refs/main").write_text("new")
+    assert load("data.train=datasets--o--n").data.train == (str(new / "train.jsonl"),)
+
+
 @pytest.mark.parametrize(("names", "train"), [
     (["a/train.jsonl.gz", "a/test.jsonl.gz", "b/train.jsonl.gz"],
      ["a/train.jsonl.gz", "b/train.jsonl.gz"]),

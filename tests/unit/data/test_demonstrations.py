@@ -1,6 +1,5 @@
 """Records in, ids and counts out; every bad record is named."""
 
-import dataclasses
 import gzip
 import json
 import os
@@ -134,58 +133,6 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path, byte_tokenizer):
     line = json.dumps({"prompt": "Q", "response": "A"}).encode()
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line + b"\r\n")
     assert load(tmp_path / "a.jsonl", byte_tokenizer)[1].kept == 2
-
-
-@pytest.fixture(params=["byte", "sentencepiece"])
-def any_tokenizer(request, tmp_path):
-    """A tokenizer of either kind that adds a BOS, with a chat template."""
-    if request.param == "byte":
-        return load_tokenizer(request.getfixturevalue("byte_folder")(adds_bos=True))
-    file = tmp_path / "tokenizer.model"
-    file.write_bytes(request.getfixturevalue("sentencepiece_model"))
-    return load_tokenizer(file, "{{ bos_token }}{{ messages[0]['content'] }}</s>")
-
-
-def random_records(seed: int, num: int) -> list[dict]:
-    """Prompts of either form of 1 to 60 characters, some with marks that are tokens."""
-    rng = np.random.default_rng(seed)
-
-    def text() -> str:
-        pieces = rng.choice(["3", " plus ", "é", " is  ", "\n", "<|bos|>", "<s>"],
-                            rng.integers(1, 12))
-        return "".join(["1", *pieces])
-
-    return [{"prompt": text() if rng.random() < 0.5 else [{"role": "user", "content": text()}],
-             "response": text()} for _ in range(num)]
-
-
-@pytest.mark.parametrize("limit", [None, 1, 150])
-def test_records_together_give_what_they_give_alone(tmp_path, any_tokenizer, limit):
-    """Across batches and files, with over-long records among them."""
-    seed = int(np.random.SeedSequence().entropy % 2**31)
-    everything = random_records(seed, 300)
-    paths = [write_lines(tmp_path / "a.jsonl", *everything[:140]),
-             write_lines(tmp_path / "b.jsonl", *everything[140:])]
-
-    def refuse(text):
-        raise AssertionError(f"{text!r} was encoded by itself")
-
-    got, report = load(paths, dataclasses.replace(any_tokenizer, _encode=refuse),
-                       max_prompt_length=40, max_response_length=40, limit=limit)
-    expected = []
-    dropped = 0
-    for record in everything:
-        ids = (any_tokenizer.render_prompt(record["prompt"]),
-               any_tokenizer.response_ids(record["response"]))
-        if max(map(len, ids)) > 40:
-            dropped += 1
-        else:
-            expected.append(ids)
-        if len(expected) == limit:
-            break
-    assert [(d.prompt_ids.tolist(), d.response_ids.tolist()) for d in got] == expected, seed
-    assert (report.kept, report.dropped) == (len(expected), dropped), seed
-    assert report.prompt_tokens == sum(len(prompt) for prompt, _ in expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 128])
