@@ -118,7 +118,7 @@ def open_banks(
     draws = inputs.algorithm.draws_samples
     required = {
         folder.pairs: draws, folder.heldout: False,
-        folder.previous: draws and recipe.algorithm.mix_previous and state.round > 0,
+        folder.previous: getattr(recipe.algorithm, "mix_previous", False) and state.round > 0,
     }
     banks = []
     for path, is_required in required.items():
