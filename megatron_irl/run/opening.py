@@ -23,7 +23,7 @@ from megatron_irl.storage.lease import Lease
 from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.train.optimizer import build_optimizer
-from megatron_irl.train.trainer import Trainer
+from megatron_irl.train.step import Trainer
 
 
 def is_finished(folder: RunFolder, topology: Topology) -> bool:
@@ -116,10 +116,11 @@ def open_banks(
     """
     folder, recipe = inputs.folder, inputs.recipe
     # Whether a run that goes on within a round cannot do without the bank's part of it.
-    draws = inputs.algorithm.draws_samples
+    algorithm = inputs.algorithm
+    draws, previous = algorithm.draws_samples, algorithm.uses_previous_pairs(recipe)
     required = {
         folder.pairs: draws, folder.heldout: False,
-        folder.previous: getattr(recipe.algorithm, "mix_previous", False) and state.round > 0,
+        folder.previous: previous and state.round > 0,
     }
     banks = []
     for path, is_required in required.items():
