@@ -31,7 +31,8 @@ def test_tensorboard_forgets_the_steps_done_again(tmp_path, resume_step, kept):
         trackers.log(step, {"loss": float(step), "time": {"train": 1.0}})
     trackers.log_text(4, "samples", "<b>*text*</b>\nline")
     trackers.close()
-    trackers = build_trackers(tmp_path, {}, **ONLY_TENSORBOARD, resume_step=resume_step, warn=pytest.fail)
+    trackers = build_trackers(tmp_path, {}, **ONLY_TENSORBOARD, resume_step=resume_step,
+                              warn=pytest.fail)
     trackers.log(3, {"loss": 30.0})
     trackers.close()
     assert scalars(tmp_path, "loss") == kept
@@ -39,7 +40,8 @@ def test_tensorboard_forgets_the_steps_done_again(tmp_path, resume_step, kept):
 
 def test_no_tracker_is_asked_for(tmp_path):
     trackers = build_trackers(tmp_path / "run", {}, tensorboard=False, wandb=False,
-                              wandb_project=None, wandb_mode=None, resume_step=None, warn=pytest.fail)
+                              wandb_project=None, wandb_mode=None, resume_step=None,
+                                  warn=pytest.fail)
     trackers.log(1, {"loss": 1.0})
     trackers.close()
     assert trackers.trackers == [] and list((tmp_path / "run").iterdir()) == []
@@ -98,7 +100,8 @@ def test_wandb_offline_continues_under_the_same_id(tmp_path, wandb_home):
     run_dir, ids = tmp_path / "run", set()
     for resume_step in (None, 1):
         trackers = build_trackers(run_dir, {"seed": 1}, tensorboard=False, wandb=True,
-                                  wandb_project="p", wandb_mode=None, resume_step=resume_step, warn=pytest.fail)
+                                  wandb_project="p", wandb_mode=None, resume_step=resume_step,
+                                      warn=pytest.fail)
         trackers.log((resume_step or 0) + 1, {"loss": 1.0, "evaluation": {"nll": 2.0}})
         trackers.log_text(1, "samples", "<b>")
         ids.add(trackers.trackers[0].run_id)
