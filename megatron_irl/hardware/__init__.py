@@ -8,6 +8,7 @@ must be imported before the first ``megatron.core`` import (every room above doe
 import logging
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -75,6 +76,26 @@ def release_cached_memory() -> None:
     """Give cached device blocks back, so that the next phase can use them."""
     if IS_CUDA:
         torch.cuda.empty_cache()
+
+
+def memory_peak() -> int:
+    """Most bytes that tensors took on the device since ``reset_memory_peak``; 0 on CPU."""
+    return torch.cuda.max_memory_allocated() if IS_CUDA else 0
+
+
+def reset_memory_peak() -> None:
+    """Begin a new ``memory_peak`` at what is held now."""
+    if IS_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Fuse a function of elementwise operations and row reductions into few kernels on CUDA.
+
+    Compiled at its first call, for any number of rows. On CPU the function itself: there, passes
+    over memory are not what costs, and results stay bitwise those of the plain operations.
+    """
+    return torch.compile(function, dynamic=True) if IS_CUDA else function
 
 
 def get_rng_state() -> torch.Tensor | None:

@@ -1,7 +1,9 @@
 """HF architecture + recipe → Megatron-Core ``GPTModel`` chunks, wrapped for data parallelism."""
 
 import dataclasses
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,7 +77,6 @@ def build_config(
         "moe_token_dispatcher_type": "alltoall",  # the one that allows variable lengths
         "use_cpu_initialization": not hardware.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
-        "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
         # Megatron's fused GELU is the tanh approximation whatever activation_func says.
         "bias_activation_fusion": hardware.IS_CUDA and fields["activation_func"] is F.silu,
         "bias_dropout_fusion": hardware.IS_CUDA,
@@ -90,6 +91,9 @@ def build_config(
     if check_hardware:
         spec = choose_spec(fields["params_dtype"], fields.get("fp8"), asked=spec)
         _check_rope(spec, fields.setdefault("apply_rope_fusion", spec == "transformer_engine"))
+        _check_accumulation(
+            spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
+        )
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
     try:
@@ -126,6 +130,43 @@ def _check_rope(spec: SpecName, fused: bool) -> None:
             "apply_rope_fusion=true conflicts with the local layer spec, whose rotary angles the "
             "fused kernel would misread. Remove model.apply_rope_fusion."
         )
+
+
+def _check_accumulation(spec: SpecName, fused: bool) -> None:
+    """Refuse weight gradients added up within the product where its kernel is missing."""
+    if fused and spec == "local" and not _has_apex_kernel():
+        raise UserError(
+            "gradient_accumulation_fusion=true conflicts with the local layer spec without Apex, "
+            "whose kernel it needs (Transformer Engine's layers have their own). Remove "
+            "model.gradient_accumulation_fusion."
+        )
+
+
+def _has_apex_kernel() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+@contextmanager
+def _accumulation_left_to_layers(config: TransformerConfig) -> Iterator[None]:
+    """Build the model's head and embedding without asking for Apex.
+
+    Megatron's own linear layer, which GPTModel takes for its head under every spec, refuses
+    ``gradient_accumulation_fusion`` without Apex's kernel, although here its weight is read and its
+    forward never called. Transformer Engine's layers get the flag afterwards.
+    """
+    wanted = config.gradient_accumulation_fusion
+    config.gradient_accumulation_fusion = wanted and _has_apex_kernel()
+    try:
+        yield
+    finally:
+        config.gradient_accumulation_fusion = wanted
+
+
+def _fuse_accumulation(chunk: nn.Module) -> None:
+    """Let every Transformer Engine layer add its weight gradient to ``main_grad`` itself."""
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def _check_shape_overrides(architecture: Architecture, overrides: dict[str, Any]) -> None:
@@ -183,23 +224,26 @@ def build_chunks(
     virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(topology.vpp_size):
         stage = vp_stage if virtual else None
-        chunk = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(
-                config, name, vp_stage=stage, pp_rank=topology.pp_rank,
-                parallel_residual=architecture.parallel_residual,
-            ),
-            vocab_size=rows,
-            max_sequence_length=architecture.max_sequence_length,
-            pre_process=topology.is_first_stage and vp_stage == 0,
-            post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=architecture.rotary_percent,
-            rotary_base=int(architecture.rotary_base),
-            pg_collection=topology.groups,
-            vp_stage=stage,
-        )
+        with _accumulation_left_to_layers(config):
+            chunk = GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(
+                    config, name, vp_stage=stage, pp_rank=topology.pp_rank,
+                    parallel_residual=architecture.parallel_residual,
+                ),
+                vocab_size=rows,
+                max_sequence_length=architecture.max_sequence_length,
+                pre_process=topology.is_first_stage and vp_stage == 0,
+                post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="rope",
+                rotary_percent=architecture.rotary_percent,
+                rotary_base=int(architecture.rotary_base),
+                pg_collection=topology.groups,
+                vp_stage=stage,
+            )
+        if config.gradient_accumulation_fusion:
+            _fuse_accumulation(chunk)
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
         chunk = chunk.to(hardware.device())
         if chunk.post_process and rows > architecture.vocab_size:
