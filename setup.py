@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_irl", "megatron_irl.*"]),
-    package_data={"megatron_irl.train": ["*.html"]},
+    package_data={"megatron_irl.run": ["*.html"]},
     entry_points={"console_scripts": ["megatron-irl=megatron_irl.cli:main"]},
     install_requires=[
         "torch>=2.9",

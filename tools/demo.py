@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_irl.train.comparison import compare_table
-from megatron_irl.train.runlog import RunLog
+from megatron_irl.run.comparison import compare_table
+from megatron_irl.run.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "examples" / "smollm2_irft"

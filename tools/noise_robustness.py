@@ -33,9 +33,9 @@ import yaml
 
 from megatron_irl.cli import main as cli
 from megatron_irl.data.ledger import read_ledger
+from megatron_irl.run.comparison import compare_table
+from megatron_irl.run.runlog import RunLog
 from megatron_irl.storage.commit import write_jsonl_atomically
-from megatron_irl.train.comparison import compare_table
-from megatron_irl.train.runlog import RunLog
 
 LETTERS = "abcdefgh"
 WORD_LENGTH = 4

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_irl.cli.inference import OpenModel, open_model, token_ids, with_ranks
+from megatron_irl.console import Progress
 from megatron_irl.data.demonstrations import PromptRecord, load_prompts
 from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import Generator, SamplingConfig
@@ -18,7 +19,6 @@ from megatron_irl.parallel.reduce import from_main, gather_in_turn
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
-from megatron_irl.train.progress import Progress
 from megatron_irl.types import Sample
 
 

@@ -28,10 +28,10 @@ from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
+from megatron_irl.policy.scoring import score_rewards, score_sequences, summed
+from megatron_irl.run.session import check_vocabulary
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.commit import write_jsonl_atomically
-from megatron_irl.train.scoring import score_rewards, score_sequences, summed
-from megatron_irl.train.session import check_vocabulary
 from megatron_irl.train.step import Stepper
 
 

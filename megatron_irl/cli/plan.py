@@ -3,8 +3,8 @@
 from megatron_irl.config import Recipe, check_layout
 from megatron_irl.convert.families import rows
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.run.session import Inputs, read_inputs
 from megatron_irl.train.optimizer import shards_optimizer
-from megatron_irl.train.session import Inputs, read_inputs
 
 GIB = 1024**3
 

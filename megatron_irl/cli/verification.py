@@ -131,7 +131,7 @@ def score_as_rank(job_file: Path) -> None:
     from megatron_irl.convert.megatron_folder import load_megatron
     from megatron_irl.model.build import build_chunks, build_config
     from megatron_irl.parallel.topology import initialize, shutdown
-    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.policy.scoring import score_sequences
     from megatron_irl.train.step import Stepper
 
     job: dict[str, Any] = json.loads(job_file.read_text())

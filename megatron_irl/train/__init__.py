@@ -1,1 +1,1 @@
-"""The training loop, and what a run records about itself."""
+"""Optimizer steps: batches, schedule, update."""

@@ -78,4 +78,4 @@ def finished(model, data, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_report(monkeypatch) -> None:
     """Leave out report.html, whose charts take longer than the small runs themselves."""
-    monkeypatch.setattr("megatron_irl.train.recorder.write_report", lambda folder: folder)
+    monkeypatch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)

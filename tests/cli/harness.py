@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 # Before any redirection: a module of Megatron's takes the real standard error when imported.
-import megatron_irl.train.loop  # noqa: F401
+import megatron_irl.run.loop  # noqa: F401
 
 # What a step computes, as opposed to how long it took.
 DETERMINISTIC = (

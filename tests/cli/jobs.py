@@ -4,13 +4,13 @@ import contextlib
 import io
 
 # Before any redirection: a module of Megatron's takes the real standard error when imported.
-import megatron_irl.train.loop  # noqa: F401
+import megatron_irl.run.loop  # noqa: F401
 
 
 def command(arguments: list[str]) -> tuple[int, str]:
     """Exit code and standard error of a command on this rank, as under a launcher."""
     from megatron_irl.cli import main
-    from megatron_irl.train import recorder
+    from megatron_irl.run import recorder
 
     report, recorder.write_report = recorder.write_report, lambda folder: folder  # slow charts
     errors = io.StringIO()

@@ -1,6 +1,6 @@
 """Greedy evaluation in chunks."""
 
-from megatron_irl.train import evaluate
+from megatron_irl.evaluation import heldout as evaluate
 from tests.cli.harness import read_jsonl, run, write_recipe
 
 

@@ -23,7 +23,7 @@ def root(model, data, tmp_path_factory):
     mapping["data"]["eval_preferences"] = str(write_jsonl(folder / "eval.jsonl", preferences))
     mapping["algorithm"] |= {"rounds": 1, "length_normalize": True}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_irl.train.recorder.write_report", lambda folder: folder)
+        patch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)
         result = run("train", write_recipe(folder / "r.yaml", **mapping))
     assert result.code == 0, result.err
     return folder

@@ -29,7 +29,7 @@ class Probe:
     """
 
     def __init__(self, monkeypatch):
-        from megatron_irl.train import loop
+        from megatron_irl.run import loop
 
         self.others = live_tensors()  # of other tests; held, so that no address is used again
         self.sizes, self.copies, self.starts, self.keep_a_copy = [], [], [], False

@@ -89,7 +89,7 @@ def tied(data, tmp_path_factory):
                             intermediate=64)
     mapping = small_recipe(model, data, root / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_irl.train.recorder.write_report", lambda folder: folder)
+        patch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)
         result = run("train", write_recipe(root / "recipe.yaml", **mapping))
     assert result.code == 0, result.err
     return root

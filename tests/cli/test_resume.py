@@ -50,15 +50,15 @@ def pairs_of(folder, rounds):
 
 
 CASES = {
-    "mid-generation": ("megatron_irl.train.rounds.generate", 4, True, {}),
-    "mid-reference": ("megatron_irl.train.rounds._score_pairs", 2, False, {}),
-    "mid-round": ("megatron_irl.train.loop.optimizer_step", 3, True, {}),
-    "round end": ("megatron_irl.train.session.Session.save", 1, True, {}),
+    "mid-generation": ("megatron_irl.run.rounds.generate", 4, True, {}),
+    "mid-reference": ("megatron_irl.run.rounds._score_pairs", 2, False, {}),
+    "mid-round": ("megatron_irl.run.loop.optimizer_step", 3, True, {}),
+    "round end": ("megatron_irl.run.session.Session.save", 1, True, {}),
     "initial reference": (
-        "megatron_irl.train.loop.optimizer_step", 3, True, {"reference": "initial"}
+        "megatron_irl.run.loop.optimizer_step", 3, True, {"reference": "initial"}
     ),
     "optimizer reset": (
-        "megatron_irl.train.loop.optimizer_step", 3, True, {"reset_optimizer": "round"}
+        "megatron_irl.run.loop.optimizer_step", 3, True, {"reset_optimizer": "round"}
     ),
 }
 
@@ -180,7 +180,7 @@ def test_unfinished_run_generates_from_its_checkpoint(
     folder = tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, folder))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, "megatron_irl.train.session.Session.save", 1, after=True)
+        kill_after(patch, "megatron_irl.run.session.Session.save", 1, after=True)
         run("train", recipe)
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}])
     result = run("generate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "o.jsonl",

@@ -23,7 +23,7 @@ class Stopped:
 
 def start(model, data, root: Path, patch, **sections) -> Stopped:
     """Run the small recipe without its report."""
-    patch.setattr("megatron_irl.train.recorder.write_report", lambda folder: folder)
+    patch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)
     folder = root / "run"
     recipe = write_recipe(root / "recipe.yaml", **(small_recipe(model, data, folder) | sections))
     return Stopped(folder, recipe, run("train", recipe))
@@ -46,7 +46,7 @@ def assert_clean(stopped: Stopped, *named: str):
 
 def assert_resumes(stopped: Stopped, finished: Path, patch):
     """The same command ends where the uninterrupted run did."""
-    patch.setattr("megatron_irl.train.recorder.write_report", lambda folder: folder)
+    patch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)
     result = run("train", stopped.recipe)
     assert result.code == 0, result.err
     assert deterministic(stopped.folder) == deterministic(finished)
@@ -64,7 +64,7 @@ def diverged(model, data, tmp_path_factory):
 
     def make(value: float, step: int) -> Stopped:
         if (value, step) not in known:
-            from megatron_irl.train import loop
+            from megatron_irl.run import loop
 
             original = loop.optimizer_step
 
@@ -162,11 +162,11 @@ FULL = {
     "held-out samples": (BANK, 2, ("heldout/round_0000/chunk_00001.parquet",)),
     "pairs": (BANK, 4, ("pairs/round_0000/chunk_00001.parquet",)),
     "references": (BANK, 7, ("pairs/round_0000/chunk_00001.parquet",)),
-    "metrics": ("megatron_irl.train.runlog.RunLog.log_metrics", 1, ("metrics.jsonl",)),
-    "rounds": ("megatron_irl.train.runlog.RunLog.log_round", 1, ("rounds.jsonl",)),
+    "metrics": ("megatron_irl.run.runlog.RunLog.log_metrics", 1, ("metrics.jsonl",)),
+    "rounds": ("megatron_irl.run.runlog.RunLog.log_round", 1, ("rounds.jsonl",)),
     "first checkpoint": ("megatron_irl.storage.checkpoint.Checkpointer.save", 1, ("step_000002",)),
     "second checkpoint": ("megatron_irl.storage.checkpoint.Checkpointer.save", 2, ("step_000004",)),
-    "hf": ("megatron_irl.train.loop.export_hf", 1, ("hf",)),
+    "hf": ("megatron_irl.run.loop.export_hf", 1, ("hf",)),
 }
 
 

@@ -14,8 +14,8 @@ from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.convert.megatron_folder import load_megatron, sharded_weights
 from megatron_irl.errors import UserError
+from megatron_irl.policy.scoring import score_sequences
 from megatron_irl.storage.checkpoint import Checkpointer
-from megatron_irl.train.scoring import score_sequences
 from megatron_irl.train.step import Stepper
 from tests.dist.jobs import (
     Layout,

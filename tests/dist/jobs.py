@@ -21,7 +21,7 @@ from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
-from megatron_irl.train.scoring import score_sequences, summed
+from megatron_irl.policy.scoring import score_sequences, summed
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
 

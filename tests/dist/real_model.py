@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.train.scoring import score_sequences
+from megatron_irl.policy.scoring import score_sequences
 from megatron_irl.train.step import Stepper
 from tests.dist.jobs import Layout, build
 

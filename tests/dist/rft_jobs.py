@@ -12,10 +12,10 @@ from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import wrap_data_parallel
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.train.batches import microbatches_for
-from megatron_irl.train.objective import policy_objective, reward_objective
+from megatron_irl.algorithms.objective import policy_objective, reward_objective
 from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
-from megatron_irl.train.rewards import make_rollouts as make_advantages
-from megatron_irl.train.scoring import score_rewards
+from megatron_irl.algorithms.rewards import make_rollouts as make_advantages
+from megatron_irl.policy.scoring import score_rewards
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Pair, Rollout
 from tests.dist.jobs import Layout, build, make_pairs, multiple_of, random_sequences

@@ -50,7 +50,7 @@ def build(hf: Path, topology, *, precision="fp32", spec=None, **overrides):
 
 
 def logprobs(chunks, topology, *, multiple_of=1) -> np.ndarray:
-    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.policy.scoring import score_sequences
     from megatron_irl.train.step import Stepper
 
     scores = score_sequences(
@@ -114,7 +114,7 @@ def test_fp32_is_not_tf32(setup):
 def test_engine_equals_trainer(setup, precision):
     from megatron_irl.generation.interface import SamplingConfig
     from megatron_irl.generation.megatron_engine import MegatronGenerator
-    from megatron_irl.train.scoring import score_sequences
+    from megatron_irl.policy.scoring import score_sequences
     from megatron_irl.train.step import Stepper
 
     hf, topology = setup

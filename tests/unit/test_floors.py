@@ -18,7 +18,7 @@ FLOORS = [
      "convert.config_values"),
     ("hardware", "parallel", "storage.commit", "storage.partial", "data"),
     ("model", "generation", "storage", "convert"),
-    ("train",),
+    ("train", "run", "policy", "algorithms", "evaluation", "console"),
     ("cli", "__main__"),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -29,7 +29,7 @@ LONG_FUNCTIONS = {
     f"{PACKAGE}/objectives/irft.py::irft_loss": "half of it is the docstring with the formulas",
     f"{PACKAGE}/objectives/policy_gradient.py::policy_gradient_loss": "likewise",
     f"{PACKAGE}/data/packing.py::pack": "a third of it is the docstring",
-    f"{PACKAGE}/train/session.py::open_session": "one construction after the other",
+    f"{PACKAGE}/run/session.py::open_session": "one construction after the other",
 }
 # path -> why it may name torch.cuda
 KNOWS_CUDA = {"tools/benchmark_reward_head.py": "resets the device's memory peak"}

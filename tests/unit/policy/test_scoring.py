@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_irl.data.packing import pack
-from megatron_irl.train import scoring
+from megatron_irl.policy import scoring
+from megatron_irl.policy.scoring import score_sequences
 from megatron_irl.train.batches import token_budget_split
-from megatron_irl.train.scoring import score_sequences
 
 
 def sequences_of(*lengths: int) -> list[tuple[np.ndarray, np.ndarray]]:

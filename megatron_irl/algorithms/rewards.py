@@ -11,10 +11,10 @@ from megatron_irl.data.ledger import LedgerRow, write_ledger
 from megatron_irl.errors import UserError
 from megatron_irl.objectives import leave_one_out
 from megatron_irl.parallel.reduce import from_main
+from megatron_irl.policy.scoring import score_rewards
+from megatron_irl.run.rounds import score_distinct
+from megatron_irl.run.session import Session
 from megatron_irl.train.batches import Sequences
-from megatron_irl.train.rounds import score_distinct
-from megatron_irl.train.scoring import score_rewards
-from megatron_irl.train.session import Session
 from megatron_irl.types import Pair, Rollout
 
 MIN_SPREAD = 1e-6  # rewards that differ less are equal up to rounding

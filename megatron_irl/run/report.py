@@ -12,14 +12,14 @@ from typing import Any
 import jinja2
 import yaml
 
+from megatron_irl.console import format_seconds
 from megatron_irl.errors import UserError
-from megatron_irl.train.charts import evaluation_charts, round_charts, step_charts
-from megatron_irl.train.comparison import compare_table as compare_table
-from megatron_irl.train.comparison import shown_columns
-from megatron_irl.train.comparison import wilson_interval as wilson_interval
-from megatron_irl.train.guard import CollapseGuard
-from megatron_irl.train.progress import format_seconds
-from megatron_irl.train.runlog import RunLog, write_atomically
+from megatron_irl.run.charts import evaluation_charts, round_charts, step_charts
+from megatron_irl.run.comparison import compare_table as compare_table
+from megatron_irl.run.comparison import shown_columns
+from megatron_irl.run.comparison import wilson_interval as wilson_interval
+from megatron_irl.run.guard import CollapseGuard
+from megatron_irl.run.runlog import RunLog, write_atomically
 
 REPORT_FILE = "report.html"
 

@@ -4,19 +4,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_irl.config import AlgorithmConfig
-from megatron_irl.data.pair_bank import usable_pairs
-from megatron_irl.train.batches import Item
-from megatron_irl.train.objective import (
+from megatron_irl.algorithms.objective import (
     likelihood_objective,
     pair_objective,
     policy_objective,
     reward_objective,
 )
+from megatron_irl.algorithms.rewards import describe_rewards, make_rollouts, scored_pairs
+from megatron_irl.config import AlgorithmConfig
+from megatron_irl.data.pair_bank import usable_pairs
+from megatron_irl.run.rounds import previous_pairs
+from megatron_irl.run.session import Session
+from megatron_irl.train.batches import Item
 from megatron_irl.train.optimizer import Frozen
-from megatron_irl.train.rewards import describe_rewards, make_rollouts, scored_pairs
-from megatron_irl.train.rounds import previous_pairs
-from megatron_irl.train.session import Session
 from megatron_irl.train.step import Objective
 from megatron_irl.types import Heads, Pair
 

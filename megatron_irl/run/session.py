@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_irl import hardware
 from megatron_irl.config import Recipe, resolve
+from megatron_irl.console import Progress
 from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
@@ -32,13 +33,12 @@ from megatron_irl.model.build import (
 from megatron_irl.model.reward_head import attach_reward_head
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.scoring import score_sequences
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.recorder import Recorder
+from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_optimizer, build_optimizer_config, shards_optimizer
-from megatron_irl.train.progress import Progress
-from megatron_irl.train.recorder import Recorder
-from megatron_irl.train.run_folder import RunFolder
-from megatron_irl.train.scoring import score_sequences
-from megatron_irl.train.state import RunState
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Demonstration
 

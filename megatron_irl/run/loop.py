@@ -17,20 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.algorithms.phases import Phase, Work, few_items, phases
 from megatron_irl.config import Recipe
 from megatron_irl.convert.export import export_hf
 from megatron_irl.convert.reward_export import export_hf_reward
 from megatron_irl.data.pair_bank import chunk_seed, usable_pairs
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.evaluation.hacking import hacking_signs
+from megatron_irl.evaluation.heldout import evaluate, evaluate_reward, heldout_pairs
 from megatron_irl.model.reward_head import reward_head
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.run.rounds import fill_bank
+from megatron_irl.run.session import Inputs, Session, is_finished, open_session
 from megatron_irl.train.batches import Item, draw, microbatches_for, num_tokens
-from megatron_irl.train.evaluate import evaluate, evaluate_reward, heldout_pairs
-from megatron_irl.train.hacking import hacking_signs
 from megatron_irl.train.optimizer import build_schedule, current_lr, reset_optimizer
-from megatron_irl.train.phases import Phase, Work, few_items, phases
-from megatron_irl.train.rounds import fill_bank
-from megatron_irl.train.session import Inputs, Session, is_finished, open_session
 from megatron_irl.types import PackedBatch
 
 

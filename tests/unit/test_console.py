@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from megatron_irl.train.progress import Progress, format_seconds
+from megatron_irl.console import Progress, format_seconds
 
 
 class Clock:

@@ -5,14 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_irl.config import Recipe
-from megatron_irl.train.guard import CollapseGuard
-from megatron_irl.train.progress import Progress
-from megatron_irl.train.report import write_report
-from megatron_irl.train.run_folder import RunFolder
-from megatron_irl.train.runlog import RunLog
-from megatron_irl.train.state import RunState
+from megatron_irl.console import Progress
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.guard import CollapseGuard
+from megatron_irl.run.report import write_report
+from megatron_irl.run.runlog import RunLog
+from megatron_irl.run.state import RunState
+from megatron_irl.run.trackers import Trackers, build_trackers
 from megatron_irl.train.step import StepResult
-from megatron_irl.train.trackers import Trackers, build_trackers
 
 
 class Recorder:

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from megatron_irl.errors import UserError
-from megatron_irl.train.report import evaluation_rows, render_report, write_report
-from megatron_irl.train.runlog import RunLog
+from megatron_irl.run.report import evaluation_rows, render_report, write_report
+from megatron_irl.run.runlog import RunLog
 
 VOID = {"meta", "link", "br", "img", "use", "path", "rect"}
 HOSTILE = "</pre><script>alert('x')</script>"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_irl.train.guard import CollapseGuard
+from megatron_irl.run.guard import CollapseGuard
 
 
 def fed(steps):

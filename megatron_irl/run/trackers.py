@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_irl.errors import UserError
-from megatron_irl.train.runlog import write_atomically
+from megatron_irl.run.runlog import write_atomically
 
 WANDB_ID_FILE = "run_id.txt"
 

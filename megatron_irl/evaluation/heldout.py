@@ -10,17 +10,17 @@ from megatron_irl.data.digest import digest_of
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.reduce import from_main
-from megatron_irl.storage.commit import replacing
-from megatron_irl.train.batches import Sequences
-from megatron_irl.train.rounds import (
+from megatron_irl.policy.scoring import score_rewards, score_sequences, summed
+from megatron_irl.run.rounds import (
     add_references,
     generate,
     initial_weights,
     sample_pairs,
     score_distinct,
 )
-from megatron_irl.train.scoring import score_rewards, score_sequences, summed
-from megatron_irl.train.session import Session
+from megatron_irl.run.session import Session
+from megatron_irl.storage.commit import replacing
+from megatron_irl.train.batches import Sequences
 from megatron_irl.types import Demonstration, Pair
 
 GREEDY_SEED = 0  # greedy generation draws nothing

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_irl.errors import UserError
-from megatron_irl.train.runlog import RunLog, write_atomically
+from megatron_irl.run.runlog import RunLog, write_atomically
 
 
 def step_line(step, round_index=0, **values):

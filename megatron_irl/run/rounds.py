@@ -16,10 +16,10 @@ from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.reduce import from_main, gather_in_turn
+from megatron_irl.policy.scoring import score_sequences, summed
+from megatron_irl.run.session import Session
 from megatron_irl.storage.commit import replacing
 from megatron_irl.train.batches import Sequences
-from megatron_irl.train.scoring import score_sequences, summed
-from megatron_irl.train.session import Session
 from megatron_irl.types import Demonstration, Pair, Sample
 
 _HELDOUT_STREAM = 1 << 20  # keeps held-out sampling seeds apart from those of training chunks

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from megatron_irl.algorithms.rewards import describe_rewards, log_ratios, make_rollouts
 from megatron_irl.config import PolicyConfig
-from megatron_irl.train.hacking import hacking_signs, repetition
-from megatron_irl.train.rewards import describe_rewards, log_ratios, make_rollouts
+from megatron_irl.evaluation.hacking import hacking_signs, repetition
 from megatron_irl.types import Pair
 
 

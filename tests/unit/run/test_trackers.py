@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_irl.errors import UserError
-from megatron_irl.train.trackers import Trackers, build_trackers, flatten
+from megatron_irl.run.trackers import Trackers, build_trackers, flatten
 
 ONLY_TENSORBOARD = {"tensorboard": True, "wandb": False, "wandb_project": None,
                     "wandb_mode": None}

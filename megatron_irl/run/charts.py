@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_irl.train.comparison import share_of, wilson_interval
+from megatron_irl.run.comparison import share_of, wilson_interval
 
 Record = Mapping[str, Any]
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from megatron_irl.train.loop import draw_batch
-from megatron_irl.train.phases import Phase, Work, few_items
+from megatron_irl.algorithms.phases import Phase, Work, few_items
+from megatron_irl.run.loop import draw_batch
 from megatron_irl.types import Demonstration
 
 

@@ -1,0 +1,1 @@
+"""The algorithms: what each one learns from, phase by phase."""

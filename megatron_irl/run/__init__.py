@@ -1,0 +1,1 @@
+"""A run: its folder, its state, the loop, and what it records about itself."""
