@@ -1,9 +1,7 @@
 """HF architecture + recipe → Megatron-Core ``GPTModel`` chunks, wrapped for data parallelism."""
 
 import dataclasses
-import importlib.util
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,9 +18,15 @@ from megatron_irl.config import (
 )
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
+from megatron_irl.model.lean_layers import has_swiglu
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
 from megatron_irl.model.specs import SpecName, block_spec, choose_spec
+from megatron_irl.model.weight_gradients import (
+    accumulate_in_layers,
+    check_accumulation,
+    without_apex,
+)
 from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
@@ -91,7 +95,9 @@ def build_config(
     if check_hardware:
         spec = choose_spec(fields["params_dtype"], fields.get("fp8"), asked=spec)
         _check_rope(spec, fields.setdefault("apply_rope_fusion", spec == "transformer_engine"))
-        _check_accumulation(
+        if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
+            fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
+        check_accumulation(
             spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
         )
     else:
@@ -120,6 +126,14 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
+def _takes_lean_swiglu(fields: dict[str, Any], overrides: dict[str, Any]) -> bool:
+    """Whether the MLP's activation can be ``lean_layers.SwiGLU`` and the recipe leaves it to us."""
+    named = ("use_te_activation_func", "bias_activation_fusion", "activation_func_fp8_input_store",
+             "activation_func_clamp_value", "glu_linear_offset", "cpu_offloading")
+    is_swiglu = fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
+    return is_swiglu and has_swiglu() and not any(name in overrides for name in named)
+
+
 def _check_rope(spec: SpecName, fused: bool) -> None:
     """Refuse the fused RoPE over the local spec's angles.
 
@@ -130,43 +144,6 @@ def _check_rope(spec: SpecName, fused: bool) -> None:
             "apply_rope_fusion=true conflicts with the local layer spec, whose rotary angles the "
             "fused kernel would misread. Remove model.apply_rope_fusion."
         )
-
-
-def _check_accumulation(spec: SpecName, fused: bool) -> None:
-    """Refuse weight gradients added up within the product where its kernel is missing."""
-    if fused and spec == "local" and not _has_apex_kernel():
-        raise UserError(
-            "gradient_accumulation_fusion=true conflicts with the local layer spec without Apex, "
-            "whose kernel it needs (Transformer Engine's layers have their own). Remove "
-            "model.gradient_accumulation_fusion."
-        )
-
-
-def _has_apex_kernel() -> bool:
-    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-@contextmanager
-def _accumulation_left_to_layers(config: TransformerConfig) -> Iterator[None]:
-    """Build the model's head and embedding without asking for Apex.
-
-    Megatron's own linear layer, which GPTModel takes for its head under every spec, refuses
-    ``gradient_accumulation_fusion`` without Apex's kernel, although here its weight is read and its
-    forward never called. Transformer Engine's layers get the flag afterwards.
-    """
-    wanted = config.gradient_accumulation_fusion
-    config.gradient_accumulation_fusion = wanted and _has_apex_kernel()
-    try:
-        yield
-    finally:
-        config.gradient_accumulation_fusion = wanted
-
-
-def _fuse_accumulation(chunk: nn.Module) -> None:
-    """Let every Transformer Engine layer add its weight gradient to ``main_grad`` itself."""
-    for module in chunk.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
-            module.fuse_wgrad_accumulation = True
 
 
 def _check_shape_overrides(architecture: Architecture, overrides: dict[str, Any]) -> None:
@@ -224,7 +201,7 @@ def build_chunks(
     virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(topology.vpp_size):
         stage = vp_stage if virtual else None
-        with _accumulation_left_to_layers(config):
+        with without_apex(config):
             chunk = GPTModel(
                 config=config,
                 transformer_layer_spec=block_spec(
@@ -243,7 +220,7 @@ def build_chunks(
                 vp_stage=stage,
             )
         if config.gradient_accumulation_fusion:
-            _fuse_accumulation(chunk)
+            accumulate_in_layers(chunk)
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
         chunk = chunk.to(hardware.device())
         if chunk.post_process and rows > architecture.vocab_size:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_irl import hardware
 from megatron_irl.data.packing import lengthen
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.model.build import unwrap
 from megatron_irl.model.forward import HeadProcessor, forward_packed
 from megatron_irl.parallel.reduce import reduce_metrics
 from megatron_irl.parallel.topology import Topology
@@ -82,7 +83,6 @@ class Stepper:
         Collectives: every rank must call.
         """
         for chunk in self.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(microbatches, objective, heads, forward_only=False)
@@ -133,7 +133,9 @@ class Stepper:
             microbatches = [lengthen(batch, longest) for batch in microbatches]
         iterators = [iter(microbatches) for _ in self.chunks]
         for chunk in self.chunks:
-            chunk.train(not forward_only)
+            # Said again only where it changes something: it walks through every module.
+            if not chunk.training == unwrap(chunk).training == (not forward_only):
+                chunk.train(not forward_only)
         with torch.set_grad_enabled(not forward_only):
             return self.schedule(
                 forward_step_func=partial(self._forward_step, objective, heads),
