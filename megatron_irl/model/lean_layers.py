@@ -24,7 +24,10 @@ def residual_add(training: bool, fused: bool) -> Added:
     Without bias and dropout (every family here, unless a recipe sets ``model.hidden_dropout``) it
     is one addition; otherwise Megatron's own function does it.
     """
-    def add(output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+
+    def add(
+        output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+    ) -> Tensor:
         output, bias = output_with_bias
         if bias is not None or (training and prob > 0):
             return get_bias_dropout_add(training, fused)(output_with_bias, residual, prob)

@@ -2,29 +2,38 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from megatron_irl.data.packing import assign, pack
+from megatron_irl.data.packing import assign, assign_by_tokens, pack
 from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.scoring import Sequences
 from megatron_irl.types import Demonstration, PackedBatch, Pair, Rollout
 
-Sequences = list[tuple[np.ndarray, np.ndarray]]
 Item = Demonstration | Pair | Preference | Rollout
 
 
 def microbatches_for(
-    items: Sequence[Item], topology: Topology, *, micro_batch_size: int, multiple_of: int
+    items: Sequence[Item], topology: Topology, *, multiple_of: int, micro_batch_size: int = 1,
+    micro_batch_tokens: int | None = None,
 ) -> list[PackedBatch]:
     """This data-parallel rank's microbatches of a global batch, balanced by tokens.
 
-    Every rank computes the same split, so no communication is needed. Pairs become
-    [demonstration, sample] neighbours of one microbatch, because the loss needs both; preferences
-    [chosen, rejected]. All items are of one kind.
+    Every rank computes the same split, so no communication is needed, and all have equally many.
+    Pairs become [demonstration, sample] neighbours of one microbatch, because the loss needs both;
+    preferences [chosen, rejected]. All items are of one kind.
+
+    Args:
+        multiple_of: What T of every microbatch is padded up to a multiple of.
+        micro_batch_size: Items in each; read without
+        micro_batch_tokens: as many items as have so many tokens; see ``assign_by_tokens``.
     """
     lengths = [num_tokens(item) for item in items]
-    bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
+    if micro_batch_tokens is None:
+        bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
+    else:
+        # The interleaved schedule runs microbatches in groups of one per stage.
+        group = topology.pp_size if topology.vpp_size > 1 else 1
+        bins = assign_by_tokens(lengths, micro_batch_tokens, topology.dp_size * group)
     mine = bins[topology.dp_rank :: topology.dp_size]
     return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
 
@@ -34,27 +43,7 @@ def draw(items: Sequence[Item], seed: int, step: int, size: int) -> list[Item]:
 
     A pure function of its arguments, so a resumed run draws what the uninterrupted one would.
     """
-    sampler = OrderedSampler(len(items), seed)
-    sampler.load_state_dict({"position": step * size})
-    return [items[i] for i in sampler.take(size)]
-
-
-def token_budget_split(sequences: Sequences, *, max_tokens: int) -> list[list[int]]:
-    """Split sequences for evaluation, longest first, up to ``max_tokens`` together.
-
-    Only positions: there may be millions of sequences, of which a rank packs its own and those
-    only when their turn comes. A longer sequence is alone.
-    """
-    lengths = [sum(map(len, sequence)) for sequence in sequences]
-    split: list[list[int]] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not split or tokens + lengths[index] > max_tokens:
-            split.append([])
-            tokens = 0
-        split[-1].append(index)
-        tokens += lengths[index]
-    return split
+    return [items[i] for i in OrderedSampler(len(items), seed, step * size).take(size)]
 
 
 def num_tokens(item: Item) -> int:

@@ -1,0 +1,33 @@
+"""Both ways to a block of log-probabilities, on the ranks of a distributed test."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.parallel.logprobs import _BlockedLogprobs
+from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
+from tests.dist.jobs import Layout, build
+
+
+def both_blocks(
+    hf: str, layout: Layout, seed: int, block_size: int, rows: int = 17
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(eager, fused) values, gradients of hidden rows and gradients of the weight, on this rank."""
+    topology, chunks, _, _ = build(hf, layout)
+    weight = chunks[-1].output_layer.weight.detach()[:50]  # a slice may end before the others'
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, weight.shape[1], generator=generator)
+    targets = torch.randint(0, 50, (rows,), generator=generator)
+    grad = torch.randn(rows, generator=generator)
+    results: list[list[Any]] = []
+    for make_block in (EagerBlock, FusedBlock):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logprobs = _BlockedLogprobs.apply(
+            *inputs, targets, 50 * topology.tp_rank, block_size, topology.tp_group, make_block, True
+        )
+        logprobs.backward(grad)
+        assert all(x.grad is not None and x.grad.abs().max() > 0.01 for x in inputs)
+        results.append([logprobs.detach().numpy(), *(x.grad.numpy() for x in inputs)])  # type: ignore[union-attr]
+    return list(zip(*results, strict=True))
