@@ -26,10 +26,10 @@ from gpu_shapes import (
 
 from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig, Precision
-from megatron_irl.data.packing import alignment
-from megatron_irl.model.build import wrap_data_parallel
+from megatron_irl.model.build import build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
+from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import microbatches_for, num_tokens
 from megatron_irl.train.optimizer import build_megatron_optimizer
 from megatron_irl.train.step import Stepper
@@ -46,32 +46,32 @@ def objective(logprobs_R: torch.Tensor, batch: Any) -> Any:
 
 def build_stepper(
     model: str, precision: Precision, topology: Topology, **overrides: Any
-) -> tuple[Stepper, int]:
-    """(the product's step, what a pack's length must be a multiple of)."""
+) -> Stepper:
+    """The product's step over random weights."""
     chunks, config = build_random(model, precision, topology, **overrides)
-    wrapped: list[Any] = list(wrap_data_parallel(chunks, config, topology))
+    policy = Policy(chunks, topology, shape(model)).for_training(build_ddp_config())
     optimizer = build_megatron_optimizer(
         OptimizerConfig(lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
                         params_dtype=config.params_dtype),
-        wrapped, topology,
+        policy.chunks, topology,
     )
-    multiple = alignment(fp8_recipe=config.fp8_recipe if config.fp8 else None)
-    return Stepper(wrapped, topology, optimizer=optimizer), multiple
+    return Stepper(policy, optimizer)
 
 
 def measure(
-    stepper: Stepper, model: str, *, pairs: int, microbatches: int, multiple_of: int,
+    stepper: Stepper, model: str, *, pairs: int, microbatches: int,
     steps: int = 6, warmup: int = 3,
 ) -> dict[str, float]:
     """Medians over a few steps."""
     arch, rates = shape(model), []
-    hardware.reset_memory_peak()
+    hardware.reset_peak_memory()
     for step in range(-warmup, steps):
         batch = random_pairs(arch, pairs * microbatches, seed=step + warmup)
         hardware.synchronize()
         start = time.perf_counter()
         packed = microbatches_for(
-            batch, stepper.topology, micro_batch_size=pairs, multiple_of=multiple_of
+            batch, stepper.policy.topology, micro_batch_size=pairs,
+            multiple_of=stepper.policy.multiple_of,
         )
         stepper.train_step(packed, objective)
         hardware.synchronize()
@@ -82,7 +82,7 @@ def measure(
     seconds, tokens, flops = (statistics.median(column) for column in zip(*rates, strict=True))
     return {"ms_per_step": 1e3 * seconds, "tokens_per_second": tokens,
             "tflops": flops / 1e12, "mfu": flops / PEAK_FLOPS,
-            "peak_gib": hardware.memory_peak() / 2**30}
+            "peak_gib": hardware.peak_memory() / 2**30}
 
 
 def measure_transformers(model: str, *, pairs: int, steps: int = 4) -> dict[str, float]:
@@ -91,7 +91,7 @@ def measure_transformers(model: str, *, pairs: int, steps: int = 4) -> dict[str,
     theirs.train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=LR, weight_decay=0.0, fused=True)
     arch, rates = shape(model), []
-    hardware.reset_memory_peak()
+    hardware.reset_peak_memory()
     for step in range(steps + 2):
         batch = random_pairs(arch, pairs, seed=step)
         hardware.synchronize()
@@ -107,7 +107,7 @@ def measure_transformers(model: str, *, pairs: int, steps: int = 4) -> dict[str,
                           training_flops(arch, batch) / seconds))
     tokens, flops = (statistics.median(column) for column in zip(*rates, strict=True))
     return {"tokens_per_second": tokens, "tflops": flops / 1e12, "mfu": flops / PEAK_FLOPS,
-            "peak_gib": hardware.memory_peak() / 2**30}
+            "peak_gib": hardware.peak_memory() / 2**30}
 
 
 def _their_loss(model: Any, batch: list[Any]) -> torch.Tensor:
@@ -129,11 +129,11 @@ def _their_loss(model: Any, batch: list[Any]) -> torch.Tensor:
 
 def lines(options: argparse.Namespace, topology: Topology) -> Iterator[dict[str, Any]]:
     """One result per number of pairs."""
-    stepper, multiple = build_stepper(options.model, options.precision, topology)
+    stepper = build_stepper(options.model, options.precision, topology)
     for pairs in options.pairs:
         numbers = measure(
             stepper, options.model, pairs=pairs, microbatches=options.microbatches,
-            multiple_of=multiple, steps=options.steps,
+            steps=options.steps,
         )
         yield {"what": "training", "model": options.model, "precision": options.precision,
                "pairs": pairs, "microbatches": options.microbatches} | _rounded(numbers)

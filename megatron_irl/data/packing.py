@@ -162,10 +162,10 @@ def assign_by_tokens(
         ValueError: The items are no multiple of ``num_bins_multiple_of``.
     """
     unit = num_bins_multiple_of
-    if not lengths or len(lengths) % unit:
+    if not len(lengths) or len(lengths) % unit:
         raise ValueError(f"{len(lengths)} items are no multiple of {unit}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    least = math.ceil(math.ceil(sum(lengths) / max_tokens) / unit) * unit
+    least = math.ceil(math.ceil(int(sum(lengths)) / max_tokens) / unit) * unit
     bins: list[list[int]] = []
     # With as many bins as items each item has its own, so the search ends well.
     for count in range(min(least, len(lengths)), len(lengths) + 1, unit):

@@ -78,15 +78,29 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def memory_peak() -> int:
-    """Most bytes that tensors took on the device since ``reset_memory_peak``; 0 on CPU."""
+def peak_memory() -> int:
+    """Most bytes of tensors at one time since ``reset_peak_memory``; 0 on CPU."""
     return torch.cuda.max_memory_allocated() if IS_CUDA else 0
 
 
-def reset_memory_peak() -> None:
-    """Begin a new ``memory_peak`` at what is held now."""
+def reset_peak_memory() -> None:
+    """Begin a new ``peak_memory``."""
     if IS_CUDA:
         torch.cuda.reset_peak_memory_stats()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of cuDNN and NCCL as torch has loaded them; none on CPU."""
+    if not IS_CUDA:
+        return {}
+    found = {}
+    if number := torch.backends.cudnn.version():
+        # 91900 is 9.19.0; before 9 the major counted thousands.
+        major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1000)
+        found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
+    if torch.distributed.is_nccl_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
 
 
 def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:

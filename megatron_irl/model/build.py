@@ -18,6 +18,7 @@ from megatron_irl.config import (
 )
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
+from megatron_irl.model.kernels import check_environment
 from megatron_irl.model.lean_layers import has_swiglu
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
@@ -95,6 +96,7 @@ def build_config(
     if check_hardware:
         spec = choose_spec(fields["params_dtype"], fields.get("fp8"), asked=spec)
         _check_rope(spec, fields.setdefault("apply_rope_fusion", spec == "transformer_engine"))
+        check_environment(fields["attention_backend"])
         if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
             fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
         check_accumulation(

@@ -78,14 +78,20 @@ class RunFolder:
                 f"is {data}. Restore the files to resume, or set output_dir to a new folder."
             )
 
-    def claim(self, recipe: Recipe, data: str, argv: list[str]) -> None:
+    def claim(
+        self, recipe: Recipe, data: str, argv: list[str], kernels: dict[str, Any] | None = None
+    ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
         In this order, so that a folder with anything in it is known as a run's.
+
+        Args:
+            kernels: What the run computes with, for the record.
         """
         environment = {"environment": describe_environment(argv)}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
-        self._write({"fingerprint": fingerprint(recipe), "data": data, "finished": False})
+        identity = {"fingerprint": fingerprint(recipe), "data": data, "finished": False}
+        self._write(identity | ({"kernels": kernels} if kernels else {}))
         with replacing(self.path / "recipe.yaml") as file:
             file.write(text.encode())
 

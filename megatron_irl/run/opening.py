@@ -10,7 +10,9 @@ from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.heldout import Evaluator
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.model.build import build_chunks
+from megatron_irl.model.build import build_chunks, unwrap
+from megatron_irl.model.kernels import Kernels, describe_kernels
+from megatron_irl.model.specs import choose_spec
 from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
@@ -51,9 +53,10 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str]) -> Run:
             resume, policy.chunks, trainer.optimizer, trainer.scheduler
         ))
         console.note(f"resuming at step {state.step}, round {state.round}")
+    kernels = announce_kernels(policy, console)
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
     if topology.is_main:  # written
-        folder.claim(recipe, inputs.data.digest, argv)
+        folder.claim(recipe, inputs.data.digest, argv, kernels.as_dict())
     bank, heldout_bank, previous_bank = open_banks(folder, recipe.seed, state, topology)
     clock = Clock(state.seconds)
     recorder = Recorder(
@@ -76,6 +79,17 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str]) -> Run:
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
     )
+
+
+def announce_kernels(policy: Policy, console: Console) -> Kernels:
+    """Say what this rank computes with, and warn of what is slow; the main rank's is shown."""
+    model = unwrap(policy.chunks[0])
+    layers = choose_spec(policy.config.params_dtype, policy.config.fp8)
+    kernels = describe_kernels(model, layers=layers)
+    console.note(kernels.line())
+    for text in kernels.warnings():
+        console.warn(text)
+    return kernels
 
 
 def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy:
