@@ -28,6 +28,7 @@ for module in (
     r"megatron\.core.*", r"torch\.utils\.cpp_extension", r"torch\.distributed\.(checkpoint|c10d).*"
 ):
     warnings.filterwarnings("ignore", module=module)
+warnings.filterwarnings("ignore", message="Detected a Jax installation")  # Transformer Engine's
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
