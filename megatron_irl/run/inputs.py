@@ -21,6 +21,10 @@ from megatron_irl.model.build import build_config, build_ddp_config
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
 
+from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -40,9 +44,9 @@ class Inputs:
     data: Corpus
     architecture: Architecture
     hf_config: dict[str, Any]
-    model_config: Any
-    optimizer_config: Any
-    ddp_config: Any
+    model_config: TransformerConfig
+    optimizer_config: OptimizerConfig
+    ddp_config: DistributedDataParallelConfig
     notes: list[str]
 
 
@@ -83,7 +87,7 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     )
 
 
-def check_lengths(recipe: Recipe, arch: Architecture, config: Any) -> None:
+def check_lengths(recipe: Recipe, arch: Architecture, config: TransformerConfig) -> None:
     """Raise UserError unless the model and the KV cache hold the longest sequences."""
     generated = generation_length(recipe)
     longest = max(generated, recipe.data.max_prompt_length + recipe.data.max_response_length)

@@ -27,7 +27,7 @@ from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
-from megatron_irl.train.trainer import streams_of
+from megatron_irl.train.step import streams_of
 
 
 def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> None:
@@ -41,10 +41,7 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         if state.step == 0 and evaluates_before(run.recipe):
             state.evaluation = run.evaluator.evaluate(next_round=0)
         while state.round < run.recipe.algorithm.rounds:
-            round, summary = open_round(run)
-            for phase in run.algorithm.phases(run.recipe):
-                run_phase(run, round, phase)
-            close_round(run, summary | state.summary)
+            run_round(run)
     except TrainingDiverged as error:
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
@@ -55,6 +52,14 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     finish(run)
 
 
+def run_round(run: Run) -> None:
+    """A round, or what is left of it. Its pairs go out of memory when it returns."""
+    round, summary = open_round(run)
+    for phase in run.algorithm.phases(run.recipe):
+        run_phase(run, round, phase)
+    close_round(run, summary | run.state.summary)
+
+
 def run_phase(run: Run, round: Round, phase: Phase) -> None:
     """The steps of a phase that are still to be done."""
     state = run.state
@@ -63,7 +68,7 @@ def run_phase(run: Run, round: Round, phase: Phase) -> None:
     work = phase.prepare(round, state.step_in_round)
     state.summary |= work.summary
     num_draws = (phase.last - phase.first) * run.recipe.train.global_batch_size
-    warning = warn_of_few_items(work, num_draws)
+    warning = few_items_warning(work, num_draws)
     if warning:
         run.recorder.warn(f"{phase.name} steps of round {state.round}: {warning}")
     if not work.items:
@@ -145,7 +150,7 @@ def evaluates_before(recipe: Recipe) -> bool:
     return options.interval != "never" if options.before is None else options.before
 
 
-def warn_of_few_items(work: Work, num_draws: int) -> str | None:
+def few_items_warning(work: Work, num_draws: int) -> str | None:
     """A warning if most of what was sampled cannot teach, else None.
 
     Args:

@@ -24,7 +24,7 @@ from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.timing import Clock
 from megatron_irl.train.optimizer import build_optimizer
-from megatron_irl.train.trainer import Trainer
+from megatron_irl.train.step import Trainer
 
 
 def is_finished(folder: RunFolder, topology: Topology) -> bool:

@@ -66,7 +66,11 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
     """
     evaluations = evaluation_rows(rounds)
     columns = shown_columns([evaluation for _, evaluation in evaluations])
-    charts = step_charts(metrics, ln2_line=_starts_at_ln2(recipe, metrics))
+    rules = _rules(recipe)
+    explicit = rules is not None and rules.reward == "explicit"
+    charts = step_charts(
+        metrics, ln2_line=_starts_at_ln2(recipe, metrics), explicit_reward=explicit
+    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -74,7 +78,7 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
         name=name,
         facts=_facts(recipe),
         status=_status(recipe, metrics, rounds),
-        warnings=_warnings(metrics, rounds),
+        warnings=_warnings(metrics, rounds, explicit_reward=explicit),
         evaluation_titles=[title for title, _ in columns],
         evaluation_rows=[(label, [text(evaluation) for _, text in columns])
                          for label, evaluation in evaluations],
@@ -192,13 +196,15 @@ def _status(recipe: Record, metrics: Sequence[Record],
     return status
 
 
-def _warnings(metrics: Sequence[Record], rounds: Sequence[Record]) -> list[tuple[Any, str]]:
+def _warnings(
+    metrics: Sequence[Record], rounds: Sequence[Record], *, explicit_reward: bool
+) -> list[tuple[Any, str]]:
     """Return (round, warning): those in the round lines, and those of a round in progress."""
     found = [(record.get("round", i), text) for i, record in enumerate(rounds)
              for text in record.get("guard") or []]
     running = metrics[-1].get("round") if metrics else None
     if running is not None and all(record.get("round") != running for record in rounds):
-        guard = CollapseGuard()
+        guard = CollapseGuard(has_implicit_reward=not explicit_reward)
         for line in metrics:
             if line.get("round") == running:
                 guard.feed(line)

@@ -19,7 +19,7 @@ from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.timing import Clock
-from megatron_irl.train.trainer import Trainer
+from megatron_irl.train.step import Trainer
 
 NUM_PROBES = 8  # demonstrations that must have a finite likelihood before weights are saved
 

@@ -6,9 +6,29 @@ import numpy as np
 import torch
 
 import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.algorithms.sft import likelihood_objective
 from megatron_irl.parallel.logprobs import _BlockedLogprobs
 from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
-from tests.dist.jobs import Layout, build
+from megatron_irl.train.batches import microbatches_for
+from megatron_irl.types import Demonstration
+from tests.dist.jobs import Layout, build, build_trainer, multiple_of, random_sequences
+
+
+def train_sft(
+    hf: str, layout: Layout, seed: int, vocab: int, micro_batch_tokens: int | None
+) -> tuple[float, float]:
+    """(loss, gradient norm) of a step on demonstrations; their microbatches differ in tokens."""
+    stepper = build_trainer(hf, layout, {"lr": 1e-3, "clip_grad": 0.0})
+    demonstrations = [
+        Demonstration(i, prompt, response, "", "", None, "")
+        for i, (prompt, response) in enumerate(random_sequences(seed, 12, vocab))
+    ]
+    batches = microbatches_for(
+        demonstrations, stepper.policy.topology, micro_batch_tokens=micro_batch_tokens,
+        multiple_of=multiple_of(layout),
+    )
+    result = stepper.train_step(batches, likelihood_objective)
+    return result.loss, result.grad_norm
 
 
 def both_blocks(

@@ -126,6 +126,19 @@ def test_filling_microbatches_by_tokens_changes_nothing(
     )
 
 
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2"])
+def test_demonstrations_are_filled_by_tokens_too(pool, setting, name):
+    options = {"hf": setting[False]["hf"], "seed": SEED, "vocab": VOCAB}
+    (expected,) = pool.run(
+        1, logprob_jobs.train_sft, layout={}, micro_batch_tokens=None, **options
+    )
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    for rank in pool.run(
+        world_size, logprob_jobs.train_sft, layout=layout, micro_batch_tokens=50, **options
+    ):
+        np.testing.assert_allclose(rank, expected, rtol=1e-5, err_msg=f"seed {SEED}")
+
+
 @pytest.mark.parametrize("name", ["one", "tp2", "tp2_sp"])
 def test_fused_blocks_equal_eager_ones(pool, setting, name):
     """What a GPU computes in one pass each way, against the softmax op by op."""

@@ -1,8 +1,9 @@
 """Compare this tree with a record: ``python -m tests.golden.compare FILE [--exact]``.
 
 On the machine and with the libraries of the record every number must be the same to the last bit.
-Elsewhere losses and gradient norms must be within 1e-5, relative; rounding may there draw another
-sample, after which a run is another run: from that round on nothing is compared, and that is said.
+Elsewhere losses and gradient norms must be within 1e-5, relative (bf16: 1e-2); rounding may there
+draw another sample, after which a run is another run: from that round on nothing is compared, and
+that is said.
 ``--exact`` asks for the same bits wherever it runs. Code 0: equal; 1: not.
 """
 
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from tests.dist.pool import Pool
-from tests.golden import ranks
+from tests.golden import cases, ranks
 from tests.golden.record import record, selected
 from tests.golden.trajectory import Trajectory
 
-TOLERANCE = 1e-5  # relative, of losses and gradient norms under another environment
+# Relative, of losses and gradient norms under another environment, by precision.
+TOLERANCES = {"fp32": 1e-5, "bf16": 1e-2}
 NEAR_ZERO = 1e-5  # losses that are means of signed terms pass through zero
 
 
@@ -47,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         here = pool.run(1, ranks.environment)[0]
         exact = options.exact or describe_mode(known["environment"], here)
         for name, now in record(pool, Path(scratch), names):
-            found = compare(known["runs"][name], now, exact=exact)
+            found = compare(
+                known["runs"][name], now, exact=exact, tolerance=tolerance_of(name)
+            )
             failed += bool(found.differences)
             sys.stdout.write(f"{name}: {'DIFFERS' if found.differences else 'equal'}\n")
             for line in found.differences + found.notes:
@@ -68,7 +72,14 @@ def describe_mode(recorded: dict[str, Any], here: dict[str, Any]) -> bool:
     return not other
 
 
-def compare(then: Trajectory, now: Trajectory, *, exact: bool) -> Findings:
+def tolerance_of(name: str) -> float:
+    """What rounding may do to a recorded run's losses, by the precision it has."""
+    return TOLERANCES[cases.recipe(name, "")["precision"]]
+
+
+def compare(
+    then: Trajectory, now: Trajectory, *, exact: bool, tolerance: float = TOLERANCES["fp32"]
+) -> Findings:
     """Compare what a run did with what it did when recorded; keys that are new are ignored."""
     found = Findings()
     if len(then["steps"]) != len(now["steps"]) or len(then["samples"]) != len(now["samples"]):
@@ -82,7 +93,8 @@ def compare(then: Trajectory, now: Trajectory, *, exact: bool) -> Findings:
     for step, (a, b) in enumerate(zip(then["steps"], now["steps"], strict=True), start=1):
         if last is not None and a[0] >= last:
             break
-        if not all(_equal(x, y, exact) for x, y in zip(a, b, strict=True)):
+        bound = 0.0 if exact else tolerance
+        if not all(_equal(x, y, bound) for x, y in zip(a, b, strict=True)):
             found.differences.append(f"step {step}: [round, loss, gradient norm] was {a}, is {b}")
             break  # what follows from it differs too
     return found
@@ -116,10 +128,10 @@ def _compare_digests(then: Trajectory, now: Trajectory, found: Findings) -> None
                     f"round {index}: evaluation {key} was {a[key]}, is {b.get(key)}")
 
 
-def _equal(then: float, now: float, exact: bool) -> bool:
-    if exact:
-        return then == now
-    return math.isclose(then, now, rel_tol=TOLERANCE, abs_tol=NEAR_ZERO)
+def _equal(then: float, now: float, tolerance: float) -> bool:
+    """Whether two numbers agree; a tolerance of 0 asks for the same bits."""
+    near_zero = NEAR_ZERO if tolerance else 0.0
+    return then == now or math.isclose(then, now, rel_tol=tolerance, abs_tol=near_zero)
 
 
 if __name__ == "__main__":

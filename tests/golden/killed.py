@@ -143,7 +143,7 @@ def leave(folder: Path, kill: Kill, product: Path, commit: str) -> None:
     assert not (folder / RUN / "hf").exists()
     start(whole, product)
     expected = {
-        "commit": commit, "environment": environment(),
+        "commit": commit, "environment": environment() | {"threads": 1},  # as ``start`` gives it
         "steps_saved": saved_step(folder / RUN), "steps_done": steps_done(folder / RUN),
         "trajectory": read_trajectory(whole / RUN),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden import cases, ranks
-from tests.golden.compare import compare, describe_mode
+from tests.golden.compare import compare, describe_mode, tolerance_of
 from tests.golden.inputs import EOS, demonstration, preference, write_inputs
 from tests.golden.record import record
 
@@ -30,8 +30,12 @@ def test_record_has_every_run_and_says_where_it_comes_from(known):
 def test_runs_of_the_suite_are_those_recorded(known, pool, tmp_path):
     """The other runs are behind ``python -m tests.golden.compare``."""
     exact = describe_mode(known["environment"], pool.run(1, ranks.environment)[0])
-    found = {name: compare(known["runs"][name], now, exact=exact).differences
-             for name, now in record(pool, tmp_path, cases.SUITE)}
+    found = {
+        name: compare(
+            known["runs"][name], now, exact=exact, tolerance=tolerance_of(name)
+        ).differences
+        for name, now in record(pool, tmp_path, cases.SUITE)
+    }
     assert found == {name: [] for name in cases.SUITE}
 
 
@@ -92,6 +96,10 @@ def test_a_loss_may_differ_by_rounding_in_another_environment_only(run):
     assert compare(run, near, exact=True).differences != []
     assert compare(run, near, exact=False).differences == []
     assert "step 2" in compare(run, far, exact=False).differences[0]
+
+
+def test_bf16_is_held_to_its_own_rounding():
+    assert tolerance_of("bf16/one") == 1e-2 and tolerance_of("rft/dp2") == 1e-5
 
 
 def test_other_samples_end_a_comparison_across_environments(run):

@@ -117,6 +117,16 @@ def test_rooms_of_a_floor_do_not_import_each_other_in_a_circle():
     assert [a for a, b in reached if a == b] == []
 
 
+def test_inference_and_evaluation_stand_on_the_policy_alone():
+    """Who scores or generates must not need an optimizer, nor a run."""
+    users = [ROOT / PACKAGE / "cli" / f"{name}.py" for name in (
+        "inference", "generate", "verification", "filter")]
+    users += [p for p in PRODUCT if in_room(p, "evaluation") or in_room(p, "policy")]
+    reached = {room(n) for p in users for n in imports_of(p) if n.startswith(f"{PACKAGE}.")}
+    assert "policy" in reached
+    assert reached.isdisjoint({"train", "run", "algorithms"})
+
+
 def test_package_is_not_imported_from_below_by_its_tools():
     """Nothing in the package imports tools, examples or tests."""
     tops = {"tools", "examples", "tests"}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from megatron_irl.algorithms.base import Work
-from megatron_irl.run.loop import warn_of_few_items
-from megatron_irl.train.trainer import Trainer, streams_of
+from megatron_irl.run.loop import few_items_warning
+from megatron_irl.train.step import Trainer, streams_of
 from megatron_irl.types import Demonstration
 
 
@@ -60,7 +60,7 @@ def test_the_second_stream_outlasts_rounds():
 
 
 def test_few_usable_items_are_said_with_how_often_each_is_drawn():
-    assert warn_of_few_items(Work(demonstrations(4), None, num_unusable=4), 64) is None
-    text = warn_of_few_items(Work(demonstrations(4), None, num_unusable=60), 64)
+    assert few_items_warning(Work(demonstrations(4), None, num_unusable=4), 64) is None
+    text = few_items_warning(Work(demonstrations(4), None, num_unusable=60), 64)
     assert "60 of 64 samples" in text and "16.0 times each" in text
-    assert "skipped" in warn_of_few_items(Work([], None, num_unusable=64), 64)
+    assert "skipped" in few_items_warning(Work([], None, num_unusable=64), 64)
