@@ -51,6 +51,7 @@ def accumulate_in_layers(model: nn.Module) -> None:
     They read the flag at every call, so it may be set after they are built. A backward needs the
     buffers then, that is, the model in Megatron's DDP.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True

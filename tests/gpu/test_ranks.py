@@ -54,7 +54,8 @@ def test_training_equals_one_rank(gpu_pool, hf, single, name, precision):
         2, jobs.train, hf=hf, layout=LAYOUTS[name], precision=precision, seed=SEED
     )
     got, expected = ranks[0], single(precision)
-    assert ranks[1]["steps"] == got["steps"], "ranks report different numbers"
+    # Sums over a sequence's tokens are atomic additions on a GPU, whose order is nobody's.
+    np.testing.assert_allclose(ranks[1]["steps"], got["steps"], rtol=1e-6)
     mean, loss, norm = BOUNDS[precision]
     difference = np.abs(np.array(got["before"]) - expected["before"]).mean()
     assert difference < mean, f"seed {SEED}: {difference}"
