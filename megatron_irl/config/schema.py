@@ -158,7 +158,8 @@ class TrainConfig:
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
     logprob_chunk_size: int = 2048
-    """Response tokens per language-model-head chunk; bounds the memory logits take."""
+    """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
+    they stay in the model's precision, and so many more as fit the same memory are taken."""
 
 
 @dataclass(frozen=True)
