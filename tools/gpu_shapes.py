@@ -8,7 +8,8 @@ import torch
 
 from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig, Precision
-from megatron_irl.convert.hf_config import Architecture, architecture
+from megatron_irl.convert.hf_config import architecture
+from megatron_irl.families.architecture import Architecture
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.train.batches import num_tokens

@@ -17,7 +17,7 @@ from megatron_irl import hardware
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.algorithms.rules import RewardKind
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
-from megatron_irl.config import ParallelConfig, Recipe, load_recipe
+from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
@@ -85,6 +85,7 @@ def find_source(folder: Path) -> Source:
     Raises:
         UserError: It is neither, or a run that has no weights yet.
     """
+    folder = hub_snapshot(folder)
     if (folder / "recipe.yaml").exists():
         recipe = load_recipe(folder / "recipe.yaml", check_files=False)  # the data may be gone
         tokenizer = Path(recipe.data.tokenizer or recipe.model.hf)
@@ -179,6 +180,7 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
         _check_explicit(options, source)
         return with_ranks(options, argv, lambda: _score_explicit(options, records))
     reference, beta = _reward_terms(options, source)
+    reference = hub_snapshot(reference)
     if not (reference / "config.json").exists():
         raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
     return with_ranks(options, argv, lambda: _score(options, records, reference, beta))

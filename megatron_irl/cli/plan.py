@@ -1,8 +1,8 @@
 """``megatron-irl plan``: what a recipe would do, and the memory of its weights, before it runs."""
 
 from megatron_irl.config import Recipe, check_layout
-from megatron_irl.convert.families import rows
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.families.table import rows
 from megatron_irl.run.inputs import Inputs, read_inputs
 from megatron_irl.train.optimizer import shards_optimizer
 

@@ -3,6 +3,7 @@
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import check_field_names, recipe_from_mapping
 from megatron_irl.config.fingerprint import differences, fingerprint
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.layout import (
     check_layout,
     check_layout_against_model,
@@ -44,6 +45,7 @@ __all__ = [
     "check_recipe",
     "differences",
     "fingerprint",
+    "hub_snapshot",
     "load_recipe",
     "padded_vocab_size",
     "recipe_from_mapping",

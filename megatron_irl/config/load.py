@@ -19,6 +19,7 @@ from megatron_irl.config.fields import (
     recipe_from_mapping,
     top_level,
 )
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -47,7 +48,7 @@ def load_recipe(
     mapping.pop("environment", None)
     for override in overrides:
         _apply_override(mapping, override)
-    recipe = recipe_from_mapping(mapping)
+    recipe = _in_hub_cache(recipe_from_mapping(mapping))
     if check_files:
         recipe = _with_files(recipe)
     check_recipe(recipe)  # after the files: two patterns may have met in one of them
@@ -68,6 +69,20 @@ def _with_files(recipe: Recipe) -> Recipe:
     files = _expand(trained_on, value_at(recipe, trained_on))
     section = dataclasses.replace(recipe.sections[name], **{key: files})
     return dataclasses.replace(recipe, sections=recipe.sections | {name: section})
+
+
+def _in_hub_cache(recipe: Recipe) -> Recipe:
+    """Name the snapshot where a repository of the Hugging Face cache is given: it stays the same
+    though a newer revision be fetched while a run goes on.
+    """
+    tokenizer = recipe.data.tokenizer
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, hf=str(hub_snapshot(recipe.model.hf))),
+        data=dataclasses.replace(
+            recipe.data, tokenizer=str(hub_snapshot(tokenizer)) if tokenizer else tokenizer
+        ),
+    )
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_irl.convert.companions import copy_companions, write_config
-from megatron_irl.convert.families import Row, hf_tensors, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import Row, hf_tensors, rows
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import replacing_folder
 

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_irl.convert.families import (
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
+from megatron_irl.errors import UserError
+from megatron_irl.families.table import (
     EMBEDDING,
     HEAD,
     REWARD_HEAD,
@@ -17,9 +20,6 @@ from megatron_irl.convert.families import (
     hf_head,
     rows,
 )
-from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
-from megatron_irl.errors import UserError
 
 __all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from megatron_irl.convert.companions import copy_companions
 from megatron_irl.convert.export import export_rows
-from megatron_irl.convert.families import REWARD_ROW, cast_to, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.reward_folder import complete_reward_folder
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import REWARD_ROW, cast_to, rows
 from megatron_irl.parallel.topology import Topology
 
 

@@ -33,21 +33,23 @@ class _BlockedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
-        block_size: int, group: Any, make_block: Any, keep: bool,
+        block_size: int, group: Any, softcap: float | None, make_block: Any, keep: bool,
     ) -> Tensor:
         logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
         block = None
+        keep = keep and make_block.keeps(softcap)
         for start in range(0, hidden_RH.shape[0], block_size):
             rows = slice(start, start + block_size)
             block = None  # frees the previous block before the next is made
             block = make_block(
-                hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, keep=keep
+                hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, softcap,
+                keep=keep,
             )
             logprobs_R[rows] = block.logprobs_R
         ctx.save_for_backward(hidden_RH, weight_VpH, targets_R)
-        ctx.last_block = block
-        ctx.vocab_start, ctx.block_size, ctx.group, ctx.make_block = (
-            vocab_start, block_size, group, make_block,
+        ctx.last_block = block if keep else None
+        ctx.vocab_start, ctx.block_size, ctx.group, ctx.softcap, ctx.make_block = (
+            vocab_start, block_size, group, softcap, make_block,
         )
         return logprobs_R
 
@@ -64,7 +66,7 @@ class _BlockedLogprobs(torch.autograd.Function):
             if block is None:
                 block = ctx.make_block(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
-                    keep=True,
+                    ctx.softcap, keep=True,
                 )
             grad_logits = block.gradient(grad_R[rows])
             del block
@@ -74,7 +76,7 @@ class _BlockedLogprobs(torch.autograd.Function):
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_VpH)
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def mark_vocabulary_end(weight_VpH: Tensor, vocab_size: int, tp_rank: int) -> None:
@@ -95,6 +97,7 @@ def response_logprobs(
     tp_group: Any,
     sequence_parallel: bool,
     chunk_size: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """Log-probabilities in nats of ``targets_R`` given the hidden states at ``rows_R``.
 
@@ -105,6 +108,7 @@ def response_logprobs(
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
         chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time in fp32; on CUDA as
             many rows as take the same memory in the weight's dtype.
+        softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
 
     Returns:
         float32 [R], equal on every tensor-parallel rank.
@@ -133,7 +137,8 @@ def response_logprobs(
         make_block, block_size = FusedBlock, chunk_size * (8 // weight_VpH.element_size())
     keep = torch.is_grad_enabled()  # inside the function it always says no
     return _BlockedLogprobs.apply(
-        hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, make_block, keep
+        hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, softcap, make_block,
+        keep,
     )
 
 

@@ -48,19 +48,25 @@ class EagerBlock:
         hidden_RH, weight_VpH: Rows, and this rank's slice of the output embedding.
         targets_R: int64, global ids. vocab_start: The id of the slice's first row.
         group: The tensor-parallel group; every rank of it must construct (all-reduces).
+        softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
         keep: Whether ``gradient`` will be called.
     """
 
     def __init__(
         self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
-        group: Any, *, keep: bool,
+        group: Any, softcap: float | None = None, *, keep: bool,
     ) -> None:
         self._dtype = weight_VpH.dtype
         self._targets = local_targets(targets_R, vocab_start, weight_VpH.shape[0])
         self._probs: Tensor | None = None
+        self._slope: Tensor | None = None  # of the soft cap
         local, inside = self._targets
         # Cast before any reduction: a bf16 all-reduce of log-sum-exp terms loses whole nats.
         logits = (hidden_RH @ weight_VpH.T).float()
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_()
+            self._slope = 1 - logits.square() if keep else None
+            logits = logits.mul_(softcap)
         target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
         if group.size() == 1:
             log_z = torch.logsumexp(logits, dim=-1)
@@ -88,7 +94,14 @@ class EagerBlock:
         grad_logits = probs.mul_(-grad_R[:, None])
         index = torch.arange(local.shape[0], device=local.device)
         grad_logits[index, local] += torch.where(inside, grad_R, 0.0)
+        if self._slope is not None:
+            grad_logits.mul_(self._slope)
         return grad_logits.to(self._dtype)
+
+    @staticmethod
+    def keeps(softcap: float | None) -> bool:
+        """Whether a block is worth keeping: the slope of a soft cap is as large again."""
+        return softcap is None
 
 
 class FusedBlock:
@@ -100,11 +113,13 @@ class FusedBlock:
 
     def __init__(
         self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
-        group: Any, *, keep: bool,
+        group: Any, softcap: float | None = None, *, keep: bool,
     ) -> None:
-        self._targets = local_targets(targets_R, vocab_start, weight_VpH.shape[0])
+        self._targets, self._softcap = (
+            local_targets(targets_R, vocab_start, weight_VpH.shape[0]), softcap,
+        )
         logits = hidden_RH @ weight_VpH.T
-        peak, normaliser, target_logit = _statistics(logits, *self._targets)
+        peak, normaliser, target_logit = _statistics(logits, *self._targets, softcap)
         if group.size() > 1:
             top = peak.clone()
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
@@ -120,26 +135,47 @@ class FusedBlock:
         """See ``Block``."""
         logits, self._logits = self._logits, None
         assert logits is not None
-        _to_gradient(logits, self._log_z, grad_R, *self._targets)
+        _to_gradient(logits, self._log_z, grad_R, *self._targets, self._softcap)
         return logits
+
+    @staticmethod
+    def keeps(softcap: float | None) -> bool:
+        """See ``EagerBlock``; here the logits are all there is."""
+        del softcap
+        return True
 
 
 @hardware.compiled
-def _statistics(logits: Tensor, local: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(
+    logits: Tensor, local: Tensor, inside: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 [R] each: the largest logit, sum of exp(logit - largest), the target's or 0."""
     values = logits.float()
+    if softcap is not None:
+        values = (values / softcap).tanh() * softcap
     peak = values.amax(dim=-1)
     normaliser = (values - peak[:, None]).exp().sum(dim=-1)
     target = logits.gather(1, local[:, None])[:, 0].float()
+    if softcap is not None:
+        target = (target / softcap).tanh() * softcap
     return peak, normaliser, torch.where(inside, target, 0.0)
 
 
 @hardware.compiled
 def _to_gradient(
-    logits: Tensor, log_z: Tensor, grad: Tensor, local: Tensor, inside: Tensor
+    logits: Tensor, log_z: Tensor, grad: Tensor, local: Tensor, inside: Tensor,
+    softcap: float | None,
 ) -> None:
-    """Overwrite logits by (onehot(target) - softmax) * grad; rows without a target have no 1."""
-    probs = (logits.float() - log_z[:, None]).exp()
+    """Overwrite logits by (onehot(target) - softmax) * grad; rows without a target have no 1.
+
+    With a soft cap times its slope, 1 - tanh(logit / c)^2.
+    """
+    values = logits.float()
+    bend = (values / softcap).tanh() if softcap is not None else None
+    if bend is not None and softcap is not None:
+        values = bend * softcap
+    probs = (values - log_z[:, None]).exp()
     columns = torch.arange(logits.shape[1], device=logits.device)
     hit = (columns[None] == local[:, None]) & inside[:, None]
-    logits.copy_((hit.float() - probs) * grad[:, None])
+    gradient = (hit.float() - probs) * grad[:, None]
+    logits.copy_(gradient if bend is None else gradient * (1 - bend * bend))

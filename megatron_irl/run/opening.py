@@ -90,7 +90,9 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
 def announce_kernels(policy: Policy, console: Console) -> Kernels:
     """Say what this rank computes with, and warn of what is slow; the main rank's is shown."""
     model = unwrap(policy.chunks[0])
-    layers = choose_spec(policy.config.params_dtype, policy.config.fp8)
+    layers = choose_spec(
+        policy.config.params_dtype, policy.config.fp8, local_only=policy.architecture.local_only
+    )
     kernels = describe_kernels(model, layers=layers)
     console.note(kernels.line())
     for text in kernels.warnings():

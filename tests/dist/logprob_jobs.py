@@ -32,7 +32,8 @@ def train_sft(
 
 
 def both_blocks(
-    hf: str, layout: Layout, seed: int, block_size: int, rows: int = 17
+    hf: str, layout: Layout, seed: int, block_size: int, softcap: float | None = None,
+    rows: int = 17,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(eager, fused) values, gradients of hidden rows and gradients of the weight, on this rank."""
     topology, chunks, _, _ = build(hf, layout)
@@ -45,7 +46,8 @@ def both_blocks(
     for make_block in (EagerBlock, FusedBlock):
         inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         logprobs = _BlockedLogprobs.apply(
-            *inputs, targets, 50 * topology.tp_rank, block_size, topology.tp_group, make_block, True
+            *inputs, targets, 50 * topology.tp_rank, block_size, topology.tp_group, softcap,
+            make_block, True,
         )
         logprobs.backward(grad)
         assert all(x.grad is not None and x.grad.abs().max() > 0.01 for x in inputs)

@@ -164,8 +164,9 @@ def test_it_says_what_it_runs_on_and_that_is_fast(setup):
     assert kernels.warnings() == [] and {"cuDNN", "NCCL"} <= set(kernels.versions)
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_fused_blocks_equal_eager_ones(setup, dtype):
+def test_fused_blocks_equal_eager_ones(setup, dtype, softcap):
     """Log-probabilities and their gradient in one pass each way, against op by op."""
     from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
 
@@ -176,7 +177,8 @@ def test_fused_blocks_equal_eager_ones(setup, dtype):
         targets = torch.randint(-20, 1020, (rows,), device="cuda")  # some of another slice
         grad = torch.randn(rows, device="cuda")
         eager, fused = (
-            make(hidden, weight, targets, 0, group, keep=True) for make in (EagerBlock, FusedBlock)
+            make(hidden, weight, targets, 0, group, softcap, keep=True)
+            for make in (EagerBlock, FusedBlock)
         )
         inside = (targets >= 0) & (targets < 1000)
         torch.testing.assert_close(
