@@ -95,24 +95,31 @@ def build_config(
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     if check_hardware:
-        spec = choose_spec(
-            fields["params_dtype"], fields.get("fp8"), asked=spec,
-            local_only=architecture.local_only,
-        )
-        can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
-        _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
-        check_environment(fields["attention_backend"])
-        if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
-            fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
-        check_accumulation(
-            spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
-        )
+        _set_layer_fields(fields, overrides, architecture, spec)
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron-Core refuses this model configuration: {error}") from error
+
+
+def _set_layer_fields(
+    fields: dict[str, Any], overrides: dict[str, Any], architecture: Architecture,
+    asked: SpecName | None,
+) -> None:
+    """Fill in place what depends on the layers that this machine builds the model of."""
+    spec = choose_spec(
+        fields["params_dtype"], fields.get("fp8"), asked=asked, local_only=architecture.local_only
+    )
+    can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
+    _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
+    check_environment(fields["attention_backend"])
+    if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
+        fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
+    check_accumulation(
+        spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
+    )
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
