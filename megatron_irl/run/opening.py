@@ -49,11 +49,12 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     resume = checkpointer.latest()
     policy = build_policy(inputs, topology, weights=resume is None)
     trainer = build_trainer(inputs, policy)
-    state = RunState()
+    state, saved = RunState(), {}
     if resume is not None:
-        state = RunState.from_dict(checkpointer.load(
+        saved = checkpointer.load(
             resume, policy.chunks, trainer.optimizer, trainer.scheduler
-        ))
+        )
+        state = RunState.from_dict(saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
     # written
@@ -62,7 +63,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     clock = Clock(state.seconds)
     recorder = Recorder(
         folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
-        fence=lease.check,
+        fence=lease.check, kept=saved.get("log"),
     )
     policy.open_generator(
         max_sequence_length=generation_length(recipe),
