@@ -25,13 +25,18 @@ class PagedContext(DynamicInferenceContext):
 
     _angles: tuple[Tensor, Tensor] | None = None
     _slots: Tensor | None = None
+    _last_layers: set[int] = set()
 
-    def map_layers(self, stage_layers: list[Any]) -> None:
+    def map_layers(self, models: list[Any]) -> None:
         """Number this rank's transformer layers in the order of their cache slices.
 
         Upstream derives the number from a contiguous split over pipeline stages. Interleaved
         stages hold several separate runs of layers, so it is taken from the layers instead.
         """
+        stage_layers = [layer for model in models for layer in model.decoder.layers]
+        self._last_layers = {
+            model.decoder.layers[-1].layer_number for model in models if len(model.decoder.layers)
+        }
         self.layer_map = {
             layer.layer_number - layer.self_attention._get_pp_layer_offset_for_inference() - 1: i
             for i, layer in enumerate(stage_layers)
@@ -64,6 +69,11 @@ class PagedContext(DynamicInferenceContext):
     def transfer_bookkeeping_to_gpu(self, *args: Any, **kwargs: Any) -> Any:
         """Publish the step's bookkeeping; what all layers share is derived once from it."""
         event = super().transfer_bookkeeping_to_gpu(*args, **kwargs)
+        self.follow_device()
+        return event
+
+    def follow_device(self) -> None:
+        """Derive anew what all layers share, after the device-side view of the step has changed."""
         self._angles = None
         if not hardware.IS_CUDA:
             tokens = slice(self.padded_active_token_count)
@@ -71,10 +81,13 @@ class PagedContext(DynamicInferenceContext):
                 self.gpu_view.token_to_block_idx[tokens].long() * self.block_size_tokens
                 + self.gpu_view.token_to_local_position_within_kv_block[tokens]
             )
-        return event
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         """Write the step's keys and values, [T, 1, K, D] each, into the cache."""
+        if layer_number in self._last_layers:
+            # The angles live for one pass through a model chunk: a CUDA graph then computes them
+            # itself in each replay, instead of reading those of the pass before its capture.
+            self._angles = None
         if hardware.IS_CUDA:
             super().append_key_value_cache(layer_number, key, value)
             return

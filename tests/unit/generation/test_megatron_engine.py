@@ -77,6 +77,10 @@ def test_same_seed_same_samples_and_order_of_input(make, prompts):
         {"max_requests": 1},
         {"max_requests": 64},
         {"block_tokens": 4},
+        {"burst_steps": 5},
+        {"burst_steps": 16, "block_tokens": 4},
+        {"burst_steps": 3, "max_requests": 2},
+        {"burst_steps": 4, "block_tokens": 4, "share_prompts": True},
     ],
 )
 def test_batching_and_cache_size_do_not_change_samples(make, prompts, options):
@@ -87,12 +91,13 @@ def test_batching_and_cache_size_do_not_change_samples(make, prompts, options):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-def test_eviction_and_recomputation_do_not_change_samples(make, prompts):
+@pytest.mark.parametrize("burst", [1, 7])
+def test_eviction_and_recomputation_do_not_change_samples(make, prompts, burst):
     expected = make().generate(prompts, SAMPLED)
     block_bytes = 2 * 2 * 4 * 4 * 8 * 4  # k and v, layers, tokens, key heads, head size, fp32
-    generator = make(block_tokens=4, kv_cache_gb=16 * block_bytes / 2**30)
+    generator = make(block_tokens=4, kv_cache_gb=16 * block_bytes / 2**30, burst_steps=burst)
     got = generator.generate(prompts, SAMPLED)
-    assert generator._engine.evicted_request_count > 0
+    assert generator.engine.evicted_request_count > 0
     assert ids(got) == ids(expected)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
@@ -151,14 +156,14 @@ def test_the_step_size_is_a_multiple_of_the_token_rounding(make, prompts, monkey
     monkeypatch.setattr(PagedContext, "TOKEN_ROUNDER", 64)
     generator = make(max_sequence_length=4100)
     generator.generate(prompts[:1], SamplingConfig(max_new_tokens=1))
-    assert generator._engine.context.max_tokens == 4160
+    assert generator.engine.context.max_tokens == 4160
 
 
 def test_close_frees_the_cache(make, prompts):
     generator = make()
     generator.generate(prompts, SAMPLED)
-    cache = weakref.ref(generator._engine.context.memory_buffer)
-    engine = weakref.ref(generator._engine)
+    cache = weakref.ref(generator.engine.context.memory_buffer)
+    engine = weakref.ref(generator.engine)
     assert cache() is not None
     gc.disable()
     try:
