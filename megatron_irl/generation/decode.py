@@ -5,6 +5,7 @@ burst does the same bookkeeping on the device, step by step, and hands the engin
 Prompts, a cache that is full, and requests that wait for room in it stay the engine's own steps.
 """
 
+import time
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,9 @@ class DecodeLoop:
         steps: Longest burst. With 1 the host decides after every token.
         captured: The layers run as CUDA graphs, and the sampling shall too.
 
+    Attributes:
+        step_count, seconds: Decode steps so far, and the time they took, waiting included.
+
     Collectives: ``run`` runs over the model-parallel group, whose ranks hold equal requests and so
     take equal decisions.
     """
@@ -40,7 +44,7 @@ class DecodeLoop:
             self._context, rows=self._context.max_requests, steps=steps, vocab_size=vocab_size,
             device=device, capture=captured and topology.pp_size == 1,
         )
-        self.step_count = self.padded_rows = self.live_rows = 0
+        self.step_count, self.seconds = 0, 0.0
 
     def ready(self) -> bool:
         """Whether there are requests, and all of them only decode."""
@@ -62,7 +66,7 @@ class DecodeLoop:
         Returns:
             The requests that have ended.
         """
-        context = self._context
+        start, context = time.perf_counter(), self._context
         rows = context.total_request_count
         ids_B = context.request_ids[:rows].long()  # a copy: the update below moves rows about
         requests = ids_B.tolist()
@@ -79,17 +83,19 @@ class DecodeLoop:
         for row, request in enumerate(requests):
             table.record(request, tokens[: counts[row], row], logprobs[: counts[row], row])
         self.step_count += steps
-        self.live_rows += int(counts.sum())
-        self.padded_rows += steps * context.padded_active_request_count
         self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
+        self.seconds += time.perf_counter() - start
         return [request for request, live in zip(requests, live_B, strict=True) if not live]
 
     def _length(self, left_B: np.ndarray, wanted: int | None) -> int:
         if self.burst_steps == 1:
             return 1
-        if wanted is None or wanted >= len(left_B):
+        if wanted is None:
             return int(min(self.burst_steps, left_B.max()))
-        return int(min(self.burst_steps, np.partition(left_B, wanted - 1)[wanted - 1]))
+        # A stop id may end a request at any step, and somebody waits for its place.
+        longest = max(1, self.burst_steps // 2)
+        wanted = min(wanted, len(left_B))
+        return int(min(longest, np.partition(left_B, wanted - 1)[wanted - 1]))
 
     def _reserve(self, left_B: np.ndarray, steps: int) -> int:
         """Give each row the cache blocks of the burst; fewer steps where there are not enough."""
@@ -148,8 +154,9 @@ class DecodeLoop:
         """Tell the context and the engine what the burst did, as if its steps had been theirs."""
         context, engine, (steps, rows) = self._context, self._engine, tokens.shape
         for row, request in enumerate(ids_B.tolist()):
-            # Eviction turns them into a part of the prompt. The last one is the engine's to add.
-            engine.get_request(request).generated_tokens += tokens[: counts[row] - 1, row].tolist()
+            # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
+            done = tokens[: counts[row], row].tolist()
+            engine.get_request(request).generated_tokens += done
         last_B = torch.from_numpy(tokens[counts - 1, np.arange(rows)])
         if steps > 1:
             # Rows that have ended are released below, wherever they are said to be.
@@ -167,9 +174,12 @@ class DecodeLoop:
         }
         updated = context.update_requests(live_B.byte(), last_B.clone()) or {}
         context.step_count += steps
+        # To the engine, only those that have ended were in the step: it drops them. For the others
+        # there is nothing left to do.
+        ended = ids_B[~live_B]
         result = {
-            "active_request_ids": ids_B, "finished_request_ids": ids_B[~live_B],
-            "sample": last_B, "accepted_tokens": None, "log_probs": None,
+            "active_request_ids": ended, "finished_request_ids": ended,
+            "sample": last_B[~live_B], "accepted_tokens": None, "log_probs": None,
             "cuda_graph_request_count": None, **updated,
         }
         engine._run_coroutine_sync(engine.async_bookkeep(result, state, 0.0))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_irl import hardware
-from megatron_irl.generation.cache_size import cache_gb
+from megatron_irl.generation.cache_size import cache_gb, mixed_graph_tokens, step_tokens
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.decode import DecodeLoop
 from megatron_irl.generation.graphs import LayerGraphs
@@ -21,6 +21,9 @@ from megatron_irl.generation.pipeline import StageWrapper
 from megatron_irl.generation.sampler import TableSampler
 from megatron_irl.parallel.topology import Topology
 
+from megatron.core.inference.batch_dimensions_utils import (  # isort: skip
+    InferenceBatchDimensions,
+)
 from megatron.core.inference.config import InferenceConfig  # isort: skip
 from megatron.core.inference.engines import DynamicInferenceEngine, dynamic_engine  # isort: skip
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
@@ -31,8 +34,7 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 for _number in (signal.SIGTERM, signal.SIGINT):
     faulthandler.unregister(_number)
 
-STEP_TOKENS = 16384 if hardware.IS_CUDA else 4096  # prompt tokens computed together
-BURST_STEPS = 16 if hardware.IS_CUDA else 1  # on CPU a row that has ended costs a row's work
+BURST_STEPS = 32 if hardware.IS_CUDA else 1  # on CPU a row that has ended costs a row's work
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class BuiltEngine:
             max_requests=options.max_requests,
             # Steps are padded to the rounding, so a limit in between would be overrun.
             max_tokens=PagedContext.round_up_tokens(
-                max(STEP_TOKENS, options.max_sequence_length, options.max_requests), tp_size
+                max(step_tokens(models[0].config), options.max_sequence_length, options.max_requests), tp_size
             ),
             max_sequence_length=options.max_sequence_length,
             pg_collection=self._topology.groups,
@@ -172,9 +174,24 @@ class BuiltEngine:
         )
         context = PagedContext(models[0].config, config)
         context.map_layers(models)
+        if cuda_graphs is not None:
+            self._add_mixed_graphs(context)
         wrapper = StageWrapper(models, context, fixed_buffers=cuda_graphs is not None)
         with _no_progress_bar():
             return DynamicInferenceEngine(Controller(wrapper, self._sampler), context)
+
+    def _add_mixed_graphs(self, context: PagedContext) -> None:
+        """Ask for graphs of steps with prompts as well, by total tokens alone.
+
+        Megatron's own grid is over tokens and prompts, and large. A place for a prompt can hold a
+        decoding request too, so a graph all of whose places are for prompts serves any mixture.
+        """
+        config, places = self._models[0].config, context.max_requests
+        for tokens in mixed_graph_tokens(config, places, context.max_tokens):
+            # Largest first, which Megatron's capture expects of its list.
+            context.cuda_graph_batch_dimensions_list.insert(
+                0, InferenceBatchDimensions(tokens, places, 0)
+            )
 
 
 @contextmanager

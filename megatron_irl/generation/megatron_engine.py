@@ -28,6 +28,7 @@ from megatron_irl.hardware import paged_attention
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import Sample
 
+from megatron.core.inference.inference_request import DynamicInferenceRequest  # isort: skip
 from megatron.core.inference.sampling_params import SamplingParams  # isort: skip
 
 
@@ -229,10 +230,18 @@ def _steps(
 
 
 def _add(engine: Any, request: int, prompt: np.ndarray, budget: int) -> None:
-    ids = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=hardware.device())
-    # Sampling is the sampler's business; stopping by id is the controller's.
-    params = SamplingParams(num_tokens_to_generate=int(budget), termination_id=-1)
-    engine.add_request(request, ids, params)
+    # Sampling is the sampler's business; stopping by id is the controller's. The prompt stays on
+    # the host (engine.add_request would ask for it on the device): bookkeeping copies it there.
+    context = engine.context
+    engine._add_request(
+        DynamicInferenceRequest(
+            request_id=request,
+            prompt_tokens=torch.as_tensor(np.asarray(prompt, dtype=np.int64)),
+            sampling_params=SamplingParams(num_tokens_to_generate=int(budget), termination_id=-1),
+            block_size_tokens=context.block_size_tokens,
+            enable_prefix_caching=context.enable_prefix_caching,
+        )
+    )
 
 
 def _fits(engine: Any) -> bool:
