@@ -3,6 +3,7 @@
 Everything here is by subclassing; nothing upstream is patched.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,12 @@ class PagedContext(DynamicInferenceContext):
         Upstream derives the number from a contiguous split over pipeline stages. Interleaved
         stages hold several separate runs of layers, so it is taken from the layers instead.
         """
-        stage_layers = [layer for model in models for layer in model.decoder.layers]
-        self._last_layers = {
-            model.decoder.layers[-1].layer_number for model in models if len(model.decoder.layers)
-        }
-        self.layer_map = {
-            layer.layer_number - layer.self_attention._get_pp_layer_offset_for_inference() - 1: i
-            for i, layer in enumerate(stage_layers)
-        }
+        def number(layer: Any) -> int:  # on this rank, as attention tells it
+            return layer.layer_number - layer.self_attention._get_pp_layer_offset_for_inference()
+
+        runs = [[number(layer) for layer in model.decoder.layers] for model in models]
+        self.layer_map = {n - 1: place for place, n in enumerate(itertools.chain(*runs))}
+        self._last_layers = {run[-1] for run in runs if run}
 
     def add_request(self, req: Any, prefill_chunk_length: int | None = None) -> None:
         """Take up a request with its whole prompt, as upstream does, at a tenth of its cost.

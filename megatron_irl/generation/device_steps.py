@@ -41,8 +41,9 @@ class DeviceSteps:
         self._tokens = zeros(steps, rows, dtype=torch.long)
         self._logprobs = zeros(steps, rows, dtype=torch.float32)
         self._was_live = zeros(steps, rows, dtype=torch.bool)
-        self._stops = zeros(0, dtype=torch.long)
         self._sampling = SamplingConfig()
+        # Captured steps read the stop ids of their sampling where they were.
+        self._stops: dict[SamplingConfig, Tensor] = {}
         self._pool: Any = None
         self._graphs: dict[Any, Any] = {}  # (rows, sampling) to a graph, or None once warmed up
 
@@ -54,10 +55,10 @@ class DeviceSteps:
             left: int64 [rows], what their budgets still allow, 1 or more.
         """
         count, rows = uniforms.shape
-        if sampling != self._sampling or not len(self._stops):
-            self._sampling = sampling
+        self._sampling = sampling
+        if sampling not in self._stops:
             stops = sorted(sampling.stop_set)
-            self._stops = torch.tensor(stops, dtype=torch.long, device=self._step.device)
+            self._stops[sampling] = torch.tensor(stops, device=self._step.device)
         # Small transfers to the device, which the host need not wait for.
         self._uniforms[:count, :rows].copy_(torch.from_numpy(uniforms), non_blocking=True)
         self._left[:rows].copy_(torch.from_numpy(left), non_blocking=True)
@@ -83,8 +84,9 @@ class DeviceSteps:
             (self._tokens, token_B), (self._logprobs, logprob_B), (self._was_live, live_B)
         ):
             buffer[:, :rows].index_copy_(0, self._step, value[None])
+        stopped_B = (token_B[:, None] == self._stops[self._sampling]).any(dim=1)
         left_B -= live_B.long()
-        live_B &= (left_B > 0) & ~(token_B[:, None] == self._stops).any(dim=1)
+        live_B &= (left_B > 0) & ~stopped_B
         view, length = self._context.gpu_view, self._context.block_size_tokens
         position_B = view.token_to_pos_ids[:rows]
         position_B += live_B.long()

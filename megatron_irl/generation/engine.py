@@ -188,10 +188,11 @@ class BuiltEngine:
         """
         config, places = self._models[0].config, context.max_requests
         for tokens in mixed_graph_tokens(config, places, context.max_tokens):
-            # Largest first, which Megatron's capture expects of its list.
-            context.cuda_graph_batch_dimensions_list.insert(
-                0, InferenceBatchDimensions(tokens, places, 0)
-            )
+            size = InferenceBatchDimensions(tokens, places, 0)
+            # Capturing fills the places evenly, and no place holds more than a whole sequence.
+            if size.is_valid(places, context.max_sequence_length, 0):
+                # Largest first, which Megatron's capture expects of its list.
+                context.cuda_graph_batch_dimensions_list.insert(0, size)
 
 
 @contextmanager
