@@ -23,7 +23,7 @@ _STEP_KEYS = (("loss", "loss", ".4f"), ("reward/margin", "margin", "+.3f"),
               ("tokens_per_second", "tok/s", ",.0f"))
 
 
-class Progress:
+class Console:
     """The console of a run; silent unless ``enabled`` (the main rank).
 
     Args:

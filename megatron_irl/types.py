@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-Heads = Literal["logprobs", "rewards", "both"]
+HeadChoice = Literal["logprobs", "rewards", "both"]
 """Which heads of the last stage run; decides what an objective is given."""
 Reduction = Literal["mean", "max"]
 

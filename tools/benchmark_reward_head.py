@@ -24,11 +24,11 @@ import torch
 from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig, Precision
 from megatron_irl.convert.hf_config import architecture, read_hf_config
-from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives import irft_loss, reward_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize
+from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
 from megatron_irl.train.step import Stepper
@@ -75,17 +75,18 @@ def build(model: Path, precision: Precision, topology: Topology) -> tuple[Steppe
     config = build_config(arch, ParallelConfig(), precision=precision)
     chunks = build_chunks(config, arch, topology)
     attach_reward_head(chunks, topology)
-    load_hf_weights(chunks, arch, model, tp_rank=0, tp_size=1)
-    wrapped: list[Any] = list(wrap_data_parallel(chunks, config, topology))
+    policy = Policy(chunks, topology, arch)
+    policy.load_weights(model)
+    policy = policy.for_training(build_ddp_config())
     options = OptimizerConfig(
         lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
         params_dtype=config.params_dtype,
     )
     optimizer = build_megatron_optimizer(
-        options, wrapped, topology,
+        options, policy.chunks, topology,
         overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
     )
-    return Stepper(wrapped, topology, optimizer=optimizer), arch.vocab_size
+    return Stepper(policy, optimizer), arch.vocab_size
 
 
 def reset_peak() -> None:
@@ -130,7 +131,7 @@ def measure(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
             if index:  # the first is warm-up
                 seconds[name].append(time.perf_counter() - start)
                 peaks[name].append(peak_bytes())
-    head = reward_head(stepper.chunks)
+    head = reward_head(stepper.policy.chunks)
     assert head is not None
     time_with, time_without = (statistics.median(seconds[n]) for n in ("with", "without"))
     peak_with, peak_without = (statistics.median(peaks[n]) for n in ("with", "without"))

@@ -20,10 +20,10 @@ import torch
 
 from megatron_irl.config import ParallelConfig, Precision
 from megatron_irl.convert.hf_config import architecture, read_hf_config
-from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize
+from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer
 from megatron_irl.train.step import Stepper
@@ -53,15 +53,15 @@ def build_ours(model: Path, precision: Precision, topology: Topology, chunk_size
     """The product's step on the real weights."""
     arch = architecture(read_hf_config(model))
     config = build_config(arch, ParallelConfig(), precision=precision)
-    chunks = build_chunks(config, arch, topology)
-    load_hf_weights(chunks, arch, model, tp_rank=0, tp_size=1)
-    wrapped: list[Any] = list(wrap_data_parallel(chunks, config, topology))
+    policy = Policy(build_chunks(config, arch, topology), topology, arch, rows_at_once=chunk_size)
+    policy.load_weights(model)
+    policy = policy.for_training(build_ddp_config())
     optimizer = build_megatron_optimizer(
         OptimizerConfig(lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
                         params_dtype=config.params_dtype),
-        wrapped, topology,
+        policy.chunks, topology,
     )
-    return Stepper(wrapped, topology, optimizer=optimizer, chunk_size=chunk_size)
+    return Stepper(policy, optimizer)
 
 
 class Theirs:

@@ -75,12 +75,12 @@ def verify(options: argparse.Namespace) -> int:
 
 def _fitting(layouts: list[str], arch: Any) -> tuple[list[Layout], dict[str, str]]:
     """The layouts that divide the model, and why the others do not."""
-    from megatron_irl.model.build import check_layout
+    from megatron_irl.model.build import check_model_layout
 
     fitting, skipped = [], {}
     for layout in map(Layout.parse, layouts):
         try:
-            check_layout(arch, layout.parallel, "fp32")
+            check_model_layout(arch, layout.parallel, "fp32")
             fitting.append(layout)
         except UserError as error:
             skipped[layout.name] = str(error)

@@ -107,8 +107,8 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
             return run_ranks(argv, size)
     check_layout(recipe, world_size)
     from megatron_irl.parallel.topology import initialize, shutdown
+    from megatron_irl.run.inputs import read_inputs
     from megatron_irl.run.loop import train
-    from megatron_irl.run.session import read_inputs
 
     inputs = read_inputs(recipe)
     if int(os.environ.get("RANK", "0")) == 0:

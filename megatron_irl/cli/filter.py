@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.data.demonstrations import conversation
-from megatron_irl.data.ledger import LedgerRow, complete_rounds, digest, ledger_rounds, read_ledger
+from megatron_irl.data.ledger import (
+    LedgerRow,
+    complete_rounds,
+    ledger_rounds,
+    read_ledger,
+    record_digest,
+)
 from megatron_irl.data.records import collect
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_jsonl_atomically
@@ -105,7 +111,7 @@ def _unchanged_records(rows: Sequence[LedgerRow], out: Path) -> dict[str, dict[s
         raise UserError(f"--out {out} is a file of the run's data.train. Choose another one.")
 
     def build(record: dict[str, Any], source: str) -> tuple[str, str, dict[str, Any]]:
-        return source, digest(*conversation(record)), record
+        return source, record_digest(*conversation(record)), record
 
     now = {source: (found, record) for source, found, record in collect(paths, build)}
     changed = [row.source for row in rows if now.get(row.source, ("", {}))[0] != row.digest]

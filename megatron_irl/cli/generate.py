@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from megatron_irl.cli.inference import OpenModel, open_model, token_ids, with_ranks
-from megatron_irl.console import Progress
+from megatron_irl.console import Console
 from megatron_irl.data.demonstrations import PromptRecord, load_prompts
 from megatron_irl.errors import UserError
-from megatron_irl.generation.interface import Generator, SamplingConfig
-from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.parallel.reduce import from_main, gather_in_turn
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.parallel.reduce import from_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
@@ -43,9 +42,8 @@ def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
 def _generate(options: argparse.Namespace, records: list[PromptRecord]) -> None:
     model = open_model(options)
     prompts = [token_ids(r, model.tokenizer.render_prompt, r.prompt) for r in records]
-    generator = MegatronGenerator(
-        model.chunks, model.topology, vocab_size=model.architecture.vocab_size,
-        max_sequence_length=_longest(model, prompts, options.max_new_tokens),
+    model.policy.open_generator(
+        max_sequence_length=_longest(model, prompts, options.max_new_tokens)
     )
     sampling = SamplingConfig(
         temperature=options.temperature, top_p=options.top_p, top_k=0,
@@ -56,7 +54,7 @@ def _generate(options: argparse.Namespace, records: list[PromptRecord]) -> None:
     if model.topology.is_main:
         partial = PartialJsonl(options.out, _settings(options, model, records, prompts, sampling))
     try:
-        _generate_rest(model, generator, sampling, records, prompts, options.chunk_size, partial)
+        _generate_rest(model, sampling, records, prompts, options.chunk_size, partial)
         if partial is not None:
             partial.finish()
     finally:
@@ -76,9 +74,8 @@ def _longest(model: OpenModel, prompts: Sequence[np.ndarray], max_new_tokens: in
 
 
 def _generate_rest(
-    model: OpenModel, generator: Generator, sampling: SamplingConfig,
-    records: Sequence[PromptRecord], prompts: Sequence[np.ndarray], chunk_size: int,
-    partial: PartialJsonl | None,
+    model: OpenModel, sampling: SamplingConfig, records: Sequence[PromptRecord],
+    prompts: Sequence[np.ndarray], chunk_size: int, partial: PartialJsonl | None,
 ) -> None:
     """Sample for the prompts not done yet, chunk by chunk; the main rank, with ``partial``, writes.
 
@@ -86,7 +83,7 @@ def _generate_rest(
     sample, and a resumed command may have another layout. Collective over every rank.
     """
     topology, count = model.topology, len(prompts)
-    progress = Progress(enabled=topology.is_main)
+    progress = Console(enabled=topology.is_main)
     start = _finished(partial, topology)
     if start:
         progress.note(f"resuming: {start} of {count} prompts are done")
@@ -96,13 +93,12 @@ def _generate_rest(
     with progress.generation(len(range(start, count)[share])) as advance:
         for first in range(start, count, size):
             keys = range(first, min(first + size, count))
-            samples = generator.generate(
-                [prompts[key] for key in keys[share]], sampling,
-                functools.partial(_advance, advance, finished, tokens), keys=keys[share],
+            samples = model.policy.generate(
+                [prompts[key] for key in keys], sampling,
+                functools.partial(_advance, advance, finished, tokens), keys=keys,
             )
-            finished += len(samples)
-            tokens += sum(len(sample.token_ids) for sample in samples)
-            samples = gather_in_turn(samples, topology)
+            finished += len(keys[share])  # what is shown is this replica's share
+            tokens += sum(len(sample.token_ids) for sample in samples[share])
             if partial is not None:
                 partial.append(_line(model, records[key], sample)
                                for key, sample in zip(keys, samples, strict=True))

@@ -12,27 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from megatron_irl import hardware
+from megatron_irl.algorithms.registry import rules_of
+from megatron_irl.algorithms.rules import RewardKind
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
-from megatron_irl.convert.load import load_hf_weights, validate_hf_folder
+from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.demonstrations import load_score_records
 from megatron_irl.data.records import RecordError
-from megatron_irl.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
-from megatron_irl.policy.scoring import score_rewards, score_sequences, summed
-from megatron_irl.run.session import check_vocabulary
+from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.scoring import summed
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.commit import write_jsonl_atomically
-from megatron_irl.train.step import Stepper
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Source:
     hf_reward: Path | None = None
 
     @property
-    def has_explicit_reward(self) -> bool:
-        """Whether it is a run that learns a reward head."""
-        return self.recipe is not None and self.recipe.algorithm.name == "rft"
+    def reward(self) -> RewardKind:
+        """Where its reward is; an HF folder by itself carries none."""
+        return "none" if self.recipe is None else rules_of(self.recipe.algorithm.name).reward
 
     @property
     def length_normalize(self) -> bool:
@@ -65,12 +65,18 @@ class OpenModel:
     """
 
     source: Source
-    topology: Topology
-    architecture: Architecture
+    policy: Policy
     tokenizer: Tokenizer
-    chunks: list[nn.Module]
     precision: str
     weights: str
+
+    @property
+    def topology(self) -> Topology:
+        return self.policy.topology
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.policy.architecture
 
 
 def find_source(folder: Path) -> Source:
@@ -123,17 +129,18 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     validate_hf_folder(source.hf_dir, arch)
     template = options.chat_template or source.chat_template
     tokenizer = load_tokenizer(source.tokenizer_dir, template)
-    check_vocabulary(tokenizer, arch)
+    check_vocabulary(tokenizer, arch.vocab_size)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
-    model = OpenModel(source, topology, arch, tokenizer, chunks, precision, weights="")
     if with_reward_head:
         attach_reward_head(chunks, topology)
+    policy = Policy(chunks, topology, arch)
+    model = OpenModel(source, policy, tokenizer, precision, weights="")
     if source.checkpoints is None:
-        load_weights(model, source.hf_dir)
+        policy.load_weights(source.hf_dir)
         model.weights = _state_of_files(source.hf_dir)
         if with_reward_head and source.hf_reward is not None:
-            _load_reward_head(model, source.hf_reward)
+            _load_reward_head(policy, source.hf_reward)
     else:
         checkpointer = Checkpointer(source.checkpoints, topology, keep=1)
         step = checkpointer.latest()
@@ -141,14 +148,6 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         checkpointer.load(step, chunks)
         model.weights = f"step {step}"
     return model
-
-
-def load_weights(model: OpenModel, hf_dir: Path) -> None:
-    """Read HF weights into the model in place."""
-    load_hf_weights(
-        model.chunks, model.architecture, hf_dir,
-        tp_rank=model.topology.tp_rank, tp_size=model.topology.tp_size,
-    )
 
 
 def _state_of_files(hf_dir: Path) -> str:
@@ -160,9 +159,9 @@ def _state_of_files(hf_dir: Path) -> str:
     return f"files {digest.hexdigest()[:16]}"
 
 
-def _load_reward_head(model: OpenModel, hf_reward: Path) -> None:
+def _load_reward_head(policy: Policy, hf_reward: Path) -> None:
     weight = read_reward_head(hf_reward)
-    head = reward_head(model.chunks)
+    head = reward_head(policy.chunks)
     if head is not None:
         with torch.no_grad():
             head.weight.copy_(weight)
@@ -171,12 +170,12 @@ def _load_reward_head(model: OpenModel, hf_reward: Path) -> None:
 def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     """``megatron-irl score``: the reward of every response.
 
-    Explicit for a run of rft; beta * (log pi - log pi_ref) otherwise, per token for a run that
-    trained so (``algorithm.length_normalize``).
+    Explicit for a run that learns a reward head; beta * (log pi - log pi_ref) otherwise, per token
+    for a run that trained so (``algorithm.length_normalize``).
     """
     records = load_score_records(options.pairs)
     source = find_source(options.model)
-    if source.has_explicit_reward:
+    if source.reward == "explicit":
         _check_explicit(options, source)
         return with_ranks(options, argv, lambda: _score_explicit(options, records))
     reference, beta = _reward_terms(options, source)
@@ -204,11 +203,11 @@ def with_ranks(
 
 def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, float]:
     recipe = source.recipe
-    if recipe is not None and recipe.algorithm.is_pairwise:
+    if recipe is not None and source.reward == "implicit":
         reference = options.reference or Path(recipe.model.hf)
         return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
     if options.reference is None:
-        what = "an sft run" if recipe is not None else "an HF folder"
+        what = "an HF folder" if recipe is None else f"an {recipe.algorithm.name} run"
         raise UserError(
             f"--model {options.model} is {what} and carries no reward; an implicit reward needs a "
             "reference policy. Give a run of irft or spin, or set --reference to an HF folder."
@@ -221,7 +220,7 @@ def _check_explicit(options: argparse.Namespace, source: Source) -> None:
         if getattr(options, name) is not None:
             raise UserError(
                 f"--{name} {getattr(options, name)} conflicts with --model {options.model}, a run "
-                f"of rft, whose reward is explicit. Remove --{name}, or give {options.model}/hf as "
+                f"whose reward is explicit. Remove --{name}, or give {options.model}/hf as "
                 "--model for an implicit reward."
             )
     if source.hf_reward is not None and not source.hf_reward.is_dir():
@@ -233,7 +232,7 @@ def _check_explicit(options: argparse.Namespace, source: Source) -> None:
 def _score_explicit(options: argparse.Namespace, records: list[Any]) -> None:
     model = open_model(options, with_reward_head=True)
     sequences = _sequences(model, records)
-    rewards = score_rewards(Stepper(model.chunks, model.topology), sequences)
+    rewards = model.policy.score_rewards(sequences)
     _write_rewards(options, model, records, rewards)
 
 
@@ -243,11 +242,11 @@ def _score(
     model = open_model(options)
     _check_reference(reference, model.architecture)
     sequences = _sequences(model, records)
-    stepper = Stepper(model.chunks, model.topology)
-    policy = np.array(summed(score_sequences(stepper, sequences)))
-    load_weights(model, reference)
+    policy = model.policy
+    logps = np.array(summed(policy.score(sequences)))
+    policy.load_weights(reference)
     rewards = implicit_rewards(
-        policy, np.array(summed(score_sequences(stepper, sequences))),
+        logps, np.array(summed(policy.score(sequences))),
         np.array([len(response) for _, response in sequences]), beta=beta,
         length_normalize=model.source.length_normalize,
     )

@@ -3,7 +3,7 @@
 from megatron_irl.config import Recipe, check_layout
 from megatron_irl.convert.families import rows
 from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.run.session import Inputs, read_inputs
+from megatron_irl.run.inputs import Inputs, read_inputs
 from megatron_irl.train.optimizer import shards_optimizer
 
 GIB = 1024**3
@@ -39,30 +39,25 @@ def count_parameters(arch: Architecture) -> int:
 
 
 def _work(inputs: Inputs) -> list[str]:
-    recipe = inputs.recipe
-    algorithm, batch = recipe.algorithm, recipe.train.global_batch_size
-    unit = "pairs" if algorithm.is_pairwise else "sequences"
-    steps = f"{algorithm.steps_per_round} steps of {batch} {unit}"
-    times = ""
-    if algorithm.name == "rft":
-        steps = (f"{algorithm.reward_steps} reward steps of {batch} pairs and "
-                 f"{algorithm.policy_steps} policy steps of {batch} samples")
-        times = f" {recipe.policy.samples_per_prompt} times"
+    recipe, rules = inputs.recipe, inputs.algorithm
+    algorithm, num_demonstrations = recipe.algorithm, len(inputs.data.demonstrations)
     lines = [
-        f"{algorithm.name}: {algorithm.rounds} rounds of {steps}, {len(inputs.demonstrations)} "
-        "demonstrations"
+        f"{algorithm.name}: {algorithm.rounds} rounds of {rules.describe_steps(recipe)}, "
+        f"{num_demonstrations} demonstrations"
     ]
-    if algorithm.is_pairwise:
+    if rules.draws_samples:
         prompts = algorithm.prompts_per_round or 0
+        samples = rules.samples_per_prompt(recipe)
+        times = f" {samples} times" if samples > 1 else ""
         lines.append(
             f"each round samples {prompts} prompts{times}, up to "
             f"{recipe.generation.max_new_tokens} new tokens each, in "
-            f"{-(-prompts // recipe.generation.chunk_size)} committed chunks"
+            f"{-(-prompts // recipe.generation.chunk_size)} committed parts"
         )
-        passes = algorithm.rounds * prompts / len(inputs.demonstrations)
+        passes = algorithm.rounds * prompts / num_demonstrations
     else:
         steps = algorithm.rounds * (algorithm.steps_per_round or 0)
-        passes = steps * batch / len(inputs.demonstrations)
+        passes = steps * recipe.train.global_batch_size / num_demonstrations
     return [*lines, f"{passes:.2f} passes over the demonstrations"]
 
 

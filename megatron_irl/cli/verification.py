@@ -127,27 +127,23 @@ def megatron_logprobs(
 def score_as_rank(job_file: Path) -> None:
     """What a rank does: load, score, and on the first rank write. Collective over every rank."""
     from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.convert.load import load_hf_weights
     from megatron_irl.convert.megatron_folder import load_megatron
     from megatron_irl.model.build import build_chunks, build_config
     from megatron_irl.parallel.topology import initialize, shutdown
-    from megatron_irl.policy.scoring import score_sequences
-    from megatron_irl.train.step import Stepper
+    from megatron_irl.policy.policy import Policy
 
     job: dict[str, Any] = json.loads(job_file.read_text())
     hf_dir, layout = Path(job["hf"]), Layout(job["tp"], job["pp"])
     arch = architecture(read_hf_config(hf_dir))
     config = build_config(arch, layout.parallel, precision="fp32")
     topology = initialize(layout.parallel)
-    chunks = build_chunks(config, arch, topology)
+    policy = Policy(build_chunks(config, arch, topology), topology, arch)
     if job["checkpoint"] is None:
-        load_hf_weights(
-            chunks, arch, hf_dir, tp_rank=topology.tp_rank, tp_size=topology.tp_size
-        )
+        policy.load_weights(hf_dir)
     else:
-        load_megatron(chunks, arch, Path(job["checkpoint"]), topology)
+        load_megatron(policy.chunks, arch, Path(job["checkpoint"]), topology)
     ids = [np.array(sequence, dtype=np.int32) for sequence in job["sequences"]]
-    scores = score_sequences(Stepper(chunks, topology), [(s[:1], s[1:]) for s in ids])
+    scores = policy.score([(s[:1], s[1:]) for s in ids])
     if topology.is_main:
         job_file.with_suffix(".out").write_text(json.dumps([s.tolist() for s in scores]))
     shutdown()

@@ -7,40 +7,75 @@ import types
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from megatron_irl.config.schema import ModelConfig, Recipe
+from megatron_irl.algorithms.registry import rules_of
+from megatron_irl.config.algorithm_keys import (
+    COMMON_KEYS,
+    check_given_keys,
+    own_keys,
+    own_section_keys,
+    own_sections,
+)
+from megatron_irl.config.schema import AlgorithmConfig, ModelConfig, Recipe
 from megatron_irl.errors import UserError
 
-_HINTS = get_type_hints(Recipe)
+_HINTS = {name: hint for name, hint in get_type_hints(Recipe).items() if name != "sections"}
 SECTIONS: dict[str, type[Any]] = {
     name: hint for name, hint in _HINTS.items()
     if isinstance(hint, type) and dataclasses.is_dataclass(hint)}
 OPEN_SECTIONS = ("optimizer", "ddp")
-MAPPING_SECTIONS = (*SECTIONS, *OPEN_SECTIONS)
-TOP_LEVEL = tuple(_HINTS)
-# ``model.overrides`` is where unknown model keys are kept, not a key of its own.
-SECTION_KEYS = {
-    name: tuple(f.name for f in dataclasses.fields(cls)
-                if (cls, f.name) != (ModelConfig, "overrides"))
-    for name, cls in SECTIONS.items()
-}
+# Fields that hold what has no field of its own are no keys.
+_HOLDERS = {(ModelConfig, "overrides"), (AlgorithmConfig, "options")}
+
+
+def top_level() -> tuple[str, ...]:
+    """Every key at the top of a recipe, whatever the algorithm."""
+    return (*_HINTS, *own_sections())
+
+
+def mapping_sections() -> tuple[str, ...]:
+    """Those that hold keys."""
+    return (*SECTIONS, *OPEN_SECTIONS, *own_sections())
+
+
+def section_keys() -> dict[str, tuple[str, ...]]:
+    """Keys of every section, whatever the algorithm; open sections have too many to list."""
+    keys = {
+        name: tuple(f.name for f in dataclasses.fields(cls) if (cls, f.name) not in _HOLDERS)
+        for name, cls in SECTIONS.items()
+    }
+    keys["algorithm"] += tuple(own_keys())
+    return keys | {name: own_section_keys(name) for name in own_sections()}
 
 
 def recipe_from_mapping(mapping: Mapping[str, Any]) -> Recipe:
     """Build a recipe from the nested mapping a YAML file holds; no cross-field checks, no files.
 
     Raises:
-        UserError: Unknown key (with the nearest match), missing required key, wrong type.
+        UserError: Unknown key (with the nearest match), missing required key, wrong type, a key
+            that the algorithm does not read.
     """
     _check_keys(mapping)
     _check_required(mapping)
+    rules = rules_of(coerce(mapping["algorithm"]["name"], str, "algorithm.name"))
+    check_given_keys(rules.name, mapping)
     values: dict[str, Any] = {}
     for name, value in mapping.items():
         if name in OPEN_SECTIONS:
             values[name] = dict(value or {})
+        elif name == "algorithm":
+            common = {k: v for k, v in value.items() if k in COMMON_KEYS}
+            own = {k: v for k, v in value.items() if k not in COMMON_KEYS}
+            options = _build_section(name, own, rules.options) if rules.options else None
+            values[name] = dataclasses.replace(
+                _build_section(name, common, AlgorithmConfig), options=options)
         elif name in SECTIONS:
-            values[name] = _build_section(name, value or {})
-        else:
+            values[name] = _build_section(name, value or {}, SECTIONS[name])
+        elif name not in own_sections():
             values[name] = coerce(value, _HINTS[name], name)
+    values["sections"] = {
+        name: _build_section(name, mapping.get(name) or {}, cls)
+        for name, cls in rules.sections.items()
+    }
     return Recipe(**values)
 
 
@@ -119,26 +154,26 @@ def _describe(value: Any) -> str:
     return known.get(type(value), f"a {type(value).__name__}")
 
 
-def _build_section(section: str, value: Mapping[str, Any]) -> Any:
-    cls = SECTIONS[section]
+def _build_section(section: str, value: Mapping[str, Any], cls: type[Any]) -> Any:
     hints = get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls) if (cls, f.name) not in _HOLDERS}
     known = {key: coerce(item, hints[key], f"{section}.{key}")
-             for key, item in value.items() if key in SECTION_KEYS[section]}
+             for key, item in value.items() if key in names}
     if cls is ModelConfig:
         known["overrides"] = {k: v for k, v in value.items() if k not in known}
     return cls(**known)
 
 
 def _check_keys(mapping: Mapping[str, Any]) -> None:
-    check_field_names("", mapping, TOP_LEVEL)
+    check_field_names("", mapping, top_level())
     for name, value in mapping.items():
-        if name not in MAPPING_SECTIONS or value is None:
+        if name not in mapping_sections() or value is None:
             continue
         if not isinstance(value, Mapping):
             raise UserError(f"{name}={value!r} is {_describe(value)}; {name} is a section. "
                             f"Set its keys, as in {name}.key={value}.")
-        if name in SECTIONS and name != "model":
-            check_field_names(name, value, SECTION_KEYS[name])
+        if name not in OPEN_SECTIONS and name != "model":
+            check_field_names(name, value, section_keys()[name])
 
 
 def _check_required(mapping: Mapping[str, Any]) -> None:
@@ -155,9 +190,9 @@ def _check_required(mapping: Mapping[str, Any]) -> None:
 def _hint(section: str, name: str, allowed: Collection[str]) -> str:
     """End an unknown-key message: the nearest key, the same key elsewhere, or all there are."""
     prefix = f"{section}." if section else ""
-    elsewhere = [f"{other}.{name}" for other, keys in SECTION_KEYS.items()
+    elsewhere = [f"{other}.{name}" for other, keys in section_keys().items()
                  if name in keys and other != section]
-    if name in TOP_LEVEL:
+    if name in top_level():
         elsewhere.append(name)
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"

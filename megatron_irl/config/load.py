@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
-from megatron_irl.config.checks import check_given_keys, check_recipe
+from megatron_irl.algorithms.registry import rules_of
+from megatron_irl.config.bounds import value_at
+from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import (
-    MAPPING_SECTIONS,
-    TOP_LEVEL,
     check_field_names,
+    mapping_sections,
     recipe_from_mapping,
+    top_level,
 )
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
@@ -46,19 +48,26 @@ def load_recipe(
     for override in overrides:
         _apply_override(mapping, override)
     recipe = recipe_from_mapping(mapping)
-    check_given_keys(recipe.algorithm.name, mapping)
-    check_recipe(recipe)
-    if not check_files:
-        return recipe
+    if check_files:
+        recipe = _with_files(recipe)
+    check_recipe(recipe)  # after the files: two patterns may have met in one of them
+    return recipe
+
+
+def _with_files(recipe: Recipe) -> Recipe:
+    """The recipe with every pattern expanded."""
     data = dataclasses.replace(
         recipe.data, train=_expand("data.train", recipe.data.train),
         eval=_expand("data.eval", recipe.data.eval),
         eval_preferences=_expand("data.eval_preferences", recipe.data.eval_preferences))
-    reward = dataclasses.replace(
-        recipe.reward, preferences=_expand("reward.preferences", recipe.reward.preferences))
-    recipe = dataclasses.replace(recipe, data=data, reward=reward)
-    check_recipe(recipe)  # again: patterns may have met in one file
-    return recipe
+    recipe = dataclasses.replace(recipe, data=data)
+    trained_on = rules_of(recipe.algorithm.name).preferences
+    if trained_on is None:
+        return recipe
+    name, _, key = trained_on.partition(".")
+    files = _expand(trained_on, value_at(recipe, trained_on))
+    section = dataclasses.replace(recipe.sections[name], **{key: files})
+    return dataclasses.replace(recipe, sections=recipe.sections | {name: section})
 
 
 class _Loader(yaml.SafeLoader):
@@ -113,14 +122,14 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
                         "Write it with = and without spaces around it.")
     value = _parse(text, f"the value of override {override!r}")
     section, dot, key = dotted.partition(".")
-    check_field_names("", [section], TOP_LEVEL)
+    check_field_names("", [section], top_level())
     if not dot:
-        if section in MAPPING_SECTIONS:
+        if section in mapping_sections():
             raise UserError(f"override {override!r} names a section; {section} holds keys. "
                             f"Override one of them, as in {section}.key=value.")
         mapping[section] = value
         return
-    if section not in MAPPING_SECTIONS:
+    if section not in mapping_sections():
         raise UserError(f"override {override!r} names {dotted}, but {section} is a single value. "
                         f"Write {section}=value.")
     current = mapping.get(section)

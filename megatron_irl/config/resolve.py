@@ -4,19 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
-from megatron_irl.config.checks import (
-    NOT_RFT_KEYS,
-    PAIR_ONLY_KEYS,
-    RFT_ONLY_KEYS,
-    RFT_ONLY_SECTIONS,
-)
-from megatron_irl.config.schema import AlgorithmConfig, Recipe
+from megatron_irl.algorithms.registry import rules_of
+from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
 # Sections and keys that change where, how fast or how closely watched a run is, not what it is.
@@ -24,9 +18,6 @@ _NOT_THE_EXPERIMENT = ("output_dir", "logging", "checkpoint", "evaluation", "par
                        "data.eval", "data.eval_limit", "data.eval_preferences",
                        "train.micro_batch_size", "train.logprob_chunk_size",
                        "generation.max_requests", "generation.kv_cache_gb")
-
-
-LINEAR_BOUND = 5.0  # of rft's linear reward loss, where the recipe gives none
 
 
 def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
@@ -48,32 +39,14 @@ def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
     if num_demonstrations < 1:
         raise UserError(f"data.train={', '.join(recipe.data.train)} has no usable demonstration; "
                         "at least 1 is needed. Set data.train to a file that has some.")
-    algorithm = recipe.algorithm
-    steps, prompts = _round_size(recipe, num_demonstrations)
-    if algorithm.name == "spin":
-        _check_spin(algorithm, steps, prompts)
-    algorithm = replace(algorithm, steps_per_round=steps)
-    if algorithm.is_pairwise:
-        beta = algorithm.beta * algorithm.rounds if len(algorithm.beta) == 1 else algorithm.beta
-        reference = algorithm.reference or ("initial" if algorithm.name == "rft" else "round_start")
-        algorithm = replace(algorithm, prompts_per_round=prompts, beta=beta, reference=reference)
+    recipe = rules_of(recipe.algorithm.name).resolve(recipe, num_demonstrations)
     max_new_tokens = recipe.generation.max_new_tokens or recipe.data.max_response_length
-    generation = replace(recipe.generation, max_new_tokens=max_new_tokens)
-    reward = recipe.reward
-    if reward.loss == "linear" and reward.bound is None:
-        reward = replace(reward, bound=LINEAR_BOUND)
-    return replace(recipe, algorithm=algorithm, generation=generation, reward=reward)
+    return replace(recipe, generation=replace(recipe.generation, max_new_tokens=max_new_tokens))
 
 
-def to_yaml(recipe: Recipe, comments: Sequence[str] = ()) -> str:
-    """Write a recipe as YAML that ``load_recipe`` reads back to the same recipe.
-
-    Args:
-        recipe: Resolved or not.
-        comments: Lines put on top as YAML comments (versions, revision).
-    """
-    header = "".join(f"# {line}\n" for line in comments)
-    return header + yaml.safe_dump(_to_mapping(recipe), sort_keys=False, allow_unicode=True)
+def to_yaml(recipe: Recipe) -> str:
+    """Write a recipe, resolved or not, as YAML that ``load_recipe`` reads back to the same one."""
+    return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -83,7 +56,7 @@ def fingerprint(recipe: Recipe) -> str:
     that a run resumes under another layout. Paths count as written. Take it of the resolved
     recipe: one before and one after ``resolve`` differ.
     """
-    mapping = _to_mapping(recipe)
+    mapping = to_mapping(recipe)
     for path in _NOT_THE_EXPERIMENT:
         section, _, key = path.partition(".")
         if key:
@@ -96,45 +69,20 @@ def fingerprint(recipe: Recipe) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _round_size(recipe: Recipe, num_demonstrations: int) -> tuple[int, int]:
-    """Steps and prompts of a round: what is given decides what is not."""
-    algorithm, batch = recipe.algorithm, recipe.train.global_batch_size
-    steps, prompts = algorithm.steps_per_round, algorithm.prompts_per_round
-    if algorithm.name == "spin":
-        return -(-num_demonstrations // batch), num_demonstrations
-    if algorithm.name == "rft":
-        samples = max(algorithm.reward_steps, algorithm.policy_steps) * batch
-        steps = algorithm.reward_steps + algorithm.policy_steps
-        return steps, prompts or -(-samples // recipe.policy.samples_per_prompt)
-    if steps is None:
-        prompts = prompts or num_demonstrations
-        return -(-prompts // batch), prompts
-    return steps, prompts or steps * batch
-
-
-def _check_spin(algorithm: AlgorithmConfig, steps: int, prompts: int) -> None:
-    derived = {"steps_per_round": steps, "prompts_per_round": prompts}
-    for key, value in derived.items():
-        given = getattr(algorithm, key)
-        if given not in (None, value):
-            raise UserError(f"algorithm.{key}={given} conflicts with algorithm.name=spin; a round "
-                            f"of spin is one pass over the data, here {value}. Remove "
-                            f"algorithm.{key}, or set algorithm.name to irft.")
-
-
-def _to_mapping(recipe: Recipe) -> dict[str, Any]:
+def to_mapping(recipe: Recipe) -> dict[str, Any]:
     """The nested mapping of the YAML file; keys that the algorithm does not have are left out."""
+    rules = rules_of(recipe.algorithm.name)
     mapping = dataclasses.asdict(recipe)
     mapping["model"] = {"hf": recipe.model.hf, **recipe.model.overrides}
-    mapping["data"] |= {"train": list(recipe.data.train), "eval": list(recipe.data.eval)}
-    mapping["algorithm"]["beta"] = list(recipe.algorithm.beta)
-    mapping["data"]["eval_preferences"] = list(recipe.data.eval_preferences)
-    mapping["reward"]["preferences"] = list(recipe.reward.preferences)
-    idle = list(NOT_RFT_KEYS)
-    if recipe.algorithm.name != "rft":
-        idle = [*RFT_ONLY_KEYS, *(() if recipe.algorithm.is_pairwise else PAIR_ONLY_KEYS)]
-        for section in RFT_ONLY_SECTIONS:
-            del mapping[section]
-    for key in idle:
+    mapping["algorithm"] |= mapping["algorithm"].pop("options") or {}
+    mapping |= mapping.pop("sections")
+    for key in rules.unread:
         del mapping["algorithm"][key]
-    return mapping
+    return _plain(mapping)
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows lists and mappings only."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -3,7 +3,8 @@
 The string under a field is its user documentation. ``None`` always means "derived", and
 ``megatron_irl.config.resolve`` says from what. ``model``, ``optimizer`` and ``ddp`` are open
 sections: they take Megatron's own fields by Megatron's own names, and the room that builds the
-Megatron object checks them with ``check_field_names``.
+Megatron object checks them with ``check_field_names``. What belongs to one algorithm alone is
+declared in that algorithm's file (``megatron_irl.algorithms``), in dataclasses of the same kind.
 
 Relative paths are relative to the working directory the command is started in, not to the recipe.
 """
@@ -11,7 +12,6 @@ Relative paths are relative to the working directory the command is started in, 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-AlgorithmName = Literal["sft", "irft", "spin", "rft"]
 LossName = Literal["sigmoid", "hinge", "linear"]
 ReferenceName = Literal["round_start", "initial"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -58,9 +58,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """What is learnt, and the three knobs of the loop: regenerate, refresh reference, reset."""
+    """What is learnt, and the three knobs of the loop: regenerate, refresh reference, reset.
 
-    name: AlgorithmName
+    These keys are the algorithms' common words; each algorithm says which of them it does not read,
+    and may add keys of its own (``options``). In a recipe file, and as attributes, those stand
+    beside the common ones: ``recipe.algorithm.reward_steps``.
+    """
+
+    name: str
     """``sft``; ``irft``: rounds of generation and optimisation on the implicit reward;
     ``spin``: irft with one generation per pass over the data; ``rft``: rounds of generation,
     learning of an explicit reward (section ``reward``) and policy optimisation (``policy``)."""
@@ -68,12 +73,7 @@ class AlgorithmConfig:
     """Number of rounds T. For spin a round is a pass over the data."""
     steps_per_round: int | None = None
     """Optimizer steps K per round; none: one pass over the round's prompts (sft: over the
-    demonstrations). Not for rft, which has the next two."""
-    reward_steps: int = 8
-    """rft only: optimizer steps a round on the reward. They are taken on frozen samples, so keep
-    them few."""
-    policy_steps: int = 8
-    """rft only: optimizer steps a round on the policy; 0 learns a reward and leaves the policy."""
+    demonstrations). Not for rft, which has ``reward_steps`` and ``policy_steps``."""
     prompts_per_round: int | None = None
     """Prompts sampled for at the start of a round (all but sft); none: ``steps_per_round *
     train.global_batch_size``, or every demonstration where ``steps_per_round`` is none too. For
@@ -95,71 +95,15 @@ class AlgorithmConfig:
     reset_optimizer: Literal["never", "round"] = "never"
     """Keep Adam's moments and the learning-rate schedule for the run, or restart them each
     round."""
-    mix_previous: bool = False
-    """spin only: train on the previous round's pairs as well."""
+    options: Any = None
+    """The algorithm's own keys of this section, in its own dataclass; None where it has none."""
 
-    @property
-    def is_pairwise(self) -> bool:
-        """True where the algorithm generates and trains on (demonstration, sample) pairs."""
-        return self.name != "sft"
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """rft only: the explicit reward, a scalar head on the policy's backbone."""
-
-    loss: Literal["logistic", "linear"] = "logistic"
-    """-log sigmoid(r(demo) - r(sample)), or the theory's r(sample) - r(demo), which on frozen
-    samples has no minimum and so needs ``bound``."""
-    bound: float | None = None
-    """linear only: a demonstration is not pushed above +bound nor a sample below -bound; none:
-    5."""
-    lr: float = 1e-4
-    """Peak learning rate of the head, on the same schedule as ``optimizer.lr``."""
-    trunk: Literal["joint", "detached"] = "joint"
-    """``joint``: the reward's gradient also trains the backbone, which is the policy's, at
-    ``optimizer.lr``. ``detached``: only the head learns, on features that the policy steps make;
-    the policy is left alone by the reward steps."""
-    trunk_scale: float = 1.0
-    """joint only: factor on the gradient into the backbone. Adam rescales gradients by their
-    recent size, so this weighs reward steps against policy steps (and the anchor), and not
-    against ``optimizer.lr``."""
-    mix_rounds: int = 0
-    """Samples of so many earlier rounds are told from demonstrations as well. With 0, a policy that
-    has caught up with the demonstrations leaves the reward nothing to learn but their noise."""
-    preferences: tuple[str, ...] = ()
-    """Preference files ({"prompt", "chosen", "rejected"} records) as a second stream: every reward
-    step takes ``train.global_batch_size`` of its pairs too."""
-    preference_weight: float = 1.0
-    """Weight of the preference stream's mean loss against the demonstrations' mean loss."""
-    ledger: Literal["last", "every_round"] = "last"
-    """Rounds whose ledger has the reward of every demonstration, as ``filter`` needs it: the last
-    one, or each, at the price of a forward pass over all of ``data.train`` a round. Those that the
-    round sampled for are in its ledger anyway."""
-
-
-@dataclass(frozen=True)
-class PolicyConfig:
-    """rft only: policy optimisation of E[r] - beta * KL(pi || pi_ref).
-
-    Ratios and the KL are those of the policy at temperature 1: where ``generation`` samples
-    otherwise (temperature, top_p, top_k), they are off by that much.
-    """
-
-    samples_per_prompt: int = 4
-    """Samples of each prompt, 2 or more: each one's baseline is the mean of the others."""
-    clip_low: float = 0.2
-    """A token's probability ratio against the sampling policy earns nothing below 1 - clip_low."""
-    clip_high: float = 0.2
-    """Nor above 1 + clip_high."""
-    normalize: Literal["round", "none"] = "round"
-    """``round``: rewards are divided by their standard deviation over the round's samples before
-    the KL penalty is taken off, so that ``beta`` is in standard deviations per nat. ``none``: the
-    rewards as the head gives them, as in the theory."""
-    truncated: Literal["cap", "keep"] = "cap"
-    """A sample that the length budget ended is not a response the reward was made for. ``cap``: it
-    earns its own reward, but no more than the round's worst sample that ended by itself; ``keep``:
-    its own reward."""
+    def __getattr__(self, name: str) -> Any:
+        """An own key of the algorithm; asked for only where no common key has the name."""
+        options = self.__dict__.get("options")
+        if options is None or not hasattr(options, name):
+            raise AttributeError(f"algorithm {self.__dict__.get('name')} has no key {name}")
+        return getattr(options, name)
 
 
 @dataclass(frozen=True)
@@ -289,10 +233,6 @@ class Recipe:
     """What is learnt, and when samples and reference are renewed."""
     output_dir: str
     """The run folder; started again on the same folder, a run resumes."""
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    """The explicit reward of rft."""
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """Policy optimisation of rft."""
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     """How samples are drawn."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -315,3 +255,13 @@ class Recipe:
     """When to save."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Trackers and console."""
+    sections: dict[str, Any] = field(default_factory=dict)
+    """Sections that the algorithm brings, by name, each in its own dataclass (for rft ``reward``
+    and ``policy``). In a recipe file, and as attributes, they stand beside the others."""
+
+    def __getattr__(self, name: str) -> Any:
+        """A section of the algorithm: ``recipe.reward``; asked for only where no field fits."""
+        sections = self.__dict__.get("sections", {})
+        if name not in sections:
+            raise AttributeError(f"the recipe has no section {name}")
+        return sections[name]

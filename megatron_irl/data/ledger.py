@@ -60,12 +60,12 @@ class LedgerRow:
         """The row of a demonstration."""
         return cls(
             demonstration.ordinal, demonstration.source,
-            digest(demonstration.prompt, demonstration.response), len(demonstration.prompt_ids),
-            len(demonstration.response_ids), reward, sample_reward,
+            record_digest(demonstration.prompt, demonstration.response),
+            len(demonstration.prompt_ids), len(demonstration.response_ids), reward, sample_reward,
         )
 
 
-def digest(prompt: str | Messages, response: str) -> str:
+def record_digest(prompt: str | Messages, response: str) -> str:
     """Sixteen hex digits that change with the text of the record."""
     text = json.dumps([prompt, response], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

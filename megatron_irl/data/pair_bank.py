@@ -116,12 +116,20 @@ class PairBank:
         Raises:
             UserError: A chunk is missing among the committed ones, or unreadable.
         """
+        return [pair for chunk in self.whole_round(round) for pair in self.read_chunk(round, chunk)]
+
+    def whole_round(self, round: int) -> list[int]:
+        """Return the numbers of the committed chunks of a round whose generation has ended.
+
+        Raises:
+            UserError: A chunk is missing among them.
+        """
         chunks = self.complete_chunks(round)
         missing = sorted(set(range(max(chunks, default=0) + 1)) - set(chunks))
         if missing:
             raise UserError(f"{self._folder(round)} lacks chunks {missing}. Resume the run that "
                             "wrote it, or delete the folder to generate the round again.")
-        return [pair for chunk in chunks for pair in self.read_chunk(round, chunk)]
+        return chunks
 
     def has_references(self, round: int) -> bool:
         """Return whether the round has chunks, and every pair in them both reference values."""

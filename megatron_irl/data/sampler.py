@@ -1,5 +1,7 @@
 """The order in which data is visited: reshuffled every epoch, resumable from one number."""
 
+import functools
+
 import numpy as np
 
 
@@ -9,49 +11,52 @@ class OrderedSampler:
     Every epoch is a fresh permutation of ``range(num_items)``; consecutive ``take`` calls are
     disjoint slices of it, and what is left at an epoch's end opens the next slice: nothing is
     dropped. All ranks hold the same sampler and take the same slices.
+
+    Args:
+        num_items: More than 0.
+        seed: 0 or more.
+        position: Items taken before, by this sampler or by one of the same items and seed.
+
+    Raises:
+        ValueError: A number is out of its range.
     """
 
-    def __init__(self, num_items: int, seed: int) -> None:
-        """Raises ValueError unless num_items > 0 and seed >= 0."""
+    def __init__(self, num_items: int, seed: int, position: int = 0) -> None:
         if num_items <= 0:
             raise ValueError(f"num_items={num_items} must be positive")
-        self.num_items = num_items
-        self.seed = seed
-        self.position = 0
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next item, from 0."""
-        return self.position // self.num_items
+        if position < 0:
+            raise ValueError(f"position={position} must not be negative")
+        self.num_items, self.seed, self.position = num_items, seed, position
 
     def take(self, n: int) -> list[int]:
         """Return the next ``n`` ordinals and move on; may cross into following epochs."""
         taken: list[int] = []
         while len(taken) < n:
             epoch, offset = divmod(self.position, self.num_items)
-            part = self._epoch_order(epoch)[offset : offset + n - len(taken)]
+            order = _epoch_order(self.num_items, self.seed, epoch)
+            part = order[offset : offset + n - len(taken)]
             taken.extend(part.tolist())
             self.position += len(part)
         return taken
 
-    def state_dict(self) -> dict[str, int]:
-        """Return the position; num_items and seed belong to the recipe."""
-        return {"position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position saved by a sampler of the same num_items and seed."""
-        position = int(state["position"])
-        if position < 0:
-            raise ValueError(f"position={position} must not be negative")
-        self.position = position
+def order_seed(seed: int, round: int, phase: int) -> int:
+    """The seed of the order in which a phase visits its items, in [0, 2**31).
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            bits = np.random.MT19937(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-            # RandomState, because numpy promises its stream never changes: a run resumed under
-            # a newer numpy sees the same order. Generator carries no such promise.
-            self._order = np.random.RandomState(bits).permutation(self.num_items)
-            self._epoch = epoch
-        return self._order
+    Args:
+        seed: Of the run.
+        round: In which the items were drawn; 0 for those that outlast their round.
+        phase: 0 for a round's first phase, 1 for later ones.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=(round, phase)).generate_state(1, np.uint32)
+    return int(words[0]) >> 1
+
+
+# A step asks for a slice of one permutation of all items, the next step for the next slice. Two
+# streams that each cross an epoch's end are four.
+@functools.lru_cache(maxsize=4)
+def _epoch_order(num_items: int, seed: int, epoch: int) -> np.ndarray:
+    bits = np.random.MT19937(np.random.SeedSequence(seed, spawn_key=(epoch,)))
+    # RandomState, because numpy promises its stream never changes: a run resumed under a newer
+    # numpy sees the same order. Generator carries no such promise.
+    return np.random.RandomState(bits).permutation(num_items)

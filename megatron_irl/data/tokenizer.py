@@ -252,3 +252,16 @@ def _read_template(template: str) -> str:
     if not path.is_file():
         raise UserError(f"data.chat_template={template} is neither a file nor a Jinja template.")
     return path.read_text(encoding="utf-8")
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raise UserError if the tokenizer makes ids that the embedding does not have.
+
+    Args:
+        vocab_size: Rows of the model's embedding.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; token "
+            "ids would fall outside the embedding. Set data.tokenizer to the model's own."
+        )

@@ -65,7 +65,7 @@ def build_config(
     allowed = [field.name for field in dataclasses.fields(TransformerConfig)]
     check_field_names("model", overrides, allowed)
     _check_shape_overrides(architecture, overrides)
-    check_layout(architecture, parallel, precision)
+    check_model_layout(architecture, parallel, precision)
     fields = dict(architecture.transformer)
     fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     fields |= _layout_fields(parallel) | {
@@ -139,7 +139,7 @@ def _check_shape_overrides(architecture: Architecture, overrides: dict[str, Any]
             )
 
 
-def check_layout(
+def check_model_layout(
     architecture: Architecture, parallel: ParallelConfig, precision: Precision
 ) -> None:
     """Raise UserError unless the layout divides the model and can run on this platform."""
@@ -261,14 +261,13 @@ def wrap_data_parallel(
     chunks: Sequence[nn.Module],
     config: TransformerConfig,
     topology: Topology,
-    overrides: dict[str, Any] | None = None,
+    ddp_config: DistributedDataParallelConfig,
 ) -> list[DistributedDataParallel]:
     """Wrap chunks in Megatron's DDP, which owns the gradient buffers.
 
     Args:
-        overrides: As ``build_ddp_config`` takes them.
+        ddp_config: As ``build_ddp_config`` makes it.
     """
-    ddp_config = build_ddp_config(overrides)
     return [
         DistributedDataParallel(
             config,

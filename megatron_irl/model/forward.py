@@ -15,7 +15,7 @@ from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
 from megatron_irl.model.reward_head import RewardHead
 from megatron_irl.parallel.logprobs import response_logprobs
-from megatron_irl.types import HeadOutputs, Heads, PackedBatch
+from megatron_irl.types import HeadChoice, HeadOutputs, PackedBatch
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
@@ -24,7 +24,7 @@ class HeadRequest(NamedTuple):
     """What the last stage is asked for: the batch, the heads, and its reward head if it has one."""
 
     batch: PackedBatch
-    heads: Heads
+    heads: HeadChoice
     reward_head: RewardHead | None
 
 
@@ -73,7 +73,7 @@ class HeadProcessor:
 
 
 def forward_packed(
-    chunk: nn.Module, batch: PackedBatch, processor: HeadProcessor, heads: Heads = "logprobs"
+    chunk: nn.Module, batch: PackedBatch, processor: HeadProcessor, heads: HeadChoice = "logprobs"
 ) -> Any:
     """Run one packed microbatch through a (wrapped) model chunk.
 

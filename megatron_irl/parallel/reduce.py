@@ -92,10 +92,3 @@ def gather_in_turn(mine: Sequence[Any], topology: Topology) -> list[Any]:
     by_rank = gather_over_data_parallel(mine, topology)
     size = topology.dp_size
     return [by_rank[i % size][i // size] for i in range(sum(map(len, by_rank)))]
-
-
-def sum_over_world(values: Sequence[float], device: torch.device) -> list[float]:
-    """Element-wise sum over every rank, in float64. Collective over the world."""
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.tolist()

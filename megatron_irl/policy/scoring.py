@@ -1,7 +1,7 @@
-"""Log-probabilities and rewards of many sequences under the weights as they are.
+"""Many sequences through the packed forward of training, in packs, over all replicas.
 
-The same packed forward as training gives the reference cache, held-out likelihood, rewards and
-the engine-trainer mismatch.
+The same forward gives the reference cache, held-out likelihood, rewards and the engine-trainer
+mismatch.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,76 +10,32 @@ import numpy as np
 from torch import Tensor
 
 from megatron_irl.data.packing import pack
-from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_parallel
-from megatron_irl.train.batches import Sequences, token_budget_split
-from megatron_irl.train.step import Stepper
-from megatron_irl.types import PackedBatch
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.types import PackedBatch, Pair
 
 OnProgress = Callable[[int], None]
+Sequences = list[tuple[np.ndarray, np.ndarray]]
+"""(prompt ids, response ids), int32."""
 
 
-def score_sequences(
-    stepper: Stepper,
-    sequences: Sequences,
-    *,
-    max_tokens: int = 4096,
-    multiple_of: int = 1,
+def score_in_packs(
+    compute: Callable[[Sequence[PackedBatch]], list[list[Tensor]]], sequences: Sequences,
+    topology: Topology, *, max_tokens: int, multiple_of: int,
     on_progress: OnProgress | None = None,
 ) -> list[np.ndarray]:
-    """Token log-probabilities of every response.
+    """What ``compute`` says of every sequence, in input order, on every rank.
 
     Args:
-        sequences: (prompt ids, response ids), the same list on every rank.
+        compute: Microbatches → per microbatch, per sequence a tensor on the CPU; empty except on
+            the last pipeline stage.
+        sequences: The same list on every rank.
         max_tokens: Tokens of one packed forward.
+        multiple_of: Of the tokens of a pack.
         on_progress: Called with about the number of sequences finished so far, over all ranks.
 
-    Returns:
-        Per sequence float32 [response tokens], nats, in input order, on every rank.
-
-    Gradient: none. Collectives: every rank of the run must call.
-
-    Raises:
-        TrainingDiverged: A log-probability is NaN or infinite: the weights are no good.
+    Collectives: every rank of the run must call.
     """
-    scores = _in_packs(
-        stepper, stepper.token_logprobs, sequences, max_tokens, multiple_of, on_progress
-    )
-    bad = sum(not np.isfinite(values).all() for values in scores)
-    if bad:
-        raise TrainingDiverged(
-            f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
-        )
-    return scores
-
-
-def score_rewards(
-    stepper: Stepper, sequences: Sequences, *, max_tokens: int = 4096, multiple_of: int = 1,
-    on_progress: OnProgress | None = None,
-) -> list[float]:
-    """The explicit reward of every response; as ``score_sequences``.
-
-    Raises:
-        TrainingDiverged: A reward is NaN or infinite.
-    """
-    rewards = [
-        float(value)
-        for value in _in_packs(
-            stepper, stepper.rewards, sequences, max_tokens, multiple_of, on_progress
-        )
-    ]
-    bad = sum(not np.isfinite(value) for value in rewards)
-    if bad:
-        raise TrainingDiverged(f"rewards of {bad} of {len(sequences)} sequences are not finite")
-    return rewards
-
-
-def _in_packs(
-    stepper: Stepper, compute: Callable[[Sequence[PackedBatch]], list[list[Tensor]]],
-    sequences: Sequences, max_tokens: int, multiple_of: int, on_progress: OnProgress | None = None,
-) -> list[np.ndarray]:
-    """What ``compute`` says of every sequence, in input order, on every rank."""
-    topology = stepper.topology
     split = token_budget_split(sequences, max_tokens=max_tokens)
     # A rank without a pack of its own repeats the last one, the cheapest, to the same numbers:
     # with ddp.overlap_param_gather the first forward after an update is where data-parallel ranks
@@ -97,9 +53,49 @@ def _in_packs(
             scored |= {i: t.numpy() for i, t in zip(indices, parts, strict=True)}
         if on_progress is not None:  # the other ranks are about as far
             on_progress(sum(map(len, split[: (start + group) * topology.dp_size])))
+    # First down the pipeline of each replica, then across replicas: after the two every rank has
+    # every score.
     scored = from_last_stage(scored, topology)
     merged = {i: v for part in gather_over_data_parallel(scored, topology) for i, v in part.items()}
     return [merged[i] for i in range(len(sequences))]
+
+
+def token_budget_split(sequences: Sequences, *, max_tokens: int) -> list[list[int]]:
+    """Split sequences for evaluation, longest first, up to ``max_tokens`` together.
+
+    Only positions: there may be millions of sequences, of which a rank packs its own and those
+    only when their turn comes. A longer sequence is alone.
+    """
+    lengths = [sum(map(len, sequence)) for sequence in sequences]
+    split: list[list[int]] = []
+    tokens = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not split or tokens + lengths[index] > max_tokens:
+            split.append([])
+            tokens = 0
+        split[-1].append(index)
+        tokens += lengths[index]
+    return split
+
+
+def score_distinct[T](pairs: Sequence[Pair], score: Callable[[Sequences], list[T]]) -> list[T]:
+    """The scores of [demo_0, sample_0, demo_1, ...]; a repeated demonstration is scored once.
+
+    An empty sample has no rows to score; its demonstration stands in, and the pair is never
+    trained on.
+    """
+    sequences: Sequences = []
+    wanted: list[int] = []
+    demo_at: dict[int, int] = {}
+    for pair in pairs:
+        if pair.ordinal not in demo_at:
+            demo_at[pair.ordinal] = len(sequences)
+            sequences.append((pair.prompt_ids, pair.demo_ids))
+        wanted += [demo_at[pair.ordinal], len(sequences)]
+        sample = pair.sample_ids if len(pair.sample_ids) else pair.demo_ids
+        sequences.append((pair.prompt_ids, sample))
+    scores = score(sequences)
+    return [scores[i] for i in wanted]
 
 
 def summed(token_logprobs: list[np.ndarray]) -> list[float]:

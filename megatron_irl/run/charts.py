@@ -72,7 +72,7 @@ STEP_CHARTS = (
     Curves("Implicit rewards", "β · log(π / π_ref)", _REWARDS),
     *_COMMON_CHARTS,
 )
-RFT_CHARTS = (
+EXPLICIT_CHARTS = (
     Curves("Loss", "per pair", (
         ("reward/loss", "reward loss", OTHER), ("loss/reward", "margin loss", MARGIN)),
            note="Of the reward steps."),
@@ -88,17 +88,21 @@ RFT_CHARTS = (
 )
 
 
-def step_charts(metrics: Sequence[Record], *, ln2_line: bool) -> list[Chart]:
-    """Return a chart for each of ``STEP_CHARTS`` (for rft ``RFT_CHARTS``) that has data.
+def step_charts(
+    metrics: Sequence[Record], *, ln2_line: bool, explicit_reward: bool = False
+) -> list[Chart]:
+    """Return a chart for each of ``STEP_CHARTS`` that has data.
 
     Args:
         metrics: Lines of ``metrics.jsonl``.
+        explicit_reward: Of ``EXPLICIT_CHARTS`` instead: the reward is a head's, and a policy is
+            optimised against it.
         ln2_line: Mark ln 2 in the loss: the sigmoid margin loss where the policy is its reference.
     """
     steps = [line.get("step") for line in metrics]
     starts = _round_starts(metrics)
     charts = []
-    for curves in RFT_CHARTS if any("phase" in m for m in metrics) else STEP_CHARTS:
+    for curves in EXPLICIT_CHARTS if explicit_reward else STEP_CHARTS:
         series = [(*_points(steps, [_speed(m) if key == "tokens_per_second" else m.get(key)
                                     for m in metrics]), label, colour)
                   for key, label, colour in curves.lines]

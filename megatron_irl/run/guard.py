@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 _SERIES = ("reward/margin", "reward/accuracy", "reward/demo", "logp/demo", "length/demo",
-           "length/sample", "length/truncated")
+           "length/sample")
 
 
 @dataclass
@@ -20,8 +20,7 @@ class CollapseGuard:
     """Collects one round's steps; ``check`` at the round's end, ``start_round`` before the next.
 
     Keys of a step it looks at, all optional: ``reward/margin``, ``reward/accuracy``,
-    ``reward/demo``, ``logp/demo``, ``length/demo``, ``length/sample`` and ``length/truncated``
-    (share of samples the budget ended).
+    ``reward/demo``, ``logp/demo``, ``length/demo`` and ``length/sample``.
     """
 
     has_implicit_reward: bool = True
@@ -149,13 +148,9 @@ class CollapseGuard:
 
     def _truncated(self, generation: Mapping[str, Any]) -> str | None:
         samples, count = generation.get("samples"), generation.get("truncated")
-        if samples and count is not None:
-            share, seen = count / samples, f"{count} of {samples} samples"
-        else:
-            share = self._mean("length/truncated")
-            if share is None:
-                return None
-            seen = f"{share:.0%} of the samples"
+        if not samples or count is None:
+            return None
+        share, seen = count / samples, f"{count} of {samples} samples"
         if share <= self.max_truncated_share:
             return None
         return (

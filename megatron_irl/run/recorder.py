@@ -1,34 +1,42 @@
 """What a run writes about itself: metric lines, round lines, trackers, warnings, the report."""
 
-import time
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
+from megatron_irl.algorithms.base import Algorithm
 from megatron_irl.config import Recipe
-from megatron_irl.console import Progress
+from megatron_irl.config.resolve import to_mapping
+from megatron_irl.console import Console
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.guard import CollapseGuard
 from megatron_irl.run.report import write_report
 from megatron_irl.run.runlog import RunLog
 from megatron_irl.run.state import RunState
 from megatron_irl.run.trackers import Trackers, build_trackers
+from megatron_irl.timing import Clock
 from megatron_irl.train.step import StepResult
 
 
 class Recorder:
-    """The main rank's records; every other rank holds one that does nothing."""
+    """The main rank's records; every other rank holds one that does nothing.
+
+    The two logs are the record, and a run that cannot write them stops. Trackers and report only
+    show it: their failures are warnings.
+    """
 
     def __init__(
-        self, folder: RunFolder, recipe: Recipe, progress: Progress, state: RunState, *,
-        is_main: bool,
+        self, folder: RunFolder, recipe: Recipe, algorithm: Algorithm, console: Console,
+        clock: Clock, state: RunState, *, is_main: bool,
     ) -> None:
-        self.folder, self.recipe, self.progress, self.is_main = folder, recipe, progress, is_main
-        self.guard = CollapseGuard(has_implicit_reward=recipe.algorithm.name != "rft")
+        self.folder, self.recipe, self.console, self.clock = folder, recipe, console, clock
+        self.is_main = is_main
+        self.guard = CollapseGuard(has_implicit_reward=algorithm.reward != "explicit")
+        self._has_phases = len(algorithm.phases(recipe)) > 1
         self._warned: list[str] = []  # in the round in progress, besides the guard
+        self._failed: set[str] = set()  # what has failed and was said
+        self._is_reported = False
         self.log = RunLog(folder.path)
         self.trackers = Trackers([])
-        self._generating = 0.0
-        self._started = time.perf_counter()
         if not is_main:
             return
         self.log.truncate(state.step, state.round)
@@ -37,14 +45,18 @@ class Recorder:
                 self.guard.feed(line)
         options = recipe.logging
         self.trackers = build_trackers(
-            folder.path, asdict(recipe), tensorboard=options.tensorboard, wandb=options.wandb,
+            folder.path, to_mapping(recipe), tensorboard=options.tensorboard, wandb=options.wandb,
             wandb_project=options.wandb_project, wandb_mode=options.wandb_mode,
             resume_step=state.step or None,
         )
 
     def step(self, state: RunState, result: StepResult, *, lr: float, tokens: int,
              seconds: float, phase: str) -> None:
-        """Record one optimizer step."""
+        """Record one optimizer step.
+
+        Raises:
+            UserError: The log cannot be written.
+        """
         if not self.is_main:
             return
         line = {
@@ -53,49 +65,78 @@ class Recorder:
             "time/step": seconds, "tokens_per_second": tokens / seconds,
             "staleness": state.step_in_round - 1,
         }
-        if self.recipe.algorithm.name == "rft":  # two losses that are not one curve
+        if self._has_phases:  # losses of several phases are not one curve
             line |= {"phase": phase, f"{phase}/loss": result.loss}
         self.log.log_metrics(line)
         self.guard.feed(line)
         if state.step % self.recipe.logging.interval == 0:
-            self.trackers.log(state.step, line)
+            self._try("trackers", lambda: self.trackers.log(state.step, line))
         algorithm = self.recipe.algorithm
-        total = algorithm.rounds * (algorithm.steps_per_round or 0)
-        share = self._generating / (time.perf_counter() - self._started)
-        self.progress.step(
-            line, total_steps=total, generation_share=share, total_rounds=algorithm.rounds
+        self.console.step(
+            line, total_steps=algorithm.rounds * (algorithm.steps_per_round or 0),
+            generation_share=self.clock.share("generation"), total_rounds=algorithm.rounds,
         )
         for warning in self.guard.step_warnings():
-            self.progress.warn(warning)
+            self.console.warn(warning)
 
-    def round(self, state: RunState, record: dict[str, Any]) -> None:
-        """Record a finished round; adds the guard's findings and rewrites the report."""
+    def round(self, record: dict[str, Any]) -> None:
+        """Log a finished round; adds the guard's findings to ``record``.
+
+        Raises:
+            UserError: The log cannot be written.
+        """
         if not self.is_main:
             return
         found = self.guard.check(record.get("generation"))
         self.guard.start_round()
         for warning in found:
-            self.progress.warn(warning)
+            self.console.warn(warning)
         record["guard"], self._warned = self._warned + found, []
         self.log.log_round(record)
+
+    def publish(self, record: dict[str, Any]) -> None:
+        """Show a finished round in trackers and report. After its checkpoint; never raises."""
+        if not self.is_main:
+            return
+        self._try("trackers", lambda: self._track(record))
+        self._report()
+
+    def _track(self, record: dict[str, Any]) -> None:
         shown = {k: v for k, v in record.items() if k not in ("step", "round", "examples")}
-        self.trackers.log(state.step, {"round": shown})
+        self.trackers.log(record["step"], {"round": shown})
         for example in record.get("examples", []):
-            self.trackers.log_text(state.step, "samples", _as_text(example))
-        write_report(self.folder.path)
+            self.trackers.log_text(record["step"], "samples", _as_text(example))
+
+    def _report(self) -> None:
+        self._is_reported = self._try("report.html", lambda: write_report(self.folder.path))
+
+    def _try(self, what: str, show: Callable[[], Any]) -> bool:
+        """Whether something that only shows the run worked; the first failure is said.
+
+        Broad on purpose: a chart, a template, a tracker's client or its network may fail in any
+        way, and none of it is worth a run.
+        """
+        try:
+            show()
+        except Exception as error:  # noqa: BLE001
+            if what not in self._failed:
+                self._failed.add(what)
+                self.console.warn(f"{what} failed and the run goes on: {type(error).__name__}: "
+                                  f"{error}")
+            return False
+        return True
 
     def warn(self, text: str) -> None:
         """Say something of the round in progress, on the console and in the round's line."""
         if self.is_main:
-            self.progress.warn(text)
+            self.console.warn(text)
             self._warned.append(text)
 
-    def generated(self, seconds: float) -> None:
-        """Count time spent generating, for the share shown while training."""
-        self._generating += seconds
-
     def close(self) -> None:
-        self.trackers.close()
+        """Flush the trackers; a run that was killed before its last report gets it now."""
+        if self.is_main and not self._is_reported:
+            self._report()
+        self._try("trackers", self.trackers.close)
 
 
 def _as_text(example: dict[str, Any]) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 import jinja2
 import yaml
 
+from megatron_irl.algorithms.registry import REGISTRY, rules_of
+from megatron_irl.algorithms.rules import AlgorithmRules, section
 from megatron_irl.console import format_seconds
 from megatron_irl.errors import UserError
 from megatron_irl.run.charts import evaluation_charts, round_charts, step_charts
-from megatron_irl.run.comparison import compare_table as compare_table
 from megatron_irl.run.comparison import shown_columns
-from megatron_irl.run.comparison import wilson_interval as wilson_interval
 from megatron_irl.run.guard import CollapseGuard
 from megatron_irl.run.runlog import RunLog, write_atomically
 
@@ -66,7 +66,11 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
     """
     evaluations = evaluation_rows(rounds)
     columns = shown_columns([evaluation for _, evaluation in evaluations])
-    charts = step_charts(metrics, ln2_line=_starts_at_ln2(recipe, metrics))
+    rules = _rules(recipe)
+    explicit = rules is not None and rules.reward == "explicit"
+    charts = step_charts(
+        metrics, ln2_line=_starts_at_ln2(recipe, metrics), explicit_reward=explicit
+    )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
@@ -74,7 +78,7 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
         name=name,
         facts=_facts(recipe),
         status=_status(recipe, metrics, rounds),
-        warnings=_warnings(metrics, rounds),
+        warnings=_warnings(metrics, rounds, explicit_reward=explicit),
         evaluation_titles=[title for title, _ in columns],
         evaluation_rows=[(label, [text(evaluation) for _, text in columns])
                          for label, evaluation in evaluations],
@@ -90,11 +94,11 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
 def evaluation_rows(rounds: Sequence[Record]) -> list[tuple[str, Record]]:
     """Return (label, evaluation): before training first, then after each round that has one."""
     rows = []
-    before = _section(rounds[0], "evaluation_before") if rounds else {}
+    before = section(rounds[0], "evaluation_before") if rounds else {}
     if before:
         rows.append(("before", before))
     for i, record in enumerate(rounds):
-        evaluation = _section(record, "evaluation")
+        evaluation = section(record, "evaluation")
         if evaluation:
             rows.append((f"round {record.get('round', i)}", evaluation))
     return rows
@@ -106,16 +110,17 @@ def _starts_at_ln2(recipe: Record, metrics: Sequence[Record]) -> bool:
     With an anchor or a stream of preferences the whole loss is more than that; then it is the part
     that the metrics name, where they do.
     """
-    algorithm, reward = _section(recipe, "algorithm"), _section(recipe, "reward")
-    if algorithm.get("name") == "rft":
-        loss, part = reward.get("loss"), "loss/reward"
-        is_sum = algorithm.get("nll_coefficient") or reward.get("preferences")
-    else:
-        loss, part = algorithm.get("loss"), "loss/margin"
-        is_sum = algorithm.get("nll_coefficient")
-    if algorithm.get("name") == "sft" or loss not in ("sigmoid", "logistic"):
+    rules = _rules(recipe)
+    if rules is None:
         return False
-    return not is_sum or any(part in line for line in metrics)
+    is_ln2, part = rules.ln2_curve(recipe)
+    return is_ln2 and (not part or any(part in line for line in metrics))
+
+
+def _rules(recipe: Record) -> AlgorithmRules | None:
+    """The run's algorithm; None where this version does not know it."""
+    name = section(recipe, "algorithm").get("name")
+    return rules_of(name) if name in REGISTRY else None
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -128,36 +133,19 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe if isinstance(recipe, dict) else {}
 
 
-def _section(record: Record, key: str) -> Record:
-    value = record.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
 def _facts(recipe: Record) -> list[tuple[str, str]]:
     """Return what the page's head lists, leaving out what is unknown."""
-    algorithm, parallel = _section(recipe, "algorithm"), _section(recipe, "parallel")
-    environment, train = _section(recipe, "environment"), _section(recipe, "train")
+    algorithm, parallel = section(recipe, "algorithm"), section(recipe, "parallel")
+    environment, train = section(recipe, "environment"), section(recipe, "train")
     layout = " × ".join(f"{short}{parallel[key]}" for key, short in _LAYOUT if parallel.get(key))
     if parallel.get("sequence_parallel"):
         layout += " + SP"
-    beta = algorithm.get("beta")
-    if isinstance(beta, list | tuple):
-        beta = beta[0] if len(set(beta)) == 1 else ", ".join(map(str, beta))
-    method = [algorithm.get("name")]
-    if algorithm.get("name") == "rft":
-        reward, policy = _section(recipe, "reward"), _section(recipe, "policy")
-        method += [f"{reward.get('loss')} reward loss", f"{reward.get('trunk')} trunk",
-                   f"{policy.get('samples_per_prompt')} samples a prompt", f"β {beta}",
-                   f"reference {algorithm.get('reference')}"]
-    elif algorithm.get("name") not in (None, "sft"):
-        method += [f"{algorithm.get('loss')} loss", f"β {beta}",
-                   f"reference {algorithm.get('reference')}"]
-        if algorithm.get("nll_coefficient"):
-            method.append(f"NLL anchor {algorithm['nll_coefficient']}")
-    versions = _section(environment, "versions")
-    optimizer = _section(recipe, "optimizer")
+    rules = _rules(recipe)
+    method = [algorithm.get("name"), *(rules.facts(recipe) if rules else ())]
+    versions = section(environment, "versions")
+    optimizer = section(recipe, "optimizer")
     facts = {
-        "Model": _section(recipe, "model").get("hf"),
+        "Model": section(recipe, "model").get("hf"),
         "Algorithm": ", ".join(str(part) for part in method if part is not None),
         "Schedule": _join({"rounds": algorithm.get("rounds"),
                            "steps per round": algorithm.get("steps_per_round"),
@@ -166,7 +154,7 @@ def _facts(recipe: Record) -> list[tuple[str, str]]:
                            "batch": train.get("global_batch_size"), "lr": optimizer.get("lr")}),
         "Layout": layout,
         "Precision": recipe.get("precision"),
-        "Data": _data(_section(recipe, "data")),
+        "Data": _data(section(recipe, "data")),
         "Seed": recipe.get("seed"),
         "Versions": ", ".join(f"{package} {version}" for package, version in versions.items()),
         "Git revision": environment.get("git_revision"),
@@ -191,7 +179,7 @@ def _data(section: Record) -> str:
 def _status(recipe: Record, metrics: Sequence[Record],
             rounds: Sequence[Record]) -> list[tuple[str, str]]:
     """Return the few numbers at the top: how far the run is and what it has cost."""
-    algorithm = _section(recipe, "algorithm")
+    algorithm = section(recipe, "algorithm")
     planned = algorithm.get("rounds")
     status = [("rounds", f"{len(rounds)} of {planned}" if planned else str(len(rounds)))]
     steps = max((line["step"] for line in metrics if isinstance(line.get("step"), int)), default=0)
@@ -199,7 +187,7 @@ def _status(recipe: Record, metrics: Sequence[Record],
         (algorithm.get("reward_steps") or 0) + (algorithm.get("policy_steps") or 0))
     total = f" of {planned * per_round:,}" if planned and per_round else ""
     status.append(("optimizer steps", f"{steps:,}{total}"))
-    seconds = sum(_section(record, "time").get("total") or 0 for record in rounds)
+    seconds = sum(section(record, "time").get("total") or 0 for record in rounds)
     if seconds:
         status.append(("time in rounds", format_seconds(seconds)))
     tokens = sum(line.get("tokens") or 0 for line in metrics)
@@ -208,13 +196,15 @@ def _status(recipe: Record, metrics: Sequence[Record],
     return status
 
 
-def _warnings(metrics: Sequence[Record], rounds: Sequence[Record]) -> list[tuple[Any, str]]:
+def _warnings(
+    metrics: Sequence[Record], rounds: Sequence[Record], *, explicit_reward: bool
+) -> list[tuple[Any, str]]:
     """Return (round, warning): those in the round lines, and those of a round in progress."""
     found = [(record.get("round", i), text) for i, record in enumerate(rounds)
              for text in record.get("guard") or []]
     running = metrics[-1].get("round") if metrics else None
     if running is not None and all(record.get("round") != running for record in rounds):
-        guard = CollapseGuard()
+        guard = CollapseGuard(has_implicit_reward=not explicit_reward)
         for line in metrics:
             if line.get("round") == running:
                 guard.feed(line)
@@ -229,7 +219,7 @@ def _generation_table(rounds: Sequence[Record]) -> list[list[str]]:
                ("truncated", "truncated", ",.0f"), ("duplicates", "duplicates", ",.0f"),
                ("empty", "empty", ",.0f"), ("usable", "usable", ",.0f"),
                ("repetition", "repeated 4-grams", ".1%"))
-    records = [(record.get("round", i), _section(record, "generation"))
+    records = [(record.get("round", i), section(record, "generation"))
                for i, record in enumerate(rounds)]
     shown = [column for column in columns if any(column[0] in record for _, record in records)]
     if not shown:

@@ -1,6 +1,6 @@
 """Where a run stands: exactly what a checkpoint must restore besides tensors."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -13,7 +13,6 @@ class RunState:
         round: The round in progress, from 0; equal to ``algorithm.rounds`` when all are done.
         step_in_round: Optimizer steps done in that round.
         evaluation: Held-out numbers of the policy at the start of the round.
-        examples: A few prompts with the responses of that policy.
         summary: What the phases of the round in progress have said for the round's line.
         seconds: Time spent so far, by phase of the round in progress.
     """
@@ -22,13 +21,15 @@ class RunState:
     round: int = 0
     step_in_round: int = 0
     evaluation: dict[str, Any] = field(default_factory=dict)
-    examples: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunState":
-        return cls(**values)
+        """From a checkpoint; what earlier versions kept and nobody reads is passed over."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron_irl.data.packing import assign, pack
 from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.scoring import Sequences
 from megatron_irl.types import Demonstration, PackedBatch, Pair, Rollout
 
-Sequences = list[tuple[np.ndarray, np.ndarray]]
 Item = Demonstration | Pair | Preference | Rollout
 
 
@@ -34,27 +32,7 @@ def draw(items: Sequence[Item], seed: int, step: int, size: int) -> list[Item]:
 
     A pure function of its arguments, so a resumed run draws what the uninterrupted one would.
     """
-    sampler = OrderedSampler(len(items), seed)
-    sampler.load_state_dict({"position": step * size})
-    return [items[i] for i in sampler.take(size)]
-
-
-def token_budget_split(sequences: Sequences, *, max_tokens: int) -> list[list[int]]:
-    """Split sequences for evaluation, longest first, up to ``max_tokens`` together.
-
-    Only positions: there may be millions of sequences, of which a rank packs its own and those
-    only when their turn comes. A longer sequence is alone.
-    """
-    lengths = [sum(map(len, sequence)) for sequence in sequences]
-    split: list[list[int]] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not split or tokens + lengths[index] > max_tokens:
-            split.append([])
-            tokens = 0
-        split[-1].append(index)
-        tokens += lengths[index]
-    return split
+    return [items[i] for i in OrderedSampler(len(items), seed, step * size).take(size)]
 
 
 def num_tokens(item: Item) -> int:

@@ -84,21 +84,25 @@ def shards_optimizer(recipe: Recipe) -> bool:
 
 
 def build_optimizer(
-    recipe: Recipe, config: TransformerConfig, chunks: Sequence[Any], topology: Topology
-) -> tuple[Any, OptimizerParamScheduler]:
-    """Build Megatron's optimizer over DDP-wrapped chunks, and its schedule.
+    options: OptimizerConfig, chunks: Sequence[Any], topology: Topology, *,
+    head_lr: float | None = None, min_lr_ratio: float = 0.0,
+) -> Any:
+    """Megatron's optimizer over a policy's chunks, the reward head in a group of its own.
+
+    Args:
+        options: As ``build_optimizer_config`` makes it.
+        chunks: DDP-wrapped.
+        head_lr: Peak learning rate of the reward head; None: the model has none.
+        min_lr_ratio: Its final learning rate as a share of the peak.
 
     Collectives: every rank must call.
     """
-    options = build_optimizer_config(recipe, config)
     overrides = None
-    if recipe.algorithm.name == "rft":
-        ratio = recipe.schedule.min_lr_ratio
+    if head_lr is not None:
         overrides = get_standard_config_overrides(options) | reward_head_group(
-            recipe.reward.lr, min_lr=recipe.reward.lr * ratio
+            head_lr, min_lr=head_lr * min_lr_ratio
         )
-    optimizer = build_megatron_optimizer(options, chunks, topology, overrides=overrides)
-    return optimizer, build_schedule(recipe, optimizer)
+    return build_megatron_optimizer(options, chunks, topology, overrides=overrides)
 
 
 def build_megatron_optimizer(

@@ -1,27 +1,33 @@
-"""One optimizer step, or one evaluation pass, through Megatron's pipeline schedules.
+"""Optimizer steps: a batch is drawn, the policy updated, the schedule moved on.
 
 The only place where an objective's ``LossOutput`` becomes Megatron's (loss, count, report).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_irl import hardware
-from megatron_irl.data.packing import lengthen
+from megatron_irl.config import Recipe
+from megatron_irl.data.sampler import order_seed
 from megatron_irl.errors import TrainingDiverged
-from megatron_irl.model.forward import HeadProcessor, forward_packed
 from megatron_irl.parallel.reduce import reduce_metrics
-from megatron_irl.parallel.topology import Topology
-from megatron_irl.train.optimizer import Frozen, freeze
-from megatron_irl.types import Heads, LossOutput, Metric, PackedBatch
+from megatron_irl.policy.policy import Policy
+from megatron_irl.train.batches import Item, draw, microbatches_for, num_tokens
+from megatron_irl.train.optimizer import (
+    Frozen,
+    build_schedule,
+    current_lr,
+    freeze,
+    reset_optimizer,
+)
+from megatron_irl.types import HeadChoice, LossOutput, Metric, PackedBatch
 
 from megatron.core.distributed import finalize_model_grads  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 from megatron.core.utils import get_model_config  # isort: skip
 
 Objective = Callable[[Any, PackedBatch], LossOutput]
@@ -39,32 +45,24 @@ class StepResult:
 
 
 class Stepper:
-    """Drives Megatron's schedule over packed microbatches on this rank's model chunks.
+    """Updates a policy.
 
     Args:
-        chunks: DDP-wrapped model chunks for training; bare ones suffice for evaluation.
-        optimizer: Megatron's optimizer, or None for evaluation only.
-        chunk_size: Response rows whose logits exist at one time.
+        policy: Over DDP-wrapped model chunks.
+        optimizer: Megatron's optimizer over the same chunks.
     """
 
-    def __init__(
-        self, chunks: Sequence[Any], topology: Topology, *, optimizer: Any = None,
-        chunk_size: int = 2048,
-    ) -> None:
-        self.chunks = list(chunks)
-        self.topology = topology
-        self.optimizer = optimizer
-        self.processor = HeadProcessor(chunk_size)
-        self.config = get_model_config(self.chunks[0])
-        self.config.finalize_model_grads_func = partial(
-            finalize_model_grads, pg_collection=topology.groups
+    def __init__(self, policy: Policy, optimizer: Any) -> None:
+        self.policy, self.optimizer = policy, optimizer
+        # Called by the schedule after the last backward: reduces gradients over data parallelism
+        # and tied embeddings over the pipeline, and divides by the global count.
+        get_model_config(policy.chunks[0]).finalize_model_grads_func = partial(
+            finalize_model_grads, pg_collection=policy.topology.groups
         )
-        virtual = topology.vpp_size if topology.vpp_size > 1 else None
-        self.schedule = get_forward_backward_func(topology.pp_size, virtual)
 
     def train_step(
         self, microbatches: Sequence[PackedBatch], objective: Objective, *,
-        heads: Heads = "logprobs", frozen: Frozen = None, where: str = "",
+        heads: HeadChoice = "logprobs", frozen: Frozen = None, where: str = "",
     ) -> StepResult:
         """Forward, backward, one update.
 
@@ -81,12 +79,15 @@ class Stepper:
 
         Collectives: every rank must call.
         """
-        for chunk in self.chunks:
+        policy = self.policy
+        for chunk in policy.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run(microbatches, objective, heads, forward_only=False)
-        metrics = reduce_metrics(reports, self.topology, hardware.device())
+        loss_of = partial(_megatron_loss, objective)
+        reports = policy.schedule.forward_backward(microbatches, heads, loss_of)
+        # Reads the device: the one wait of a step before the update. The check below needs it.
+        metrics = reduce_metrics(reports, policy.topology, hardware.device())
         loss = metrics.pop("loss")
         if not _finite(loss):
             raise TrainingDiverged(f"the loss is {loss} {where}")
@@ -97,75 +98,99 @@ class Stepper:
             raise TrainingDiverged(f"the gradient norm is {grad_norm} {where}")
         return StepResult(loss, grad_norm, metrics)
 
-    def token_logprobs(self, microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
-        """Per microbatch, per sequence: float32 response log-probabilities on the CPU.
 
-        Evaluation mode, no gradient. Empty except on the last pipeline stage.
-        Collectives: tensor and pipeline parallel ranks of one replica must call together.
+@dataclass(frozen=True)
+class Stream:
+    """Items that every step takes a global batch of.
+
+    Attributes:
+        seed: Of their order.
+        step: How many batches were taken before.
+    """
+
+    items: Sequence[Item]
+    seed: int
+    step: int
+
+
+class Trainer:
+    """Owns the optimizer and its schedule.
+
+    Args:
+        recipe: Resolved; its ``train``, ``schedule`` and ``algorithm`` sections are read.
+        policy: Over DDP-wrapped chunks.
+        optimizer: Megatron's, over the same chunks.
+    """
+
+    def __init__(self, recipe: Recipe, policy: Policy, optimizer: Any) -> None:
+        self.recipe, self.policy, self.optimizer = recipe, policy, optimizer
+        self.stepper = Stepper(policy, optimizer)
+        self.scheduler = build_schedule(recipe, optimizer)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return current_lr(self.optimizer)
+
+    def restart(self) -> None:
+        """Forget the moments and begin the schedule anew; the weights stay."""
+        reset_optimizer(self.optimizer)
+        self.scheduler = build_schedule(self.recipe, self.optimizer)
+
+    def step(
+        self, streams: Sequence[Stream], objective: Objective, *, heads: HeadChoice,
+        frozen: Frozen, where: str,
+    ) -> tuple[StepResult, int]:
+        """One update on a global batch of every stream.
+
+        Returns:
+            What the step did, and the tokens it processed over all ranks.
+
+        Raises and collectives: as ``Stepper.train_step``.
         """
-        return [
-            list(out.cpu().split(batch.lengths_S.tolist()))
-            for out, batch in self._evaluate(microbatches, "logprobs")
-        ]
+        batch, microbatches = self.draw_batch(streams)
+        result = self.stepper.train_step(
+            microbatches, objective, heads=heads, frozen=frozen, where=where
+        )
+        self.scheduler.step(1)
+        return result, sum(map(num_tokens, batch))
 
-    def rewards(self, microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
-        """Per microbatch, per sequence: the float32 scalar reward on the CPU.
-
-        Evaluation mode, no gradient; the model must have a reward head. Empty except on the last
-        pipeline stage.
-        Collectives: tensor and pipeline parallel ranks of one replica must call together.
-        """
-        return [list(out.cpu()) for out, _ in self._evaluate(microbatches, "rewards")]
-
-    def _evaluate(
-        self, microbatches: Sequence[PackedBatch], heads: Heads
-    ) -> Iterator[tuple[Tensor, PackedBatch]]:
-        padded = self._fill_pipeline(microbatches)
-        outputs = self._run(padded, None, heads, forward_only=True)[: len(microbatches)]
-        return zip(outputs, microbatches, strict=False)
-
-    def _run(
-        self, microbatches: Sequence[PackedBatch], objective: Objective | None, heads: Heads, *,
-        forward_only: bool,
-    ) -> list[Any]:
-        longest = max(batch.tokens_T.shape[1] for batch in microbatches)
-        if self.topology.vpp_size > 1:  # the interleaved schedule knows one shape only
-            microbatches = [lengthen(batch, longest) for batch in microbatches]
-        iterators = [iter(microbatches) for _ in self.chunks]
-        for chunk in self.chunks:
-            chunk.train(not forward_only)
-        with torch.set_grad_enabled(not forward_only):
-            return self.schedule(
-                forward_step_func=partial(self._forward_step, objective, heads),
-                data_iterator=iterators if len(iterators) > 1 else iterators[0],
-                model=self.chunks if len(iterators) > 1 else self.chunks[0],
-                num_microbatches=len(microbatches),
-                seq_length=longest,
-                micro_batch_size=1,  # one packed row
-                forward_only=forward_only,
-                collect_non_loss_data=objective is None,
+    def draw_batch(self, streams: Sequence[Stream]) -> tuple[list[Item], list[PackedBatch]]:
+        """The next global batch, and this rank's microbatches of it; equal draws on every rank."""
+        options = self.recipe.train
+        batch: list[Item] = []
+        microbatches: list[PackedBatch] = []
+        for stream in streams:
+            drawn = draw(stream.items, stream.seed, stream.step, options.global_batch_size)
+            batch += drawn
+            microbatches += microbatches_for(
+                drawn, self.policy.topology, micro_batch_size=options.micro_batch_size,
+                multiple_of=self.policy.multiple_of,
             )
-
-    def _forward_step(
-        self, objective: Objective | None, heads: Heads, iterator: Iterator[PackedBatch],
-        chunk: nn.Module,
-    ) -> tuple[Any, Callable[..., Any]]:
-        batch = next(iterator).to(hardware.device())
-        output = forward_packed(chunk, batch, self.processor, heads)
-        if objective is None:
-            return output, _keep_output
-        return output, partial(_megatron_loss, objective, batch)
-
-    def _fill_pipeline(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """Repeat the last microbatch until the interleaved schedule accepts the number."""
-        group = self.topology.pp_size if self.topology.vpp_size > 1 else 1
-        missing = -len(microbatches) % group
-        return list(microbatches) + [microbatches[-1]] * missing
+        return batch, microbatches
 
 
-def _keep_output(output: Tensor, non_loss_data: bool = True) -> Tensor:
-    del non_loss_data
-    return output.detach()
+def streams_of(
+    streams: Sequence[tuple[Sequence[Item], bool]], *, seed: int, round: int, step: int,
+    first: int, last: int,
+) -> list[Stream]:
+    """Where a step of a round stands in each stream of its phase; streams without items go.
+
+    Args:
+        streams: (items, whether the next round goes on with them where this one ends).
+        seed: Of the run.
+        step: Steps of the round done before this one.
+        first, last: Of the phase, in steps of the round.
+    """
+    found = []
+    for items, outlasts_round in streams:
+        if not items:
+            continue
+        position, begun_in = step - first, round
+        if outlasts_round:
+            position, begun_in = position + round * (last - first), 0
+        found.append(Stream(items, order_seed(seed, begun_in, min(first, 1)), position))
+    return found
 
 
 def _megatron_loss(

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from typing import Any
 
 # Before any redirection: a module of Megatron's takes the real standard error when imported.
 import megatron_irl.run.loop  # noqa: F401
@@ -19,3 +20,25 @@ def command(arguments: list[str]) -> tuple[int, str]:
             return main(arguments), errors.getvalue()
     finally:
         recorder.write_report = report
+
+
+def states_saved(arguments: list[str]) -> list[dict[str, Any]]:
+    """The run states that this rank hands to its checkpoints, in order."""
+    import copy
+
+    from megatron_irl.storage.checkpoint import Checkpointer
+
+    states: list[dict[str, Any]] = []
+    original = Checkpointer.save
+
+    def spy(self: Any, step: int, chunks: Any, optimizer: Any, scheduler: Any, state: Any) -> None:
+        states.append(copy.deepcopy(state))
+        original(self, step, chunks, optimizer, scheduler, state)
+
+    Checkpointer.save = spy
+    try:
+        code, errors = command(arguments)
+    finally:
+        Checkpointer.save = original
+    assert code == 0, errors
+    return states

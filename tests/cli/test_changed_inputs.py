@@ -58,7 +58,8 @@ def test_another_evaluation_limit_after_a_kill_in_the_first_evaluation(
     mapping = small(sections, tmp_path / "run")
     mapping["generation"] = mapping["generation"] | {"chunk_size": 8}
     recipe = write_recipe(tmp_path / "r.yaml", **mapping)
-    stop(monkeypatch, recipe, "megatron_irl.evaluation.heldout._sample_numbers", after=False)
+    stop(monkeypatch, recipe, "megatron_irl.evaluation.heldout.Evaluator._sample_numbers",
+         after=False)
     result = run("train", recipe, "evaluation.limit=2")
     assert result.code == 0, result.err
     rounds = read_jsonl(tmp_path / "run" / "rounds.jsonl")
@@ -78,7 +79,7 @@ def test_other_held_out_preferences_get_their_own_references(
     mapping = small(sections, tmp_path / "run")
     mapping["data"] = mapping["data"] | {"eval_preferences": two}
     recipe = write_recipe(tmp_path / "r.yaml", **mapping)
-    stop(monkeypatch, recipe, "megatron_irl.run.session.Session.save", 2)
+    stop(monkeypatch, recipe, "megatron_irl.run.run.Run.save", 2)
     result = run("train", recipe, f"data.eval_preferences={three}")
     assert result.code == 0, result.err
     last = read_jsonl(tmp_path / "run" / "rounds.jsonl")[-1]["evaluation"]
@@ -94,7 +95,7 @@ def test_changed_demonstrations_are_refused(sections, data, tmp_path, monkeypatc
     mapping = small(sections, tmp_path / "run", steps_per_round=2, prompts_per_round=8)
     mapping["data"] = mapping["data"] | {"train": str(train)}
     recipe = write_recipe(tmp_path / "r.yaml", **mapping)
-    stop(monkeypatch, recipe, "megatron_irl.run.session.Session.save", 1)
+    stop(monkeypatch, recipe, "megatron_irl.run.run.Run.save", 1)
     before = pairs_of(tmp_path / "run", 1)
     train.write_text("".join(lines[1:]))
     refused("train", recipe, named=("other records", "data.train", "Restore"))
@@ -106,12 +107,12 @@ def test_changed_demonstrations_are_refused(sections, data, tmp_path, monkeypatc
 def test_all_samples_equal_their_demonstrations_is_said(
     sections, tmp_path, monkeypatch, no_report
 ):
-    from megatron_irl.algorithms import phases
+    from megatron_irl.algorithms import pair_steps
 
     def none_usable(pairs):
         return [], {"duplicates": len(pairs), "empty": 0, "usable": 0}
 
-    monkeypatch.setattr(phases, "usable_pairs", none_usable)
+    monkeypatch.setattr(pair_steps, "usable_pairs", none_usable)
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, tmp_path / "run"))
     result = run("train", recipe)
     assert result.code == 0, result.err

@@ -1,6 +1,6 @@
 """Greedy evaluation in chunks."""
 
-from megatron_irl.evaluation import heldout as evaluate
+from megatron_irl.evaluation import heldout
 from tests.cli.harness import read_jsonl, run, write_recipe
 
 
@@ -9,13 +9,13 @@ def test_greedy_answers_are_generated_in_chunks(sections, tmp_path, monkeypatch,
     sections["algorithm"] = {"name": "sft", "rounds": 1, "steps_per_round": 1}
     sections["evaluation"] = {"samples": False}
     sections["logging"]["samples"] = 5
-    sizes, original = [], evaluate.generate
+    sizes, original = [], heldout.generate
 
-    def counting(session, prompts, **options):
+    def counting(policy, prompts, *options):
         sizes.append(len(prompts))
-        return original(session, prompts, **options)
+        return original(policy, prompts, *options)
 
-    monkeypatch.setattr(evaluate, "generate", counting)
+    monkeypatch.setattr(heldout, "generate", counting)
     found = []
     for chunk_size in (2, 5):
         sections["generation"]["chunk_size"] = chunk_size

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.cli.harness import run, write_recipe
+from tests.cli import harness
+from tests.cli.harness import write_recipe
 from tests.convert.tiny import make_tiny_llama
 from tests.dist.memory import live_tensors, storage_bytes
 
@@ -35,30 +36,30 @@ class Probe:
         self.sizes, self.copies, self.starts, self.keep_a_copy = [], [], [], False
         step = loop.optimizer_step
 
-        def watched(session, items, objective):
-            matrices = [p for c in session.chunks for p in c.parameters() if p.ndim == 2]
-            if session.state.step_in_round == 0:
+        def watched(run, phase, work):
+            matrices = [p for c in run.policy.chunks for p in c.parameters() if p.ndim == 2]
+            if run.state.step_in_round == 0:
                 self.starts.append([p.detach().numpy().copy() for p in matrices])
             extra = [p.detach().clone() for p in matrices] if self.keep_a_copy else []
-            update = session.optimizer.step
+            update = run.trainer.optimizer.step
 
             def update_and_look():
                 result = update()
-                self.look(session, matrices)
+                self.look(run, matrices)
                 return result
 
-            session.optimizer.step = update_and_look
+            run.trainer.optimizer.step = update_and_look
             try:
-                step(session, items, objective)
+                step(run, phase, work)
             finally:
-                session.optimizer.step = update
+                run.trainer.optimizer.step = update
             del extra
 
         monkeypatch.setattr(loop, "optimizer_step", watched)
 
-    def look(self, session, matrices):
+    def look(self, run, matrices):
         tensors = live_tensors()
-        weights = sum(p.nbytes for c in session.chunks for p in c.parameters())
+        weights = sum(p.nbytes for c in run.policy.chunks for p in c.parameters())
         self.sizes.append((storage_bytes(tensors) - storage_bytes(self.others)) / weights)
         own = {p.untyped_storage().data_ptr() for p in matrices}
         own |= {t.untyped_storage().data_ptr() for t in self.others}
@@ -84,7 +85,7 @@ def recipe_for(sections, larger_model, tmp_path):
 @pytest.mark.parametrize("reference", ["round_start", "initial"])
 def test_no_second_copy(recipe_for, monkeypatch, no_report, reference):
     probe = Probe(monkeypatch)
-    result = run("train", recipe_for(reference))
+    result = harness.run("train", recipe_for(reference))
     assert result.code == 0, result.err
     first, second = probe.starts
     assert not any(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
@@ -95,6 +96,6 @@ def test_no_second_copy(recipe_for, monkeypatch, no_report, reference):
 def test_a_second_copy_would_be_seen(recipe_for, monkeypatch, no_report):
     probe = Probe(monkeypatch)
     probe.keep_a_copy = True
-    assert run("train", recipe_for("round_start")).code == 0
+    assert harness.run("train", recipe_for("round_start")).code == 0
     assert min(probe.sizes) > EXPECTED + 0.9
     assert probe.copies[0] > 0 and probe.copies[2] > 0  # the first update of each round

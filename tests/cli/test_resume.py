@@ -15,10 +15,11 @@ def kill_after(monkeypatch, target: str, calls: int, *, after: bool):
     module, name = target.rsplit(".", 1)
     import importlib
 
-    if module.endswith("Session"):
-        owner = importlib.import_module(module.rsplit(".", 1)[0]).Session
-    else:
+    try:
         owner = importlib.import_module(module)
+    except ModuleNotFoundError:  # a class of a module
+        module, kind = module.rsplit(".", 1)
+        owner = getattr(importlib.import_module(module), kind)
     original, count = getattr(owner, name), [0]
 
     def wrapped(*args, **kwargs):
@@ -50,10 +51,10 @@ def pairs_of(folder, rounds):
 
 
 CASES = {
-    "mid-generation": ("megatron_irl.run.rounds.generate", 4, True, {}),
-    "mid-reference": ("megatron_irl.run.rounds._score_pairs", 2, False, {}),
+    "mid-generation": ("megatron_irl.policy.pairs.generate", 4, True, {}),
+    "mid-reference": ("megatron_irl.policy.pairs._score_pairs", 2, False, {}),
     "mid-round": ("megatron_irl.run.loop.optimizer_step", 3, True, {}),
-    "round end": ("megatron_irl.run.session.Session.save", 1, True, {}),
+    "round end": ("megatron_irl.run.run.Run.save", 1, True, {}),
     "initial reference": (
         "megatron_irl.run.loop.optimizer_step", 3, True, {"reference": "initial"}
     ),
@@ -180,7 +181,7 @@ def test_unfinished_run_generates_from_its_checkpoint(
     folder = tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, folder))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, "megatron_irl.run.session.Session.save", 1, after=True)
+        kill_after(patch, "megatron_irl.run.run.Run.save", 1, after=True)
         run("train", recipe)
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}])
     result = run("generate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "o.jsonl",

@@ -54,7 +54,7 @@ def test_filter_needs_the_last_round(sections, tmp_path, monkeypatch, no_report)
     """A round before has its own demonstrations only; the run, finished, has all."""
     recipe, run_folder = write_recipe(tmp_path / "r.yaml", **sections), tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, "megatron_irl.algorithms.rewards.score_round", 2, after=False)
+        kill_after(patch, "megatron_irl.algorithms.rft_steps.score_round", 2, after=False)
         run("train", recipe)
     keep = ("filter", run_folder, "--out", tmp_path / "kept.jsonl", "--top-quantile", 0.5)
     refused(*keep, named=("round 0", "the 6 demonstrations", "reward.ledger", "train"))
@@ -185,11 +185,11 @@ def test_tool_converts_its_checkpoint_into_the_same_folders(finished, tmp_path, 
 
 CASES = {
     "in reward learning": ("megatron_irl.run.loop.optimizer_step", 2, True),
-    "in scoring": ("megatron_irl.algorithms.rewards.score_rewards", 2, False),
-    "before the first policy step": ("megatron_irl.algorithms.rewards.write_ledger", 1, True),
+    "in scoring": ("megatron_irl.policy.policy.Policy.score_rewards", 2, False),
+    "before the first policy step": ("megatron_irl.algorithms.rft_steps.write_ledger", 1, True),
     "in policy steps": ("megatron_irl.run.loop.optimizer_step", 4, True),
     "in the second round": ("megatron_irl.run.loop.optimizer_step", 7, True),
-    "while writing the reward": ("megatron_irl.run.loop.export_hf_reward", 1, False),
+    "while writing the reward": ("megatron_irl.algorithms.rft_steps.export_hf_reward", 1, False),
 }
 
 
@@ -226,7 +226,7 @@ def test_unfinished_run_scores_from_its_checkpoint(sections, tmp_path, monkeypat
     sections["reward"]["ledger"] = "every_round"
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, "megatron_irl.run.session.Session.save", 1, after=True)
+        kill_after(patch, "megatron_irl.run.run.Run.save", 1, after=True)
         run("train", recipe)
     records = [{"prompt": d["messages"][:1], "responses": [d["messages"][1]["content"]]}
                for d in read_jsonl(Path(sections["data"]["train"]))]

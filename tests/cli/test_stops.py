@@ -68,15 +68,15 @@ def diverged(model, data, tmp_path_factory):
 
             original = loop.optimizer_step
 
-            def poisoned(session, phase, work):
+            def poisoned(running, phase, work):
                 def bad(logprobs_R, batch):
                     out = work.objective(logprobs_R, batch)
                     return type(out)(out.total * value, out.weight, out.metrics)
 
-                if session.state.step + 1 == step:
-                    original(session, phase, dataclasses.replace(work, objective=bad))
+                if running.state.step + 1 == step:
+                    original(running, phase, dataclasses.replace(work, objective=bad))
                 else:
-                    original(session, phase, work)
+                    original(running, phase, work)
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(loop, "optimizer_step", poisoned)

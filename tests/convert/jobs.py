@@ -14,9 +14,8 @@ from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.convert.megatron_folder import load_megatron, sharded_weights
 from megatron_irl.errors import UserError
-from megatron_irl.policy.scoring import score_sequences
+from megatron_irl.policy.policy import Policy
 from megatron_irl.storage.checkpoint import Checkpointer
-from megatron_irl.train.step import Stepper
 from tests.dist.jobs import (
     Layout,
     build,
@@ -92,7 +91,7 @@ def save_training(hf: str, layout: Layout, folder: str, export: str) -> None:
     from megatron_irl.train.batches import microbatches_for
 
     stepper = build_trainer(hf, layout, {"lr": 1e-2})
-    topology = stepper.topology
+    topology = stepper.policy.topology
     batches = microbatches_for(
         make_pairs(3, 8, 128), topology, micro_batch_size=2, multiple_of=multiple_of(layout)
     )
@@ -101,11 +100,11 @@ def save_training(hf: str, layout: Layout, folder: str, export: str) -> None:
     topology.barrier()
     scheduler = Scheduler()
     Checkpointer(Path(folder), topology, keep=1).save(
-        1, stepper.chunks, stepper.optimizer, scheduler, {"step": 1}
+        1, stepper.policy.chunks, stepper.optimizer, scheduler, {"step": 1}
     )
     config = read_hf_config(Path(hf))
     export_hf(
-        stepper.chunks, architecture(config), config, Path(export), source_dir=Path(hf),
+        stepper.policy.chunks, architecture(config), config, Path(export), source_dir=Path(hf),
         topology=topology,
     )
 
@@ -137,10 +136,7 @@ def checkpoint_logprobs(
     """Response log-probabilities under a checkpoint's weights."""
     topology, chunks, _, arch = build(hf, layout)
     load_megatron(chunks, arch, Path(checkpoint), topology)
-    scores = score_sequences(
-        Stepper(chunks, topology), random_sequences(seed, num, vocab),
-        multiple_of=multiple_of(layout),
-    )
+    scores = Policy(chunks, topology, arch).score(random_sequences(seed, num, vocab))
     return [score.tolist() for score in scores]
 
 

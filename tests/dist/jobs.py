@@ -16,12 +16,13 @@ from megatron_irl.data.packing import alignment
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
-from megatron_irl.policy.scoring import score_sequences, summed
+from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.scoring import summed
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
 
@@ -75,16 +76,16 @@ def build_trainer(
     hf: str, layout: Layout, optimizer: dict[str, Any], *, chunk_size: int = 2048, **ddp: Any
 ) -> Stepper:
     """A stepper on DDP-wrapped chunks; ``optimizer`` holds Megatron's OptimizerConfig fields."""
-    topology, chunks, config, _ = build(hf, layout)
+    topology, chunks, _, arch = build(hf, layout)
     sharded = optimizer.get("optimizer", "adam") == "adam"
-    wrapped: list[Any] = list(
-        wrap_data_parallel(chunks, config, topology, {"use_distributed_optimizer": sharded} | ddp)
+    policy = Policy(chunks, topology, arch, rows_at_once=chunk_size).for_training(
+        build_ddp_config({"use_distributed_optimizer": sharded} | ddp)
     )
+    assert policy.multiple_of == multiple_of(layout)
     options = OptimizerConfig(
         params_dtype=torch.float32, weight_decay=0.0, use_distributed_optimizer=sharded, **optimizer
     )
-    built = build_megatron_optimizer(options, wrapped, topology)
-    return Stepper(wrapped, topology, optimizer=built, chunk_size=chunk_size)
+    return Stepper(policy, build_megatron_optimizer(options, policy.chunks, topology))
 
 
 def multiple_of(layout: Layout) -> int:
@@ -95,9 +96,9 @@ def multiple_of(layout: Layout) -> int:
 
 def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: float) -> None:
     """Commit pairs with references: those of the folder's weights, plus noise in nats."""
-    topology, chunks, _, _ = build(hf, {})
+    topology, chunks, _, arch = build(hf, {})
     sequences = [s for p in pairs for s in ((p.prompt_ids, p.demo_ids), (p.prompt_ids, p.sample_ids))]
-    sums = summed(score_sequences(Stepper(chunks, topology), sequences))
+    sums = summed(Policy(chunks, topology, arch).score(sequences))
     shift = noise * np.random.default_rng(seed).standard_normal(len(sums))
     for i, pair in enumerate(pairs):
         pair.ref_demo_logp = sums[2 * i] + float(shift[2 * i])
@@ -118,11 +119,9 @@ def token_logprobs(
     hf: str, layout: Layout, seed: int, num: int, vocab: int, max_tokens: int = 64
 ) -> list[list[float]]:
     """Response log-probabilities of ``random_sequences``, in several packs."""
-    topology, chunks, _, _ = build(hf, layout)
-    scores = score_sequences(
-        Stepper(chunks, topology, chunk_size=7), random_sequences(seed, num, vocab),
-        max_tokens=max_tokens, multiple_of=multiple_of(layout),
-    )
+    topology, chunks, _, arch = build(hf, layout)
+    policy = Policy(chunks, topology, arch, rows_at_once=7)
+    scores = policy.score(random_sequences(seed, num, vocab), max_tokens=max_tokens)
     return [score.tolist() for score in scores]
 
 
@@ -140,10 +139,7 @@ def steps_around_scoring(
     for num in (1, 24):
         numbers += _steps(stepper, folder, layout, 1)
         sequences = random_sequences(seed, num, vocab)
-        scores += score_sequences(
-            stepper, sequences, max_tokens=24, multiple_of=multiple_of(layout),
-            on_progress=shown.append,
-        )
+        scores += stepper.policy.score(sequences, max_tokens=24, on_progress=shown.append)
     return numbers, [score.tolist() for score in scores], shown
 
 
@@ -171,7 +167,7 @@ def engine_and_trainer(
     trained ones.
     """
     stepper = build_trainer(hf, layout, {"lr": 1e-3})
-    topology, chunks = stepper.topology, stepper.chunks
+    topology, chunks = stepper.policy.topology, stepper.policy.chunks
     stepper.train_step(
         microbatches_for(make_pairs(5, 8, vocab), topology, micro_batch_size=2,
                          multiple_of=multiple_of(layout)),
@@ -184,7 +180,7 @@ def engine_and_trainer(
     ) as generator:
         samples = generator.generate(prompts, options)
     pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
-    trainer = np.concatenate(score_sequences(stepper, pairs, multiple_of=multiple_of(layout)))
+    trainer = np.concatenate(stepper.policy.score(pairs))
     return np.concatenate([s.logprobs for s in samples]).tolist(), trainer.tolist()
 
 
@@ -204,8 +200,8 @@ def train_and_save(
     """Train as ``train_on_bank`` does, then write a checkpoint."""
     stepper = build_trainer(hf, layout, optimizer)
     numbers = _steps(stepper, folder, layout, steps)
-    checkpointer = Checkpointer(Path(out), stepper.topology, keep=1)
-    checkpointer.save(steps, stepper.chunks, stepper.optimizer, _Schedule(), {"step": steps})
+    checkpointer = Checkpointer(Path(out), stepper.policy.topology, keep=1)
+    checkpointer.save(steps, stepper.policy.chunks, stepper.optimizer, _Schedule(), {"step": steps})
     return numbers
 
 
@@ -216,10 +212,10 @@ def resume_and_train(
     """Read a checkpoint and train on; ``forget`` leaves the optimizer as it was built."""
     stepper = build_trainer(hf, layout, optimizer)
     with torch.no_grad():  # what is not read back would show
-        for parameter in (p for chunk in stepper.chunks for p in chunk.parameters()):
+        for parameter in (p for chunk in stepper.policy.chunks for p in chunk.parameters()):
             parameter.zero_()
-    checkpointer = Checkpointer(Path(out), stepper.topology, keep=1)
-    state = checkpointer.load(at, stepper.chunks, stepper.optimizer, _Schedule())
+    checkpointer = Checkpointer(Path(out), stepper.policy.topology, keep=1)
+    state = checkpointer.load(at, stepper.policy.chunks, stepper.optimizer, _Schedule())
     assert state == {"step": at}
     if forget:
         reset_optimizer(stepper.optimizer)
@@ -230,7 +226,7 @@ def _steps(
     stepper: Stepper, folder: str, layout: Layout, steps: int, micro_batch_size: int = 2
 ) -> list[tuple[float, float]]:
     batches = microbatches_for(
-        PairBank(folder).read_round(0), stepper.topology, micro_batch_size=micro_batch_size,
+        PairBank(folder).read_round(0), stepper.policy.topology, micro_batch_size=micro_batch_size,
         multiple_of=multiple_of(layout),
     )
     results = [stepper.train_step(batches, objective) for _ in range(steps)]

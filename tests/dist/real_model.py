@@ -6,8 +6,7 @@ import numpy as np
 
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.policy.scoring import score_sequences
-from megatron_irl.train.step import Stepper
+from megatron_irl.policy.policy import Policy
 from tests.dist.jobs import Layout, build
 
 Responses = list[tuple[list[int], list[float], list[float]]]
@@ -24,11 +23,11 @@ def generate_and_score(
         chunks, topology, max_sequence_length=longest, vocab_size=architecture.vocab_size
     ) as generator:
         drawn = [generator.generate(prompts, o) for o in options]
-    stepper = Stepper(chunks, topology)
+    policy = Policy(chunks, topology, architecture)
     results = []
     for samples in drawn:
         pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
-        scores = score_sequences(stepper, pairs)
+        scores = policy.score(pairs)
         results.append([
             (s.token_ids.tolist(), s.logprobs.tolist(), score.tolist())
             for s, score in zip(samples, scores, strict=True)

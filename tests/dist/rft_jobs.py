@@ -5,17 +5,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_irl.config import PolicyConfig, Recipe, recipe_from_mapping, resolve
+from megatron_irl.config import Recipe, recipe_from_mapping, resolve
 from megatron_irl.data.preferences import Preference
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import wrap_data_parallel
+from megatron_irl.model.build import build_ddp_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.train.batches import microbatches_for
-from megatron_irl.algorithms.objective import policy_objective, reward_objective
+from megatron_irl.algorithms.rft import PolicyConfig
+from megatron_irl.algorithms.rft_objectives import policy_objective, reward_objective
 from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
-from megatron_irl.algorithms.rewards import make_rollouts as make_advantages
-from megatron_irl.policy.scoring import score_rewards
+from megatron_irl.algorithms.advantages import make_rollouts as make_advantages
+from megatron_irl.policy.policy import Policy
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Pair, Rollout
 from tests.dist.jobs import Layout, build, make_pairs, multiple_of, random_sequences
@@ -55,7 +56,7 @@ def build_rft(
     precision: Any = "fp32",
 ) -> Stepper:
     """A stepper on chunks with a reward head of seeded weights, in a parameter group of its own."""
-    topology, chunks, config, _ = build(hf, layout, precision=precision)
+    topology, chunks, config, arch = build(hf, layout, precision=precision)
     attach_reward_head(chunks, topology, trunk_scale=trunk_scale)
     head = reward_head(chunks)
     assert (head is not None) == topology.is_last_stage
@@ -64,20 +65,20 @@ def build_rft(
         with torch.no_grad():
             head.weight.copy_(torch.from_numpy(head_weight(seed, config.hidden_size)))
     sharded = optimizer.get("optimizer", "adam") == "adam"
-    wrapped: list[Any] = list(
-        wrap_data_parallel(chunks, config, topology, {"use_distributed_optimizer": sharded})
+    policy = Policy(chunks, topology, arch).for_training(
+        build_ddp_config({"use_distributed_optimizer": sharded})
     )
     options = OptimizerConfig(
         lr=LR, bf16=config.bf16, params_dtype=config.params_dtype, weight_decay=0.0,
         use_distributed_optimizer=sharded, **optimizer,
     )
     built = build_megatron_optimizer(
-        options, wrapped, topology,
+        options, policy.chunks, topology,
         overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
     )
     for group in built.param_groups:
         group["lr"] = group["max_lr"]  # what the schedule does
-    return Stepper(wrapped, topology, optimizer=built)
+    return Stepper(policy, built)
 
 
 def rft_recipe(**reward: Any) -> Recipe:
@@ -101,12 +102,12 @@ def train_rft(
 
     def batches(items: Any) -> Any:
         return microbatches_for(
-            items, stepper.topology, micro_batch_size=2, multiple_of=multiple_of(layout)
+            items, stepper.policy.topology, micro_batch_size=2, multiple_of=multiple_of(layout)
         )
 
     def scores() -> list[float]:
-        return score_rewards(stepper, [(p.prompt_ids, p.demo_ids) for p in pairs], max_tokens=64,
-                             multiple_of=multiple_of(layout))
+        sequences = [(p.prompt_ids, p.demo_ids) for p in pairs]
+        return stepper.policy.score_rewards(sequences, max_tokens=64)
 
     before = scores()
     plain, heads = reward_objective(rft_recipe())
@@ -136,14 +137,14 @@ def moved(
     """Whether the trunk and the head move in a third step, after two steps gave Adam momentum."""
     stepper = build_rft(hf, layout, seed, {}, trunk_scale=trunk_scale)
     pairs = make_pairs(seed, 4, 128)
-    batches = microbatches_for(pairs, stepper.topology, micro_batch_size=2,
+    batches = microbatches_for(pairs, stepper.policy.topology, micro_batch_size=2,
                                multiple_of=multiple_of(layout))
     anchored, _ = reward_objective(rft_recipe(nll_coefficient=1.0))
     for _ in range(2):
         stepper.train_step(batches, anchored, heads="both")
 
     def snapshot() -> list[np.ndarray]:
-        named = [(n, p) for c in stepper.chunks for n, p in c.named_parameters()]
+        named = [(n, p) for c in stepper.policy.chunks for n, p in c.named_parameters()]
         return [
             np.concatenate([np.zeros(0)] + [
                 p.detach().numpy().ravel() for n, p in named if ("reward_head" in n) == is_head
@@ -155,7 +156,7 @@ def moved(
     plain, _ = reward_objective(rft_recipe())
     objective = plain if heads == "rewards" else policy_objective(rft_recipe())
     items: Any = pairs if heads == "rewards" else make_rollouts(seed, 4, 128)
-    batches = microbatches_for(items, stepper.topology, micro_batch_size=2,
+    batches = microbatches_for(items, stepper.policy.topology, micro_batch_size=2,
                                multiple_of=multiple_of(layout))
     stepper.train_step(batches, objective, heads=heads, frozen=frozen)  # type: ignore[arg-type]
     trunk, head = (not np.array_equal(a, b) for a, b in zip(before, snapshot(), strict=True))
@@ -165,12 +166,12 @@ def moved(
 def half_precision(hf: str, layout: Layout, seed: int) -> dict[str, Any]:
     """Dtypes of trunk and head in a bf16 model, and two reward steps of it."""
     stepper = build_rft(hf, layout, seed, {}, precision="bf16")
-    batches = microbatches_for(make_pairs(seed, 4, 128), stepper.topology, micro_batch_size=2,
+    batches = microbatches_for(make_pairs(seed, 4, 128), stepper.policy.topology, micro_batch_size=2,
                                multiple_of=multiple_of(layout))
     objective, heads = reward_objective(rft_recipe())
     losses = [stepper.train_step(batches, objective, heads=heads).loss for _ in range(2)]
-    head = reward_head(stepper.chunks)
-    named = [(n, p) for c in stepper.chunks for n, p in c.named_parameters()]
+    head = reward_head(stepper.policy.chunks)
+    named = [(n, p) for c in stepper.policy.chunks for n, p in c.named_parameters()]
     return {
         "losses": losses,
         "trunk": {str(p.dtype) for n, p in named if "reward_head" not in n},
@@ -194,7 +195,7 @@ def reward_of_a_quarter(hf: str, layout: Layout, seed: int, rounds: int) -> list
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 1, "eos_id": 1}
     means = []
     with MegatronGenerator(
-        stepper.chunks, stepper.topology, max_sequence_length=2, vocab_size=128
+        stepper.policy.chunks, stepper.policy.topology, max_sequence_length=2, vocab_size=128
     ) as generator:
         for number in range(rounds):
             repeated = [prompt for prompt in prompts for _ in range(options.samples_per_prompt)]
@@ -207,7 +208,7 @@ def reward_of_a_quarter(hf: str, layout: Layout, seed: int, rounds: int) -> list
             ]
             means.append(float(np.mean([pair.reward_sample for pair in pairs])))
             batches = microbatches_for(
-                make_advantages(pairs, options, beta=0.0), stepper.topology, micro_batch_size=64,
+                make_advantages(pairs, options, beta=0.0), stepper.policy.topology, micro_batch_size=64,
                 multiple_of=multiple_of(layout),
             )
             for _ in range(4):

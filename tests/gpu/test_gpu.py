@@ -49,21 +49,22 @@ def build(hf: Path, topology, *, precision="fp32", spec=None, **overrides):
     return chunks, config
 
 
-def logprobs(chunks, topology, *, multiple_of=1) -> np.ndarray:
-    from megatron_irl.policy.scoring import score_sequences
-    from megatron_irl.train.step import Stepper
+def policy_of(hf, chunks, topology):
+    from megatron_irl.convert.hf_config import architecture, read_hf_config
+    from megatron_irl.policy.policy import Policy
 
-    scores = score_sequences(
-        Stepper(chunks, topology), random_sequences(7, 24, VOCAB), multiple_of=multiple_of
-    )
-    return np.concatenate(scores)
+    return Policy(chunks, topology, architecture(read_hf_config(hf)))
+
+
+def logprobs(hf, chunks, topology) -> np.ndarray:
+    return np.concatenate(policy_of(hf, chunks, topology).score(random_sequences(7, 24, VOCAB)))
 
 
 def test_transformer_engine_spec_equals_local_spec(setup):
     hf, topology = setup
     te, _ = build(hf, topology, precision="bf16", spec="transformer_engine")
     local, _ = build(hf, topology, precision="bf16", spec="local")
-    difference = np.abs(logprobs(te, topology) - logprobs(local, topology))
+    difference = np.abs(logprobs(hf, te, topology) - logprobs(hf, local, topology))
     assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
@@ -78,7 +79,7 @@ def test_specs_are_equal_for_other_families(setup, tmp_path, model):
     )
     te, _ = build(hf, setup[1], precision="bf16", spec="transformer_engine")
     local, _ = build(hf, setup[1], precision="bf16", spec="local")
-    difference = np.abs(logprobs(te, setup[1]) - logprobs(local, setup[1]))
+    difference = np.abs(logprobs(hf, te, setup[1]) - logprobs(hf, local, setup[1]))
     assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
@@ -89,15 +90,13 @@ def test_fp8_logprobs_stay_near_bf16(setup, recipe):
         pytest.skip("mxfp8 needs a Blackwell GPU")
     if recipe == "blockwise" and major != 9:
         pytest.skip("blockwise scaling needs a Hopper GPU")
-    from megatron_irl.data.packing import alignment
 
     hf, topology = setup
     bf16, _ = build(hf, topology, precision="bf16")
     fp8, config = build(hf, topology, precision="fp8", fp8_recipe=recipe)
     assert config.fp8 == "hybrid"
-    multiple = alignment(fp8_recipe=recipe)
     difference = np.abs(
-        logprobs(fp8, topology, multiple_of=multiple) - logprobs(bf16, topology)
+        logprobs(hf, fp8, topology) - logprobs(hf, bf16, topology)
     )
     assert 0 < difference.mean() < 0.15, f"{recipe}: mean {difference.mean()}"
 
@@ -114,8 +113,6 @@ def test_fp32_is_not_tf32(setup):
 def test_engine_equals_trainer(setup, precision):
     from megatron_irl.generation.interface import SamplingConfig
     from megatron_irl.generation.megatron_engine import MegatronGenerator
-    from megatron_irl.policy.scoring import score_sequences
-    from megatron_irl.train.step import Stepper
 
     hf, topology = setup
     chunks, _ = build(hf, topology, precision=precision)
@@ -125,34 +122,31 @@ def test_engine_equals_trainer(setup, precision):
     ) as generator:
         samples = generator.generate(prompts, SamplingConfig(max_new_tokens=24, eos_id=1))
     pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
-    trainer = np.concatenate(score_sequences(Stepper(chunks, topology), pairs))
+    trainer = np.concatenate(policy_of(hf, chunks, topology).score(pairs))
     engine = np.concatenate([s.logprobs for s in samples])
     assert np.abs(engine - trainer).mean() < (0.02 if precision == "bf16" else 1e-4)
 
 
 def test_generation_leaves_fp8_as_it_was(setup):
     """Samples are drawn in bf16, and the model computes in FP8 again afterwards."""
-    from megatron_irl.data.packing import alignment
     from megatron_irl.generation.interface import SamplingConfig
     from megatron_irl.generation.megatron_engine import MegatronGenerator
 
     chunks, config = build(setup[0], setup[1], precision="fp8")
-    multiple = alignment(fp8_recipe=config.fp8_recipe)
-    before = logprobs(chunks, setup[1], multiple_of=multiple)
+    before = logprobs(setup[0], chunks, setup[1])
     with MegatronGenerator(
         chunks, setup[1], max_sequence_length=256, vocab_size=VOCAB
     ) as generator:
         generator.generate([np.arange(3, 9)], SamplingConfig(max_new_tokens=24, eos_id=1))
     assert config.fp8 == "hybrid"
-    np.testing.assert_array_equal(logprobs(chunks, setup[1], multiple_of=multiple), before)
+    np.testing.assert_array_equal(logprobs(setup[0], chunks, setup[1]), before)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp_path):
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_irl.data.packing import alignment
-    from megatron_irl.model.build import wrap_data_parallel
+    from megatron_irl.model.build import build_ddp_config
     from megatron_irl.storage.checkpoint import Checkpointer
     from megatron_irl.train.batches import microbatches_for
     from megatron_irl.train.optimizer import build_megatron_optimizer
@@ -160,7 +154,8 @@ def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp
 
     hf, topology = setup
     chunks, config = build(hf, topology, precision=precision)
-    wrapped = wrap_data_parallel(chunks, config, topology)
+    policy = policy_of(hf, chunks, topology).for_training(build_ddp_config())
+    wrapped = policy.chunks
     optimizer = build_megatron_optimizer(
         OptimizerConfig(
             lr=1e-3, bf16=config.bf16, params_dtype=config.params_dtype,
@@ -168,10 +163,9 @@ def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp
         ),
         wrapped, topology,
     )
-    stepper = Stepper(wrapped, topology, optimizer=optimizer)
-    multiple = alignment(fp8_recipe=config.fp8_recipe if config.fp8 else None)
+    stepper = Stepper(policy, optimizer)
     batches = microbatches_for(
-        make_pairs(3, 8, VOCAB), topology, micro_batch_size=4, multiple_of=multiple
+        make_pairs(3, 8, VOCAB), topology, micro_batch_size=4, multiple_of=policy.multiple_of
     )
     losses = [stepper.train_step(batches, objective).loss for _ in range(8)]
     assert losses[-1] < losses[0]
@@ -179,13 +173,13 @@ def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp
     sharded = checkpointer._sharded(wrapped, optimizer, is_loading=False)
     state = [t for t in tensors_of(sharded["optimizer"]) if t.numel() > 1]
     assert state and all(t.device.type == "cpu" for t in state), "gathered in host memory"
-    before = logprobs(wrapped, topology, multiple_of=multiple)
+    before = logprobs(hf, wrapped, topology)
     checkpointer.save(8, wrapped, optimizer, FakeScheduler(), {})
     with torch.no_grad():
         for parameter in wrapped[0].parameters():
             parameter.zero_()
     checkpointer.load(8, wrapped, optimizer, FakeScheduler())
-    np.testing.assert_array_equal(logprobs(wrapped, topology, multiple_of=multiple), before)
+    np.testing.assert_array_equal(logprobs(hf, wrapped, topology), before)
 
 
 class FakeScheduler:

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from megatron_irl.console import Progress, format_seconds
+from megatron_irl.console import Console, format_seconds
 
 
 class Clock:
@@ -25,7 +25,7 @@ class Terminal(io.StringIO):
 
 def make(stream):
     clock = Clock()
-    return Progress(True, stream=stream, interval_seconds=10.0, clock=clock), clock
+    return Console(True, stream=stream, interval_seconds=10.0, clock=clock), clock
 
 
 def test_a_log_file_gets_a_line_every_ten_seconds_and_one_at_the_end():
@@ -89,7 +89,7 @@ def test_sft_steps_have_no_reward():
 
 
 def test_disabled_is_silent(capsys):
-    progress = Progress(False)
+    progress = Console(False)
     with progress.generation(2) as advance:
         advance(1, 5)
     progress.step({"step": 1, "loss": 1.0}, total_steps=1, generation_share=0.0)
@@ -99,7 +99,7 @@ def test_disabled_is_silent(capsys):
 
 
 def test_notes_go_to_standard_error(capsys):
-    Progress(True).note("hello")
+    Console(True).note("hello")
     assert capsys.readouterr() == ("", "hello\n")
 
 

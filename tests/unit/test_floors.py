@@ -7,29 +7,35 @@ from pathlib import Path
 
 import pytest
 
+from megatron_irl.algorithms.registry import REGISTRY
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_irl"
 PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples") for p in (ROOT / top).rglob("*.py"))
 SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
-    ("config", "types", "objectives", "errors", "convert.tensors", "convert.families",
-     "convert.hf_config", "convert.hf_folder", "convert.rope", "convert.windows",
-     "convert.config_values"),
-    ("hardware", "parallel", "storage.commit", "storage.partial", "data"),
+    ("types", "objectives", "errors", "config.schema", "config.bounds", "convert.tensors",
+     "convert.families", "convert.hf_config", "convert.hf_folder", "convert.rope",
+     "convert.windows", "convert.config_values"),
+    ("algorithms.registry", "algorithms.rules"),
+    ("config",),
+    ("hardware", "console", "timing", "parallel", "storage.commit", "storage.partial", "data"),
     ("model", "generation", "storage", "convert"),
-    ("train", "run", "policy", "algorithms", "evaluation", "console"),
+    ("policy",),
+    ("train", "evaluation"),
+    ("algorithms",),
+    ("run",),
     ("cli", "__main__"),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-WITHOUT_MEGATRON = [*FLOORS[0], "data"]
+WITHOUT_MEGATRON = [*FLOORS[0], *FLOORS[1], *FLOORS[2], "data", "console"]
 
 # path::function -> why it may exceed 60 lines
 LONG_FUNCTIONS = {
     f"{PACKAGE}/objectives/irft.py::irft_loss": "half of it is the docstring with the formulas",
     f"{PACKAGE}/objectives/policy_gradient.py::policy_gradient_loss": "likewise",
     f"{PACKAGE}/data/packing.py::pack": "a third of it is the docstring",
-    f"{PACKAGE}/run/session.py::open_session": "one construction after the other",
 }
 # path -> why it may name torch.cuda
 KNOWS_CUDA = {"tools/benchmark_reward_head.py": "resets the device's memory peak"}
@@ -111,6 +117,16 @@ def test_rooms_of_a_floor_do_not_import_each_other_in_a_circle():
     assert [a for a, b in reached if a == b] == []
 
 
+def test_inference_and_evaluation_stand_on_the_policy_alone():
+    """Who scores or generates must not need an optimizer, nor a run."""
+    users = [ROOT / PACKAGE / "cli" / f"{name}.py" for name in (
+        "inference", "generate", "verification", "filter")]
+    users += [p for p in PRODUCT if in_room(p, "evaluation") or in_room(p, "policy")]
+    reached = {room(n) for p in users for n in imports_of(p) if n.startswith(f"{PACKAGE}.")}
+    assert "policy" in reached
+    assert reached.isdisjoint({"train", "run", "algorithms"})
+
+
 def test_package_is_not_imported_from_below_by_its_tools():
     """Nothing in the package imports tools, examples or tests."""
     tops = {"tools", "examples", "tests"}
@@ -139,6 +155,42 @@ def test_only_parallel_reads_parallel_state():
     readers = [p for p in PRODUCT if mentions(p, "parallel_state")]
     assert any(in_room(p, "parallel") for p in readers)
     assert [relative(p) for p in readers if not in_room(p, "parallel")] == []
+
+
+def algorithm_names_in(path: Path) -> list[str]:
+    """Names of algorithms that a file holds as strings, outside of documentation."""
+    nodes = list(ast.walk(tree(path)))
+    documentation = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        and node.value in REGISTRY and id(node) not in documentation
+    ]
+
+
+def test_only_algorithms_know_algorithms_by_name():
+    """Elsewhere one asks the algorithm what it is, never what it is called."""
+    package = [p for p in PRODUCT if module_of(p).startswith(PACKAGE)]
+    assert all(algorithm_names_in(ROOT / PACKAGE / "algorithms" / f"{n}.py") for n in REGISTRY)
+    assert [relative(p) for p in package
+            if not in_room(p, "algorithms") and algorithm_names_in(p)] == []
+
+
+LIGHT = """
+import sys
+from megatron_irl.algorithms.registry import all_rules
+from megatron_irl.config import load_recipe
+assert len(all_rules()) >= 4
+loaded = {name.split(".")[0] for name in sys.modules}
+heavy = {"torch", "megatron", "transformers", "pyarrow"} & loaded
+assert not heavy, heavy
+"""
+
+
+def test_reading_a_recipe_needs_neither_torch_nor_megatron():
+    """A launcher reads the recipe in a moment; the algorithms' files must not make it wait."""
+    done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def names_cuda(path: Path) -> bool:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_irl.algorithms.rewards import describe_rewards, log_ratios, make_rollouts
-from megatron_irl.config import PolicyConfig
+from megatron_irl.algorithms.advantages import describe_rewards, log_ratios, make_rollouts
+from megatron_irl.algorithms.rft import PolicyConfig
 from megatron_irl.evaluation.hacking import hacking_signs, repetition
 from megatron_irl.types import Pair
 

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_irl.config import Recipe, check_recipe, recipe_from_mapping
-from megatron_irl.config.checks import check_given_keys
+from megatron_irl.config.algorithm_keys import check_given_keys
 from megatron_irl.errors import UserError
 
 

@@ -12,10 +12,10 @@ import pytest
 from megatron_irl.data.ledger import (
     LedgerRow,
     complete_rounds,
-    digest,
     discard_ledger_after,
     ledger_rounds,
     read_ledger,
+    record_digest,
     write_ledger,
 )
 from megatron_irl.errors import UserError
@@ -120,12 +120,13 @@ def test_row_of_a_demonstration():
     ids = np.arange(4, dtype=np.int32)
     demonstration = Demonstration(7, ids, ids[:2], "Q", "A", "ignored", "f.jsonl:8")
     row = LedgerRow.of(demonstration, 0.5, -1.0)
-    assert row == LedgerRow(7, "f.jsonl:8", digest("Q", "A"), 4, 2, 0.5, -1.0)
+    assert row == LedgerRow(7, "f.jsonl:8", record_digest("Q", "A"), 4, 2, 0.5, -1.0)
 
 
 def test_digest_follows_the_text_only():
     message = {"role": "user", "content": "Q"}
-    assert digest([message], "A") == digest([dict(reversed(message.items()))], "A")
-    others = [digest("Q", "A"), digest([message], "B"), digest([message, message], "A"),
-              digest("Q ", "A"), digest("QA", "")]
-    assert len({digest([message], "A"), *others}) == 6
+    assert record_digest([message], "A") == record_digest([dict(reversed(message.items()))], "A")
+    others = [record_digest("Q", "A"), record_digest([message], "B"),
+              record_digest([message, message], "A"), record_digest("Q ", "A"),
+              record_digest("QA", "")]
+    assert len({record_digest([message], "A"), *others}) == 6

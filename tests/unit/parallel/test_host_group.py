@@ -9,7 +9,12 @@ import torch.distributed as dist
 from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
-from megatron_irl.model.build import build_chunks, build_config, wrap_data_parallel
+from megatron_irl.model.build import (
+    build_chunks,
+    build_config,
+    build_ddp_config,
+    wrap_data_parallel,
+)
 from megatron_irl.parallel.topology import build_topology, initialize, shutdown
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_megatron_optimizer
@@ -43,7 +48,9 @@ def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(joined, monkeypatch, 
     monkeypatch.setattr(hardware, "IS_CUDA", False)
     arch = architecture(read_hf_config(hf))
     config = build_config(arch, ParallelConfig())
-    chunks = wrap_data_parallel(build_chunks(config, arch, topology), config, topology)
+    chunks = wrap_data_parallel(
+        build_chunks(config, arch, topology), config, topology, build_ddp_config()
+    )
     options = OptimizerConfig(
         lr=1e-3, params_dtype=torch.float32, use_distributed_optimizer=True
     )

@@ -7,8 +7,7 @@ import pytest
 
 from megatron_irl.data.packing import pack
 from megatron_irl.policy import scoring
-from megatron_irl.policy.scoring import score_sequences
-from megatron_irl.train.batches import token_budget_split
+from megatron_irl.policy.scoring import score_in_packs, token_budget_split
 
 
 def sequences_of(*lengths: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -48,8 +47,9 @@ def test_only_the_own_share_is_packed_a_call_at_a_time(monkeypatch, rank, dp_siz
     monkeypatch.setattr(
         scoring, "gather_over_data_parallel", lambda value, topology: [others, value])
     topology = SimpleNamespace(dp_rank=rank, dp_size=dp_size, pp_size=1)
-    stepper = SimpleNamespace(topology=topology, token_logprobs=token_logprobs)
-    scores = score_sequences(stepper, sequences_of(*[4] * 80), max_tokens=8)
+    scores = score_in_packs(
+        token_logprobs, sequences_of(*[4] * 80), topology, max_tokens=8, multiple_of=1
+    )
 
     mine = list(range(rank, 40, dp_size)) or [39]  # without a pack of its own: the last one
     assert packed == [[2 * i, 2 * i + 1] for i in mine]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_irl.run.report import compare_table, wilson_interval
+from megatron_irl.run.comparison import compare_table, wilson_interval
 
 
 @pytest.mark.parametrize(("count", "total", "low", "high"), [

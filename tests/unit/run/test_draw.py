@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from megatron_irl.algorithms.phases import Phase, Work, few_items
-from megatron_irl.run.loop import draw_batch
+from megatron_irl.algorithms.base import Work
+from megatron_irl.run.loop import few_items_warning
+from megatron_irl.train.step import Trainer, streams_of
 from megatron_irl.types import Demonstration
 
 
@@ -17,19 +18,21 @@ def demonstrations(count):
 
 def drawn(work, rounds, steps, batch):
     """Ordinals by round, of the first stream's batches and then the second's in every step."""
-    session = SimpleNamespace(
-        recipe=SimpleNamespace(
-            seed=5, train=SimpleNamespace(global_batch_size=batch, micro_batch_size=batch)
-        ),
-        topology=SimpleNamespace(dp_rank=0, dp_size=1), multiple_of=1, state=SimpleNamespace(),
+    options = SimpleNamespace(global_batch_size=batch, micro_batch_size=batch)
+    place = SimpleNamespace(dp_rank=0, dp_size=1)
+    trainer = SimpleNamespace(
+        recipe=SimpleNamespace(train=options),
+        policy=SimpleNamespace(topology=place, multiple_of=1),
     )
-    phase = Phase("any", 2, 2 + steps, lambda session: work)
     found = []
     for round in range(rounds):
         ordinals = []
-        for step in range(steps):
-            session.state.round, session.state.step_in_round = round, phase.first + step
-            items, _ = draw_batch(session, phase, work)
+        for step in range(2, 2 + steps):
+            streams = streams_of(
+                ((work.items, work.outlasts_round), (work.second, True)), seed=5, round=round,
+                step=step, first=2, last=2 + steps,
+            )
+            items, _ = Trainer.draw_batch(trainer, streams)
             ordinals += [item.ordinal for item in items]
         found.append(ordinals)
     return found
@@ -57,7 +60,7 @@ def test_the_second_stream_outlasts_rounds():
 
 
 def test_few_usable_items_are_said_with_how_often_each_is_drawn():
-    assert few_items(Work(demonstrations(4), None, num_unusable=4), 64) is None
-    text = few_items(Work(demonstrations(4), None, num_unusable=60), 64)
+    assert few_items_warning(Work(demonstrations(4), None, num_unusable=4), 64) is None
+    text = few_items_warning(Work(demonstrations(4), None, num_unusable=60), 64)
     assert "60 of 64 samples" in text and "16.0 times each" in text
-    assert "skipped" in few_items(Work([], None, num_unusable=64), 64)
+    assert "skipped" in few_items_warning(Work([], None, num_unusable=64), 64)

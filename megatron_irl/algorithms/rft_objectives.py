@@ -1,4 +1,4 @@
-"""The pure objectives, bound to a recipe and to one packed microbatch."""
+"""The objectives of rft's two phases, bound to a recipe and to one packed microbatch."""
 
 from functools import partial
 from typing import Any
@@ -7,36 +7,12 @@ import torch
 from torch import Tensor
 
 from megatron_irl.config import Recipe
-from megatron_irl.objectives import (
-    irft_loss,
-    policy_gradient_loss,
-    reward_loss,
-    sequence_logprobs,
-    sft_loss,
-)
+from megatron_irl.objectives import policy_gradient_loss, reward_loss, sequence_logprobs
 from megatron_irl.train.step import Objective
-from megatron_irl.types import HeadOutputs, Heads, LossOutput, Metric, PackedBatch
+from megatron_irl.types import HeadChoice, HeadOutputs, LossOutput, Metric, PackedBatch
 
 
-def likelihood_objective(logprobs_R: Tensor, batch: PackedBatch) -> LossOutput:
-    """sft: the demonstrations' negative log-likelihood."""
-    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
-    return sft_loss(logprobs_R, logps_S)
-
-
-def pair_objective(recipe: Recipe, round_index: int) -> Objective:
-    """irft, spin: the implicit reward; ``algorithm.beta`` may differ between rounds."""
-    algorithm = recipe.algorithm
-    return partial(
-        _irft,
-        beta=algorithm.beta[round_index],
-        loss=algorithm.loss,
-        nll_coefficient=algorithm.nll_coefficient,
-        length_normalize=algorithm.length_normalize,
-    )
-
-
-def reward_objective(recipe: Recipe) -> tuple[Objective, Heads]:
+def reward_objective(recipe: Recipe) -> tuple[Objective, HeadChoice]:
     """Rft's reward steps, and the heads they need: the language model's too if it is anchored."""
     coefficient = recipe.algorithm.nll_coefficient
     options = {"loss": recipe.reward.loss, "bound": recipe.reward.bound}
@@ -49,11 +25,6 @@ def reward_objective(recipe: Recipe) -> tuple[Objective, Heads]:
 def policy_objective(recipe: Recipe) -> Objective:
     """Rft's policy steps."""
     return partial(_policy, recipe.policy.clip_low, recipe.policy.clip_high)
-
-
-def _irft(logprobs_R: Tensor, batch: PackedBatch, **options: Any) -> LossOutput:
-    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
-    return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, **options)
 
 
 def _reward(

@@ -1,0 +1,61 @@
+"""sft: the likelihood of the demonstrations."""
+
+from typing import TYPE_CHECKING
+
+from megatron_irl.algorithms.base import Algorithm, Phase, Work
+from megatron_irl.config.schema import Recipe
+from megatron_irl.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_irl.algorithms.round import Round
+    from megatron_irl.types import LossOutput, PackedBatch
+
+_ABOUT_SAMPLES = ("prompts_per_round", "beta", "loss", "reference", "nll_coefficient",
+                  "length_normalize")
+
+
+class Sft(Algorithm):
+    """Rounds of steps on the demonstrations alone; the passes go on from round to round."""
+
+    name = "sft"
+    draws_samples = False
+    reward = "none"
+    unread = {
+        key: "sft draws no samples, so the key would do nothing. Remove algorithm." + key
+             + " or set algorithm.name to irft or spin."
+        for key in _ABOUT_SAMPLES
+    }
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse held-out preferences, which it has nothing to judge by."""
+        if recipe.data.eval_preferences:
+            raise UserError("data.eval_preferences conflicts with algorithm.name=sft; sft learns "
+                            "no reward. Remove data.eval_preferences, or set algorithm.name to "
+                            "irft, spin or rft.")
+
+    def phases(self, recipe: Recipe) -> list[Phase]:
+        """One phase."""
+        return [Phase(self.name, 0, recipe.algorithm.steps_per_round or 0, _imitate)]
+
+    def facts(self, recipe: object) -> list[str]:
+        """Nothing besides the schedule."""
+        return []
+
+    def ln2_curve(self, recipe: object) -> tuple[bool, str]:
+        """Its loss is no margin."""
+        return False, ""
+
+
+def _imitate(round: "Round", step: int) -> Work:
+    del step
+    return Work(round.data.demonstrations, likelihood_objective, outlasts_round=True)
+
+
+def likelihood_objective(logprobs_R: "Tensor", batch: "PackedBatch") -> "LossOutput":
+    """The demonstrations' negative log-likelihood, a sum over response tokens in nats."""
+    from megatron_irl.objectives import sequence_logprobs, sft_loss
+
+    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
+    return sft_loss(logprobs_R, logps_S)

@@ -1,0 +1,230 @@
+"""The policy on its ranks: weights, and what can be asked of them. No optimizer."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_irl import hardware
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.load import load_hf_weights
+from megatron_irl.data.packing import alignment
+from megatron_irl.errors import TrainingDiverged
+from megatron_irl.generation.interface import Progress as OnGenerated
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.generation.megatron_engine import MegatronGenerator
+from megatron_irl.model.build import wrap_data_parallel
+from megatron_irl.parallel.reduce import gather_in_turn
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.schedule import PipelineSchedule
+from megatron_irl.policy.scoring import OnProgress, Sequences, score_in_packs
+from megatron_irl.types import PackedBatch, Sample
+
+from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
+from megatron.core.utils import get_model_config  # isort: skip
+
+
+class Policy:
+    """A model spread over ranks that scores and generates.
+
+    Training, evaluation, ``score``, ``generate`` and the checks of a conversion all ask this one
+    object; the optimizer that changes its weights is somebody else's (``train.step.Stepper``).
+
+    Args:
+        chunks: This rank's model chunks, one per virtual pipeline stage, bare or wrapped.
+        topology: This rank's place.
+        architecture: What the weights are.
+        rows_at_once: Response rows whose logits exist at one time.
+
+    Attributes:
+        config: Megatron's TransformerConfig of the chunks.
+        multiple_of: What the token count of a pack must be a multiple of here.
+
+    Example:
+        ::
+
+            topology = initialize(parallel)
+            chunks = build_chunks(build_config(arch, parallel), arch, topology)
+            policy = Policy(chunks, topology, arch)
+            policy.load_weights(hf_dir)
+            logprobs = policy.score([(prompt_ids, response_ids)])       # in nats, per token
+            policy.open_generator(max_sequence_length=512)
+            samples = policy.generate([prompt_ids], SamplingConfig(seed=1, eos_id=2))
+    """
+
+    def __init__(
+        self, chunks: Sequence[Any], topology: Topology, architecture: Architecture, *,
+        rows_at_once: int = 2048,
+    ) -> None:
+        self.chunks, self.topology, self.architecture = list(chunks), topology, architecture
+        self.config: Any = get_model_config(self.chunks[0])
+        # Once, here: while the model is lent to the engine its config says less than this.
+        self.multiple_of = alignment(
+            self.config.tensor_model_parallel_size, self.config.sequence_parallel,
+            self.config.context_parallel_size, self.config.fp8_recipe if self.config.fp8 else None,
+        )
+        self.rows_at_once = rows_at_once
+        self.schedule = PipelineSchedule(self.chunks, topology, rows_at_once=rows_at_once)
+        self.generator: MegatronGenerator | None = None
+
+    def for_training(self, ddp_config: DistributedDataParallelConfig) -> "Policy":
+        """The same weights over Megatron's DDP, which owns the gradient buffers.
+
+        Before a generator is opened. Collectives: as DDP's construction, every rank calls.
+        """
+        assert self.generator is None, "the generator would keep the bare chunks"
+        wrapped = wrap_data_parallel(self.chunks, self.config, self.topology, ddp_config)
+        return Policy(wrapped, self.topology, self.architecture, rows_at_once=self.rows_at_once)
+
+    # --- weights
+
+    def load_weights(self, hf_dir: Path) -> None:
+        """Read HF weights into the model in place.
+
+        Raises:
+            UserError: As ``load_hf_weights``.
+        """
+        load_hf_weights(
+            self.chunks, self.architecture, hf_dir, tp_rank=self.topology.tp_rank,
+            tp_size=self.topology.tp_size,
+        )
+
+    @contextmanager
+    def with_weights_of(self, hf_dir: Path | None) -> Iterator[None]:
+        """Swap in the weights of an HF folder, and the policy's back afterwards.
+
+        The policy's weights are set aside in memory for this one pass; during optimisation there is
+        no second copy. None swaps nothing.
+
+        Collectives: none beyond reading the HF folder on every rank.
+        """
+        if hf_dir is None:
+            yield
+            return
+        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
+        with torch.no_grad():
+            aside = [p.detach().clone() for p in parameters]
+            self.load_weights(hf_dir)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, saved in zip(parameters, aside, strict=True):
+                    parameter.copy_(saved)
+            del aside
+            hardware.release_cached_memory()
+
+    # --- scores
+
+    def token_logprobs(self, microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
+        """Per microbatch, per sequence: float32 response log-probabilities on the CPU.
+
+        Evaluation mode, no gradient. Empty except on the last pipeline stage.
+        Collectives: tensor and pipeline parallel ranks of one replica must call together.
+        """
+        return [
+            list(out.cpu().split(batch.lengths_S.tolist()))  # a sync for each microbatch
+            for out, batch in self.schedule.evaluate(microbatches, "logprobs")
+        ]
+
+    def rewards(self, microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
+        """Per microbatch, per sequence: the float32 scalar reward on the CPU.
+
+        Evaluation mode, no gradient; the model must have a reward head. Empty except on the last
+        pipeline stage.
+        Collectives: tensor and pipeline parallel ranks of one replica must call together.
+        """
+        return [list(out.cpu()) for out, _ in self.schedule.evaluate(microbatches, "rewards")]
+
+    def score(
+        self, sequences: Sequences, *, max_tokens: int = 4096, on_progress: OnProgress | None = None
+    ) -> list[np.ndarray]:
+        """Token log-probabilities of every response under the weights as they are.
+
+        Args:
+            sequences: (prompt ids, response ids), the same list on every rank.
+            max_tokens: Tokens of one packed forward.
+            on_progress: Called with about the number of sequences finished so far, over all ranks.
+
+        Returns:
+            Per sequence float32 [response tokens], nats, in input order, on every rank.
+
+        Gradient: none. Collectives: every rank of the run must call.
+
+        Raises:
+            TrainingDiverged: A log-probability is NaN or infinite: the weights are no good.
+        """
+        scores = score_in_packs(
+            self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
+            multiple_of=self.multiple_of, on_progress=on_progress,
+        )
+        bad = sum(not np.isfinite(values).all() for values in scores)
+        if bad:
+            raise TrainingDiverged(
+                f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
+            )
+        return scores
+
+    def score_rewards(
+        self, sequences: Sequences, *, max_tokens: int = 4096, on_progress: OnProgress | None = None
+    ) -> list[float]:
+        """The explicit reward of every response; as ``score``.
+
+        Raises:
+            TrainingDiverged: A reward is NaN or infinite.
+        """
+        rewards = [float(value) for value in score_in_packs(
+            self.rewards, sequences, self.topology, max_tokens=max_tokens,
+            multiple_of=self.multiple_of, on_progress=on_progress,
+        )]
+        bad = sum(not np.isfinite(value) for value in rewards)
+        if bad:
+            raise TrainingDiverged(f"rewards of {bad} of {len(sequences)} sequences are not finite")
+        return rewards
+
+    # --- generation
+
+    def open_generator(
+        self, *, max_sequence_length: int, max_requests: int = 64, kv_cache_gb: float | None = None
+    ) -> None:
+        """Make ready to generate; the cache itself is allocated by the first ``generate``.
+
+        Args: as ``MegatronGenerator``. Collectives: none.
+        """
+        self.generator = MegatronGenerator(
+            self.chunks, self.topology, max_sequence_length=max_sequence_length,
+            vocab_size=self.architecture.vocab_size, max_requests=max_requests,
+            kv_cache_gb=kv_cache_gb,
+        )
+
+    def generate(
+        self, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
+        on_progress: OnGenerated | None = None, *, keys: Sequence[int] | None = None,
+    ) -> list[Sample]:
+        """A response to every prompt, split over data parallelism; all samples on every rank.
+
+        Args:
+            prompts: int32 token ids, the same list on every rank.
+            on_progress: Called with what this replica has done: (responses, tokens).
+            keys: One integer per prompt (its position by default): with the seed, all that its
+                sample depends on, so that neither layout nor batching changes a sample.
+
+        Collectives: every rank must call.
+        """
+        assert self.generator is not None, "open_generator comes first"
+        topology = self.topology
+        share = slice(topology.dp_rank, None, topology.dp_size)
+        keys = range(len(prompts)) if keys is None else keys
+        samples = self.generator.generate(
+            list(prompts[share]), sampling, on_progress, keys=keys[share]
+        )
+        return gather_in_turn(samples, topology)
+
+    def release_cache(self) -> None:
+        """Free the KV cache; optimisation wants its memory. ``generate`` may be called again."""
+        if self.generator is not None:
+            self.generator.close()

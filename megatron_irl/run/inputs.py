@@ -1,0 +1,110 @@
+"""What a run is made of, read and checked before anything expensive is built.
+
+The order here is the order in which errors surface.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_irl.algorithms.base import Algorithm, algorithm_of
+from megatron_irl.config import Recipe, resolve
+from megatron_irl.config.bounds import value_at
+from megatron_irl.convert.certificate import certificate_notes
+from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
+from megatron_irl.convert.hf_folder import validate_hf_folder
+from megatron_irl.data.corpus import Corpus, read_corpus
+from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_irl.errors import UserError
+from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
+from megatron_irl.model.build import build_config, build_ddp_config
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
+
+from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that follows from the recipe and the files it names, each made once.
+
+    Attributes:
+        recipe: Resolved.
+        hf_config: The starting model's config.json.
+        model_config, optimizer_config, ddp_config: Megatron's.
+        notes: Lines for the user.
+    """
+
+    recipe: Recipe
+    algorithm: Algorithm
+    folder: RunFolder
+    tokenizer: Tokenizer
+    data: Corpus
+    architecture: Architecture
+    hf_config: dict[str, Any]
+    model_config: TransformerConfig
+    optimizer_config: OptimizerConfig
+    ddp_config: DistributedDataParallelConfig
+    notes: list[str]
+
+
+def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
+    """Read and check recipe, model folder, data and output folder; needs no process group.
+
+    Without ``check_hardware`` the recipe may ask for what this machine does not have.
+
+    Raises:
+        UserError: Anything that is wrong with the user's input.
+    """
+    hf_dir = Path(recipe.model.hf)
+    folder = RunFolder(Path(recipe.output_dir))
+    folder.check_place()  # reading the data may take minutes
+    algorithm = algorithm_of(recipe)
+    hf_config = read_hf_config(hf_dir)
+    arch = architecture(hf_config)
+    model_config = build_config(
+        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
+        check_hardware=check_hardware,
+    )
+    optimizer_config = build_optimizer_config(recipe, model_config)
+    sharded = {"use_distributed_optimizer": shards_optimizer(recipe)}
+    ddp_config = build_ddp_config(recipe.ddp | sharded)
+    check_lengths(recipe, arch, model_config)
+    validate_hf_folder(hf_dir, arch)
+    tokenizer = load_tokenizer(recipe.data.tokenizer or hf_dir, recipe.data.chat_template)
+    check_vocabulary(tokenizer, arch.vocab_size)
+    key = algorithm.preferences
+    data = read_corpus(
+        recipe, tokenizer, preferences=(key, value_at(recipe, key)) if key else None
+    )
+    resolved = resolve(recipe, len(data.demonstrations))
+    folder.check(resolved, data.digest)
+    return Inputs(
+        resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
+        optimizer_config, ddp_config, [*certificate_notes(hf_dir), *data.notes],
+    )
+
+
+def check_lengths(recipe: Recipe, arch: Architecture, config: TransformerConfig) -> None:
+    """Raise UserError unless the model and the KV cache hold the longest sequences."""
+    generated = generation_length(recipe)
+    longest = max(generated, recipe.data.max_prompt_length + recipe.data.max_response_length)
+    if longest > arch.max_sequence_length:
+        raise UserError(
+            f"data.max_prompt_length={recipe.data.max_prompt_length} plus responses of up to "
+            f"{longest - recipe.data.max_prompt_length} tokens conflicts with the model's "
+            f"max_position_embeddings={arch.max_sequence_length}. Set data.max_prompt_length, "
+            "data.max_response_length or generation.max_new_tokens lower."
+        )
+    cache_gb(
+        config, max_sequence_length=generated, max_requests=recipe.generation.max_requests,
+        block_tokens=default_block_tokens(generated), kv_cache_gb=recipe.generation.kv_cache_gb,
+    )
+
+
+def generation_length(recipe: Recipe) -> int:
+    """Longest prompt plus response that is generated, in tokens."""
+    new_tokens = recipe.generation.max_new_tokens or recipe.data.max_response_length
+    return recipe.data.max_prompt_length + new_tokens

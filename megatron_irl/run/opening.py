@@ -1,0 +1,137 @@
+"""From inputs to a run: model, optimizer, generator, folder; resumed from a checkpoint if any."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_irl.config import Recipe
+from megatron_irl.console import Console
+from megatron_irl.data.ledger import discard_ledger_after
+from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.data.tokenizer import Tokenizer
+from megatron_irl.evaluation.heldout import Evaluator
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.model.build import build_chunks
+from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.policy import Policy
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.inputs import Inputs, generation_length
+from megatron_irl.run.recorder import Recorder
+from megatron_irl.run.run import Run
+from megatron_irl.run.state import RunState
+from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.timing import Clock
+from megatron_irl.train.optimizer import build_optimizer
+from megatron_irl.train.step import Trainer
+
+
+def is_finished(folder: RunFolder, topology: Topology) -> bool:
+    """Whether the run was finished before, as the main rank sees it. Collective."""
+    return bool(from_main(folder.is_finished if topology.is_main else None, topology))
+
+
+def open_run(inputs: Inputs, topology: Topology, argv: list[str]) -> Run:
+    """Build every owner of a run; resume from the newest checkpoint if there is one.
+
+    Args:
+        argv: The command, for the record.
+
+    Collectives: every rank must call.
+    """
+    recipe, folder = inputs.recipe, inputs.folder
+    console = Console(enabled=topology.is_main)
+    checkpointer = Checkpointer(folder.checkpoints, topology, keep=recipe.checkpoint.keep)
+    checkpointer.put_back()
+    resume = checkpointer.latest()
+    policy = build_policy(inputs, topology, weights=resume is None)
+    trainer = build_trainer(inputs, policy)
+    state = RunState()
+    if resume is not None:
+        state = RunState.from_dict(checkpointer.load(
+            resume, policy.chunks, trainer.optimizer, trainer.scheduler
+        ))
+        console.note(f"resuming at step {state.step}, round {state.round}")
+    topology.barrier()  # what is wrong with the weights on any rank is known before anything is
+    if topology.is_main:  # written
+        folder.claim(recipe, inputs.data.digest, argv)
+    bank, heldout_bank, previous_bank = open_banks(folder, recipe.seed, state, topology)
+    clock = Clock(state.seconds)
+    recorder = Recorder(
+        folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main
+    )
+    topology.barrier()  # nobody reads the bank before what the checkpoint does not know is gone
+    policy.open_generator(
+        max_sequence_length=generation_length(recipe),
+        max_requests=recipe.generation.max_requests, kv_cache_gb=recipe.generation.kv_cache_gb,
+    )
+    sampling = sampling_config(recipe, inputs.tokenizer)
+    evaluator = Evaluator(
+        recipe, inputs.algorithm, policy, inputs.tokenizer, inputs.data, sampling, heldout_bank,
+        folder.preference_references, console, clock,
+    )
+    return Run(
+        recipe=recipe, algorithm=inputs.algorithm, topology=topology, policy=policy,
+        trainer=trainer, data=inputs.data, bank=bank, previous_bank=previous_bank,
+        evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
+        recorder=recorder, console=console, sampling=sampling,
+        companions=export_companions(inputs, topology),
+    )
+
+
+def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy:
+    """The policy with the algorithm's heads, ready for an optimizer. Collective.
+
+    Args:
+        weights: Read the starting model's; else they are unset, for a checkpoint to fill.
+    """
+    recipe, arch = inputs.recipe, inputs.architecture
+    chunks = build_chunks(inputs.model_config, arch, topology)
+    inputs.algorithm.attach_heads(recipe, chunks, topology)
+    policy = Policy(chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size)
+    if weights:
+        policy.load_weights(Path(recipe.model.hf))
+    return policy.for_training(inputs.ddp_config)
+
+
+def build_trainer(inputs: Inputs, policy: Policy) -> Trainer:
+    """The optimizer over the policy, and its schedule. Collective."""
+    recipe = inputs.recipe
+    optimizer = build_optimizer(
+        inputs.optimizer_config, policy.chunks, policy.topology,
+        head_lr=inputs.algorithm.head_lr(recipe), min_lr_ratio=recipe.schedule.min_lr_ratio,
+    )
+    return Trainer(recipe, policy, optimizer)
+
+
+def open_banks(
+    folder: RunFolder, seed: int, state: RunState, topology: Topology
+) -> tuple[PairBank, PairBank, PairBank]:
+    """The run's pairs, the held-out ones and those of earlier rounds, back to where it stands."""
+    banks = [PairBank(path, seed) for path in (folder.pairs, folder.heldout, folder.previous)]
+    if topology.is_main:
+        for bank in banks:
+            bank.discard_after(state.round)
+        discard_ledger_after(folder.ledger, state.round)
+    return banks[0], banks[1], banks[2]
+
+
+def sampling_config(recipe: Recipe, tokenizer: Tokenizer) -> SamplingConfig:
+    """How a resolved recipe draws samples; the seed is the run's, for others to derive from."""
+    options = recipe.generation
+    assert options.max_new_tokens is not None, "the recipe must be resolved"
+    return SamplingConfig(
+        temperature=options.temperature, top_p=options.top_p, top_k=options.top_k,
+        max_new_tokens=options.max_new_tokens, seed=recipe.seed, eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
+    )
+
+
+def export_companions(inputs: Inputs, topology: Topology) -> dict[str, Any]:
+    """The keywords of ``export_hf`` that are the same for everything a run exports."""
+    data = inputs.recipe.data
+    return {
+        "hf_config": inputs.hf_config, "source_dir": Path(inputs.recipe.model.hf),
+        "topology": topology,
+        "tokenizer_path": Path(data.tokenizer) if data.tokenizer else None,
+        "chat_template": inputs.tokenizer.chat_template if data.chat_template else None,
+    }

@@ -1,0 +1,90 @@
+"""A run in progress on this rank: who owns what."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_irl.algorithms.base import Algorithm
+from megatron_irl.config import Recipe
+from megatron_irl.console import Console
+from megatron_irl.data.corpus import Corpus
+from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.evaluation.heldout import Evaluator
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.policy import Policy
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.recorder import Recorder
+from megatron_irl.run.state import RunState
+from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.timing import Clock
+from megatron_irl.train.step import Trainer
+
+NUM_PROBES = 8  # demonstrations that must have a finite likelihood before weights are saved
+
+
+@dataclass
+class Run:
+    """The owners of a run, each built once by ``open_run``. Only the loop holds them all.
+
+    Attributes:
+        recipe: Resolved.
+        policy: The weights: scores and generates.
+        trainer: The optimizer: updates the policy.
+        data: What is learnt from; ``bank`` and ``previous_bank`` hold the pairs drawn on the way.
+        evaluator: Judges the policy on held-out data.
+        folder, checkpointer: What is on disk.
+        state, clock: Where the run stands, and where its time goes.
+        recorder, console: What it says about itself.
+        sampling: How samples are drawn; its seed is the run's.
+        companions: What an exported folder has besides weights.
+
+    Example:
+        ::
+
+            run = open_run(read_inputs(load_recipe("recipe.yaml")), topology, sys.argv)
+            run.policy.score(...); run.save()
+    """
+
+    recipe: Recipe
+    algorithm: Algorithm
+    topology: Topology
+    policy: Policy
+    trainer: Trainer
+    data: Corpus
+    bank: PairBank
+    previous_bank: PairBank
+    evaluator: Evaluator
+    folder: RunFolder
+    checkpointer: Checkpointer
+    state: RunState
+    clock: Clock
+    recorder: Recorder
+    console: Console
+    sampling: SamplingConfig
+    companions: dict[str, Any]
+
+    @property
+    def reference_weights(self) -> Path | None:
+        """HF folder that the reference's weights come from; None while the policy is they."""
+        is_initial = self.recipe.algorithm.reference == "initial"
+        return Path(self.recipe.model.hf) if is_initial and self.state.step > 0 else None
+
+    def save(self) -> None:
+        """Checkpoint the run as it stands. Collective.
+
+        Raises:
+            TrainingDiverged: The weights give no finite log-probability; nothing is saved, and
+                the newest checkpoint stays a good one.
+            UserError: The disk is full.
+        """
+        probe = self.data.demonstrations[:NUM_PROBES]
+        self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
+        # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the
+        # ranks bring to it, so everybody brings the main rank's.
+        state = from_main(self.state.to_dict(), self.topology)
+        self.checkpointer.save(
+            self.state.step, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
+            state,
+        )

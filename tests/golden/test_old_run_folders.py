@@ -1,0 +1,48 @@
+"""Run folders that an earlier release left when it was killed are finished by the code of today.
+
+``killed/*.tar.xz`` were written by release 0.1.0 (see ``killed.py``): folders of runs killed in the
+middle of a round, with what the release itself makes of the same recipe when nobody kills it.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.golden import ranks
+from tests.golden.compare import compare, describe_mode
+from tests.golden.killed import RUN, saved_step
+from tests.golden.record import train
+from tests.golden.trajectory import read_trajectory
+
+ARCHIVES = sorted(Path(__file__).with_name("killed").glob("*.tar.xz"))
+
+
+def unpack(archive, to):
+    with tarfile.open(archive) as file:
+        file.extractall(to, filter="data")
+    return to / archive.name.removesuffix(".tar.xz")
+
+
+def test_there_are_folders_of_both_algorithms():
+    names = {archive.name.removesuffix(".tar.xz") for archive in ARCHIVES}
+    assert {"irft_in_steps", "rft_in_policy_steps", "irft_in_generation"} <= names
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.split(".")[0])
+def test_a_killed_run_is_finished_as_the_release_would_have(archive, pool, tmp_path):
+    folder = unpack(archive, tmp_path)
+    expected = json.loads((folder / "expected.json").read_text())
+    exact = describe_mode(expected["environment"], pool.run(1, ranks.environment)[0])
+    saved = expected["steps_saved"]
+    assert saved_step(folder / RUN) == saved > 0
+    assert not (folder / RUN / "hf").exists()
+    kept = (folder / RUN / "metrics.jsonl").read_bytes().splitlines()[:saved]
+
+    train(pool, 1, folder / "recipe.yaml")
+
+    found = compare(expected["trajectory"], read_trajectory(folder / RUN), exact=exact)
+    assert found.differences == []
+    # Clock readings and all: these steps were not done again.
+    assert (folder / RUN / "metrics.jsonl").read_bytes().splitlines()[:saved] == kept
