@@ -5,7 +5,7 @@
 Weights are random (speed does not ask what they say). A line of JSON per case: milliseconds a
 decode step over the whole call, prompts included; the decode steps alone; and the share of the
 bandwidth limit these reach, which is reading all weights and the cache once a step. ``--ragged``
-adds a queue of four times the requests, with equal budgets and with unequal ones of the same sum.
+adds a queue of eight times the requests, with equal budgets and with unequal ones of the same sum.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--cuda-graphs", default="auto", help="auto, off or a number")
-    parser.add_argument("--burst", type=int, default=16, help="steps between two looks by the host")
+    parser.add_argument("--burst", type=int, default=32, help="steps between two looks by the host")
     parser.add_argument("--peer", action="store_true", help="time transformers.generate as well")
     parser.add_argument("--ragged", action="store_true")
     return parser.parse_args()
@@ -146,8 +146,8 @@ def ragged(
     chunks: Sequence[Any], topology: Topology, config: dict[str, Any], requests: int,
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """A queue of four times the requests: equal budgets against unequal ones of the same sum."""
-    count, mean = 4 * requests, options.new_tokens
+    """A queue of eight times the requests: equal budgets against unequal ones of the same sum."""
+    count, mean = 8 * requests, options.new_tokens
     prompts = random_prompts(count, options.prompt_tokens, config["vocab_size"])
     spread = np.random.default_rng(1).integers(-mean // 2, mean // 2 + 1, count // 2)
     unequal = np.concatenate([mean + spread, mean - spread]).tolist()

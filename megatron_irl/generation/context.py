@@ -28,6 +28,7 @@ class PagedContext(DynamicInferenceContext):
     _angles: tuple[Tensor, Tensor] | None = None
     _slots: Tensor | None = None
     _last_layers: set[int] = set()
+    _in_last_layer = False
 
     def map_layers(self, models: list[Any]) -> None:
         """Number this rank's transformer layers in the order of their cache slices.
@@ -137,10 +138,7 @@ class PagedContext(DynamicInferenceContext):
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         """Write the step's keys and values, [T, 1, K, D] each, into the cache."""
-        if layer_number in self._last_layers:
-            # The angles live for one pass through a model chunk: a CUDA graph then computes them
-            # itself in each replay, instead of reading those of the pass before its capture.
-            self._angles = None
+        self._in_last_layer = layer_number in self._last_layers
         if hardware.IS_CUDA:
             super().append_key_value_cache(layer_number, key, value)
             return
@@ -155,9 +153,17 @@ class PagedContext(DynamicInferenceContext):
         mscale: float = 1.0,
     ) -> Tensor:
         """Rotate queries [T, 1, N, D] by their positions."""
-        if not _plain_rotary(config):
-            return self._rotate_fused(query, query_emb, config, cp_group, mscale)
-        return self._rotate(query, query_emb, mscale)
+        if _plain_rotary(config):
+            rotated = self._rotate(query, query_emb, mscale)
+        else:
+            rotated = self._rotate_fused(query, query_emb, config, cp_group, mscale)
+        if self._in_last_layer:
+            # A layer rotates its keys, stores them, and rotates its queries, so this was the last
+            # use of the angles in the pass through a model chunk. They must not outlive it: a
+            # CUDA graph has to compute them itself in each replay, and would otherwise read those
+            # of the pass before its capture.
+            self._angles = None
+        return rotated
 
     def apply_rotary_emb_key(
         self, key: Tensor, key_emb: Tensor, config: Any, cp_group: Any, mscale: float = 1.0

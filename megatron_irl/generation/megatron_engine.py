@@ -209,7 +209,7 @@ def _steps(
     places = engine.context.max_requests
     together = max(1, places // 8) if loop.burst_steps > 1 else 1
     queue = iter(range(len(prompts)))
-    since_prompts = 0
+    cut = False  # the last step took fewer prompts than there were places for
     while True:
         room = max(0, places - len(engine.waiting_request_ids))  # evicted ones wait there too
         for request in itertools.islice(queue, room):
@@ -218,14 +218,14 @@ def _steps(
             return
         waiting = len(engine.waiting_request_ids)
         free = places - engine.context.total_request_count
-        enough = free >= min(together, waiting) or since_prompts == 0
+        enough = cut or free >= min(together, waiting)
         if loop.ready() and not (waiting and enough and _fits(engine)):
-            done = loop.run(table, wanted=max(1, together - free) if waiting else None)
-            since_prompts += 1
-            yield done
+            cut = False
+            yield loop.run(table, wanted=max(1, together - free) if waiting else None)
             continue
         records = engine.step_modern()["finished_request_records"]
-        since_prompts = 0
+        left = len(engine.waiting_request_ids)
+        cut = left > 0 and waiting - left < free
         yield [record[-1].request_id for record in records]
 
 
