@@ -5,5 +5,16 @@ class UserError(ValueError):
     """The user's input is wrong; the message says what conflicts and what to set."""
 
 
+def tell_elsewhere[E: UserError](error: E) -> E:
+    """Mark an error as another rank's, which prints it; returns it."""
+    error.is_told_elsewhere = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_told_elsewhere(error: UserError) -> bool:
+    """Whether another rank tells the user of an error."""
+    return getattr(error, "is_told_elsewhere", False)
+
+
 class TrainingDiverged(UserError):
     """The loss or the gradient is not finite; the last good checkpoint is kept."""

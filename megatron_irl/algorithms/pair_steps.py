@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from megatron_irl.algorithms.base import Work
 from megatron_irl.algorithms.round import Round
 from megatron_irl.config import Recipe
 from megatron_irl.data.pair_bank import usable_pairs
-from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.objectives import irft_loss, sequence_logprobs
-from megatron_irl.parallel.reduce import from_main
 from megatron_irl.policy.pairs import add_references, open_pairs
 from megatron_irl.train.step import Objective
 from megatron_irl.types import LossOutput, PackedBatch, Pair
@@ -33,25 +32,25 @@ def previous_pairs(round: Round) -> list[Pair]:
     They are kept in a bank of their own: those in the run's bank belong to the round before.
     Collectives: every rank must call, before the round's first update.
     """
+    # The bank's answers are equal on every rank: what follows is collective.
     bank, topology = round.previous_bank, round.policy.topology
-    # Rank 0 looks and all are told: what follows is collective, so that no rank may look for
-    # itself and see another answer.
-    if not from_main(topology.is_main and bank.has_references(round.index), topology):
+    if not bank.has_references(round.index):
+        source = open_pairs(round.pairs.bank, round.index - 1)
+        rows = np.cumsum([0, *(len(source.part(part)) for part in source.parts)]).tolist()
+        bank.begin_round(round.index, list(zip(rows, rows[1:], strict=False)))
         if topology.is_main:
-            source = round.pairs.bank
-            for part in source.complete_chunks(round.index - 1):
-                pairs = source.read_chunk(round.index - 1, part)
-                for pair in pairs:  # so that a run killed before the pass below repeats it
-                    pair.ref_demo_logp = pair.ref_sample_logp = None
-                bank.write_chunk(round.index, part, pairs)
-        topology.barrier()  # the pass reads what rank 0 has just written
-        rescored: RoundPairs = open_pairs(bank, round.index, topology)
+            for part in source.parts:
+                for pair in source.part(part):  # so that a run killed before the pass below
+                    pair.ref_demo_logp = pair.ref_sample_logp = None  # repeats it
+                bank.write_part(round.index, part, source.part(part))
+        bank.finish_round(round.index)  # a barrier too: the pass reads what rank 0 has written
+        rescored = open_pairs(bank, round.index)
         add_references(
             round.policy, rescored, weights_of=round.reference_weights, console=round.console,
             clock=round.clock,
         )
         return rescored.all()
-    return open_pairs(bank, round.index, topology).all()
+    return open_pairs(bank, round.index).all()
 
 
 def pair_objective(recipe: Recipe, round_index: int) -> Objective:

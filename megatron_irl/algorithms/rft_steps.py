@@ -75,7 +75,7 @@ def score_round(round: Round) -> None:
                 pair.reward_demo, pair.reward_sample = rewards[2 * i], rewards[2 * i + 1]
             if topology.is_main:
                 round.pairs.commit(part)
-        topology.barrier()  # nobody goes on to steps while a part may still be unwritten
+        round.pairs.finish()  # a barrier too: no step while a part may still be unwritten
         _write_ledger(round)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.data.corpus import Corpus
-from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.policy.policy import Policy
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 
 
@@ -34,7 +34,7 @@ class Round:
     policy: Policy
     data: Corpus
     pairs: RoundPairs
-    previous_bank: PairBank
+    previous_bank: SharedBank
     ledger: Path
     reference_weights: Path | None
     console: Console

@@ -73,6 +73,11 @@ class AlgorithmRules:
             )
         return replace(recipe, algorithm=algorithm)
 
+    def uses_previous_pairs(self, recipe: Recipe) -> bool:
+        """Whether a round also trains on the pairs of the one before, kept in a bank beside."""
+        del recipe
+        return False
+
     def samples_per_prompt(self, recipe: Recipe) -> int:
         """Responses sampled for each prompt of a round."""
         del recipe

@@ -46,11 +46,15 @@ class Spin(Irft):
                                 f"algorithm.{key}, or set algorithm.name to irft.")
         return size["steps_per_round"], size["prompts_per_round"]
 
+    def uses_previous_pairs(self, recipe: Recipe) -> bool:
+        """On request; see ``learn``."""
+        return recipe.algorithm.mix_previous
+
     def learn(self, round: "Round", step: int) -> Work:
         """Demonstration against sample, of this pass and on request of the one before."""
         from megatron_irl.algorithms.pair_steps import learn_from_pairs, previous_pairs
 
         pairs = round.pairs.all()
-        if round.recipe.algorithm.mix_previous and round.index > 0:
+        if self.uses_previous_pairs(round.recipe) and round.index > 0:
             pairs = pairs + previous_pairs(round)
         return learn_from_pairs(round, pairs)

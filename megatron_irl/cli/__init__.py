@@ -11,17 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_irl import __version__
-from megatron_irl.errors import UserError
+from megatron_irl.cli.ranks import adopt_environment, follow_launcher, run_ranks
+from megatron_irl.errors import UserError, is_told_elsewhere
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    follow_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = build_parser().parse_args(arguments)
     try:
         return options.run(options, arguments)
     except UserError as error:
-        _say(str(error))
+        if is_told_elsewhere(error):
+            time.sleep(1)  # a launcher that sees this rank end ends the one that is just telling
+        else:
+            _say(str(error))
         return 2
     except KeyboardInterrupt:
         _say("interrupted; start the same command again to resume")
@@ -96,11 +101,13 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace, argv: list[str]) -> int:
-    from megatron_irl.cli.ranks import adopt_environment, run_ranks
     from megatron_irl.config import check_layout, load_recipe
+    from megatron_irl.storage.lease import refuse_if_held
 
     recipe = load_recipe(options.recipe, options.overrides)
     world_size = adopt_environment()
+    if os.environ.get("RANK", "0") == "0":
+        refuse_if_held(Path(recipe.output_dir), watch=False)  # before anything takes time
     if world_size is None:
         size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
         if size > 1:

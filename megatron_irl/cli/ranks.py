@@ -11,8 +11,13 @@ import time
 from collections.abc import Sequence
 
 from megatron_irl.errors import UserError
+from megatron_irl.storage.processes import end_with_parent
 
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+_LAUNCHER = "MEGATRON_IRL_LAUNCHER"  # process id, given to the ranks
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def adopt_environment() -> int | None:
@@ -67,19 +72,21 @@ def run_ranks(
     shared = os.environ | {
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        _LAUNCHER: str(os.getpid()),
     }
     shared.setdefault("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, *program, *argv]
-    # A session each: the helpers a checkpoint's writer starts end with their rank.
-    ranks = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,
-        )
-        for rank in range(world_size)
-    ]
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    ranks: list[subprocess.Popen[bytes]] = []
+    # Before the first rank is there: none may be left behind by a signal that comes early.
+    before = {number: signal.signal(number, _interrupt) for number in _ENDING}
     try:
+        for rank in range(world_size):
+            # A session each: what a rank starts ends with it. A launcher that is killed outright
+            # can end nobody; its ranks ask the kernel to (see ``follow_launcher``).
+            ranks.append(subprocess.Popen(
+                command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,
+            ))
         return _wait(ranks)
     except KeyboardInterrupt:
         _signal(ranks, signal.SIGINT)
@@ -88,8 +95,20 @@ def run_ranks(
                 process.wait(timeout=10)
         return 1
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         _end(ranks)
+
+
+def follow_launcher() -> None:
+    """End this process with the command that started it as a rank, if one did; to be called early.
+
+    Otherwise the ranks of a launcher that was killed would work on for as long as they can, and
+    hold the run folder.
+    """
+    launcher = os.environ.pop(_LAUNCHER, "")
+    if launcher.isdecimal():
+        end_with_parent(int(launcher))
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:

@@ -1,1 +1,1 @@
-"""Patches of upstream packages: one file each, with its reason, the version, and when it goes."""
+"""What makes up for upstream: a file a matter, with its reason and when it can go."""

@@ -2,13 +2,14 @@
 
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import check_field_names, recipe_from_mapping
+from megatron_irl.config.fingerprint import differences, fingerprint
 from megatron_irl.config.layout import (
     check_layout,
     check_layout_against_model,
     padded_vocab_size,
 )
 from megatron_irl.config.load import load_recipe
-from megatron_irl.config.resolve import fingerprint, resolve, to_yaml
+from megatron_irl.config.resolve import resolve, to_yaml
 from megatron_irl.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
@@ -41,6 +42,7 @@ __all__ = [
     "check_layout",
     "check_layout_against_model",
     "check_recipe",
+    "differences",
     "fingerprint",
     "load_recipe",
     "padded_vocab_size",

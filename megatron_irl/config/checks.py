@@ -26,7 +26,7 @@ _AT_LEAST_ONE = (
     "train.micro_batch_size", "train.global_batch_size", "train.logprob_chunk_size",
     "checkpoint.interval", "checkpoint.keep", "logging.interval",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
-    "parallel.context_parallel_size", "parallel.data_parallel_size",
+    "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )
 _NOT_NEGATIVE = ("algorithm.nll_coefficient", "generation.temperature", "generation.top_k",
                  "logging.samples", "seed")

@@ -1,9 +1,6 @@
-"""Derived values, the recipe as YAML again, and its fingerprint."""
+"""Derived values, and the recipe as YAML again."""
 
 import dataclasses
-import hashlib
-import json
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +9,6 @@ import yaml
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
-
-# Sections and keys that change where, how fast or how closely watched a run is, not what it is.
-_NOT_THE_EXPERIMENT = ("output_dir", "logging", "checkpoint", "evaluation", "parallel", "ddp",
-                       "data.eval", "data.eval_limit", "data.eval_preferences",
-                       "train.micro_batch_size", "train.logprob_chunk_size",
-                       "generation.max_requests", "generation.kv_cache_gb")
 
 
 def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
@@ -47,26 +38,6 @@ def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """Write a recipe, resolved or not, as YAML that ``load_recipe`` reads back to the same one."""
     return yaml.safe_dump(to_mapping(recipe), sort_keys=False, allow_unicode=True)
-
-
-def fingerprint(recipe: Recipe) -> str:
-    """Name the experiment: 16 hex digits, equal when one run may continue the other.
-
-    Left out are output folder, logging, checkpointing, evaluation, layout and memory settings, so
-    that a run resumes under another layout. Paths count as written. Take it of the resolved
-    recipe: one before and one after ``resolve`` differ.
-    """
-    mapping = to_mapping(recipe)
-    for path in _NOT_THE_EXPERIMENT:
-        section, _, key = path.partition(".")
-        if key:
-            mapping[section].pop(key, None)
-        else:
-            mapping.pop(section)
-    mapping["data"]["train"] = [os.path.normpath(p) for p in recipe.data.train]
-    mapping["model"]["hf"] = os.path.normpath(recipe.model.hf)
-    text = json.dumps(mapping, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def to_mapping(recipe: Recipe) -> dict[str, Any]:

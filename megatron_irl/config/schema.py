@@ -184,6 +184,9 @@ class ParallelConfig:
     """Split activations along the sequence between tensor-parallel ranks; saves memory."""
     data_parallel_size: int = 1
     """Used only when the command line starts the ranks itself."""
+    timeout_minutes: int = 30
+    """How long a rank waits for the others before the run ends in an error; more than any save or
+    export takes. Reading the data does not count."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from megatron_irl.convert.families import Row, row_groups, stored_name
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.storage.commit import write_file
 
 COMMON = "common_state/shard_0_1"  # Megatron's place for what is no tensor
 Read = Callable[[Row], Tensor]
@@ -80,9 +81,7 @@ class CheckpointWriter:
         torch.save([{"checkpoint_version": 3.0, "iteration": 0}], common)
         planner = _Planner(read, by_index, common.getvalue())
         results = self._writer.write_data(plan, planner).value()
-        unfinished = self._journal(group).with_suffix(".tmp")
-        unfinished.write_bytes(pickle.dumps(results))
-        unfinished.rename(self._journal(group))
+        write_file(self._journal(group), pickle.dumps(results))
 
     def finish(self) -> None:
         """Write the metadata: with it the folder is a checkpoint."""

@@ -1,7 +1,6 @@
 """The files of a model folder that are no weights, and the folder's way onto the disk."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,21 +41,3 @@ def write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) ->
     config = hf_config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def fresh_folder(folder: Path) -> None:
-    """Make an empty folder, in the place of whatever an earlier attempt left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def commit_folder(partial: Path, final: Path) -> None:
-    """Put the finished folder in place, its files on disk first: it must survive a power cut."""
-    for path in partial.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.replace(final)

@@ -1,6 +1,7 @@
 """Megatron chunks → an ordinary HF folder, one tensor at a time."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_irl.convert.companions import (
-    commit_folder,
-    copy_companions,
-    fresh_folder,
-    write_config,
-)
+from megatron_irl.convert.companions import copy_companions, write_config
 from megatron_irl.convert.families import Row, hf_tensors, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.storage.commit import disk_errors
+from megatron_irl.storage.commit import replacing_folder
 
 
 def export_hf(
@@ -96,11 +92,9 @@ def export_rows(
         raise UserError(f"{out_dir} is the folder of the starting model. Choose another one.")
     if topology.dp_rank == 0:
         owners = _owners(mine, topology)
-        partial = out_dir.with_name(f".{out_dir.name}.partial")
-        with disk_errors(out_dir, cleanup=partial):
+        with replacing_folder(out_dir) if topology.is_main else nullcontext() as partial:
             writer = None
-            if topology.is_main:
-                fresh_folder(partial)
+            if partial is not None:
                 plan = [
                     TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron][1])
                     for row, dtype in table for tensor in row.hf
@@ -111,10 +105,9 @@ def export_rows(
                 if writer is not None:
                     for tensor, value in zip(row.hf, tensors, strict=True):
                         writer.add(tensor.name, value)
-            if writer is not None:
+            if writer is not None and partial is not None:
                 writer.close()
                 complete(partial)
-                commit_folder(partial, out_dir)
     topology.barrier()
 
 

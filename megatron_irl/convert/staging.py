@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_irl.convert.companions import commit_folder, fresh_folder
 from megatron_irl.errors import UserError
-from megatron_irl.storage.commit import disk_errors
+from megatron_irl.storage.commit import commit_folder, fresh_folder, unfinished, write_errors
 
 STATE = ".conversion_state.json"
 
@@ -33,7 +32,7 @@ class Staging:
         if final.exists():
             raise UserError(f"--out {final} exists. Choose another folder, or remove it.")
         self.final = final
-        self.folder = final.with_name(f".{final.name}.partial")
+        self.folder = unfinished(final)
         self._text = json.dumps(fingerprint, indent=2, sort_keys=True)
         state = self.folder / STATE
         self.is_resumed = state.is_file() and state.read_text() == self._text
@@ -47,13 +46,17 @@ class Staging:
         Raises:
             UserError: The disk is full or not writable.
         """
-        with disk_errors(self.final, cleanup=self.folder):
-            if not self.is_resumed:
-                fresh_folder(self.folder)
-                (self.folder / STATE).write_text(self._text)
-            yield self.folder
-            (self.folder / STATE).unlink()
-            commit_folder(self.folder, self.final)
+        with write_errors(self.final):
+            try:
+                if not self.is_resumed:
+                    fresh_folder(self.folder)
+                    (self.folder / STATE).write_text(self._text)
+                yield self.folder
+                (self.folder / STATE).unlink()
+                commit_folder(self.folder, self.final)
+            except Exception:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
 
     def check_space(self, needed_bytes: int) -> None:
         """Raise UserError if the disk cannot hold what is still to be written."""

@@ -7,7 +7,6 @@ tensor-parallel rank would hold, and any layout reads its shards of them.
 import dataclasses
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from megatron_irl.convert.reward_folder import complete_reward_folder
 from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
 from megatron_irl.convert.staging import Staging, file_stamps
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import write_file
 
 OnProgress = Callable[[str, int], None]
 """Called with what was done (a layer, say) and its bytes."""
@@ -152,7 +152,7 @@ def megatron_to_hf(
                     for row in group:
                         _write_hf(writer, row, reader.read(row, arch), arch)
                     writer.flush()
-                    _replace_text(journal, str(index + 1))
+                    write_file(journal, str(index + 1).encode())
                 on_progress(label, sizes[index])
             writer.close()
             copy_companions(folder, hf_dir)
@@ -225,9 +225,3 @@ def _write_note(folder: Path, source: Path, dtype: torch.dtype | None) -> None:
         "megatron_irl": megatron_irl.__version__, "torch": str(torch.__version__),
     }
     (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n")
-
-
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

@@ -10,16 +10,17 @@ class RoundPairs:
     """One round of a bank, read part by part when first asked for.
 
     What a pass adds to the pairs (references, rewards) it adds to these very objects; ``commit``
-    writes a part back. Every rank holds the same pairs, one rank commits.
+    writes a part back, and ``finish`` brings the round's manifest up to date. Every rank holds the
+    same pairs, one rank commits.
 
     Args:
         bank: Where the round is.
         round: Which one.
-        parts: Numbers of its parts, ascending and equal on every rank: whoever makes the object
-            asks one rank for them, since two looks at a shared folder may differ.
+        parts: Numbers of its parts, ascending and equal on every rank, as the bank's manifest has
+            them.
 
     Example:
-        ``open_pairs(bank, 3, topology).all()`` (``megatron_irl.policy.pairs``).
+        ``open_pairs(bank, 3).all()`` (``megatron_irl.policy.pairs``).
     """
 
     def __init__(self, bank: PairBank, round: int, parts: Sequence[int] = ()) -> None:
@@ -33,7 +34,7 @@ class RoundPairs:
             UserError: The part cannot be read.
         """
         if part not in self._read:
-            self._read[part] = self.bank.read_chunk(self.round, part)
+            self._read[part] = self.bank.read_part(self.round, part)
         return self._read[part]
 
     def all(self) -> list[Pair]:
@@ -46,4 +47,11 @@ class RoundPairs:
         Raises:
             UserError: The disk is full or the folder cannot be written.
         """
-        self.bank.write_chunk(self.round, part, self.part(part))
+        self.bank.write_part(self.round, part, self.part(part))
+
+    def finish(self) -> None:
+        """Make the parts written back since the round's own. Collective with a shared bank.
+
+        Waits until every rank has written its parts.
+        """
+        self.bank.finish_round(self.round)

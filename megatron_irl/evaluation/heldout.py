@@ -13,7 +13,7 @@ from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.data.corpus import Corpus
 from megatron_irl.data.digest import digest_of
-from megatron_irl.data.pair_bank import PairBank, usable_pairs
+from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.rewards import raw_scores, reward_numbers
@@ -23,6 +23,7 @@ from megatron_irl.policy.pairs import add_references, generate, open_pairs, samp
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct
 from megatron_irl.storage.commit import replacing
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.types import Demonstration, Pair
 
@@ -50,7 +51,7 @@ class Evaluator:
     tokenizer: Tokenizer
     data: Corpus
     sampling: SamplingConfig
-    bank: PairBank
+    bank: SharedBank
     preference_references: Path
     console: Console
     clock: Clock
@@ -149,9 +150,7 @@ class Evaluator:
     def _pairs(self, round_index: int) -> RoundPairs:
         """A round's held-out pairs; none where nothing was sampled for it."""
         if self._opened is None or self._opened.round != round_index:
-            self._opened = open_pairs(
-                self.bank, round_index, self.policy.topology, may_lack=True
-            )
+            self._opened = open_pairs(self.bank, round_index)
         return self._opened
 
     def _scores(self, sequences: Sequences) -> list[float]:

@@ -60,9 +60,7 @@ class Topology:
         dist.barrier()
 
 
-def initialize(
-    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: int = 60
-) -> Topology:
+def initialize(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
     """Join the process group given by the environment and build Megatron's groups.
 
     Collectives: every rank of the run must call. Without ``WORLD_SIZE`` in the environment the
@@ -76,7 +74,7 @@ def initialize(
     check_world_size(parallel, world_size)
     if not dist.is_initialized():
         hardware.select_device(int(os.environ.get("LOCAL_RANK", "0")))
-        timeout = datetime.timedelta(minutes=timeout_minutes)
+        timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(hardware.BACKEND, timeout=timeout)
         else:
@@ -84,7 +82,7 @@ def initialize(
             dist.init_process_group(
                 hardware.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
-    return build_topology(parallel, seed=seed, timeout_minutes=timeout_minutes)
+    return build_topology(parallel, seed=seed)
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
@@ -100,12 +98,10 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         )
 
 
-def build_topology(
-    parallel: ParallelConfig, *, seed: int = 1234, timeout_minutes: int = 60
-) -> Topology:
+def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
     """Build Megatron's groups over an initialised process group, replacing earlier ones.
 
-    A collective of any of them fails after ``timeout_minutes``.
+    A collective of any of them fails after ``parallel.timeout_minutes``.
 
     Collectives: every rank must call.
     """
@@ -116,7 +112,7 @@ def build_topology(
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         create_gloo_process_groups=hardware.IS_CUDA,  # on CPU all groups are
-        distributed_timeout_minutes=timeout_minutes,
+        distributed_timeout_minutes=parallel.timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(
         seed, force_reset_rng=True,

@@ -9,39 +9,26 @@ from typing import Any
 import numpy as np
 
 from megatron_irl.console import Console
-from megatron_irl.data.pair_bank import PairBank, chunk_seed
+from megatron_irl.data.pair_bank import chunk_seed
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.parallel.reduce import from_main
-from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct, summed
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.types import Demonstration, Pair, Sample
 
 
-def open_pairs(
-    bank: PairBank, round_index: int, topology: Topology, *, may_lack: bool = False
-) -> RoundPairs:
-    """The pairs of a round that is on disk, none read yet.
+def open_pairs(bank: SharedBank, round_index: int) -> RoundPairs:
+    """The pairs of a round that is on disk, none read yet; none where it is not finished.
 
-    Args:
-        may_lack: The bank need not have the round; then there are no pairs.
-
-    Collectives: every rank must call; the main rank's look at the folder is everyone's.
-
-    Raises:
-        UserError: A part is missing among the committed ones.
+    What every rank reads is what the manifest has that rank 0 gave to all. Collectives: none.
     """
-    parts: list[int] | None = None
-    if topology.is_main:
-        lacks = may_lack and not bank.complete_chunks(round_index)
-        parts = [] if lacks else bank.whole_round(round_index)
-    return RoundPairs(bank, round_index, from_main(parts, topology))
+    return RoundPairs(bank, round_index, bank.parts(round_index))
 
 
 def sample_pairs(
-    policy: Policy, bank: PairBank, round_index: int, demonstrations: Sequence[Demonstration], *,
+    policy: Policy, bank: SharedBank, round_index: int, demonstrations: Sequence[Demonstration], *,
     sampling: SamplingConfig, part_size: int, stream: int = 0, samples_per_prompt: int = 1,
     console: Console, clock: Clock,
 ) -> dict[str, Any]:
@@ -60,14 +47,14 @@ def sample_pairs(
 
     Collectives: every rank must call.
     """
-    topology = policy.topology
+    topology, count = policy.topology, len(demonstrations)
+    bounds = [(i, min(i + part_size, count)) for i in range(0, count, part_size)]
     parts = [
-        [d for d in demonstrations[first : first + part_size] for _ in range(samples_per_prompt)]
-        for first in range(0, len(demonstrations), part_size)
+        [d for d in demonstrations[first:last] for _ in range(samples_per_prompt)]
+        for first, last in bank.begin_round(round_index, bounds)
     ]
-    done = from_main(
-        bank.keep_chunks_of(round_index, parts) if topology.is_main else None, topology
-    )
+    bank.discard_others(round_index, parts)
+    done = bank.done_parts(round_index)
     tokens, start = 0, time.perf_counter()
     with clock.timed("generation"):
         for number, part in enumerate(parts):
@@ -79,9 +66,9 @@ def sample_pairs(
             tokens += sum(len(sample.token_ids) for sample in samples)
             if topology.is_main:
                 pairs = [_pair(d, s, round_index) for d, s in zip(part, samples, strict=True)]
-                bank.write_chunk(round_index, number, pairs)
+                bank.write_part(round_index, number, pairs)
         policy.release_cache()  # the KV cache goes before optimisation
-        topology.barrier()  # the pairs are read next, by every rank, from the folder
+        bank.finish_round(round_index)  # a barrier too: every rank reads the pairs next
     seconds = time.perf_counter() - start
     return {
         "samples": samples_per_prompt * len(demonstrations), "seconds": seconds,
@@ -131,7 +118,7 @@ def add_references(
                     pair.ref_demo_logp, pair.ref_sample_logp = sums[2 * i], sums[2 * i + 1]
                 if policy.topology.is_main:
                     pairs.commit(number)
-        policy.topology.barrier()  # no update before every reference is on disk
+        pairs.finish()  # a barrier too: no update before every reference is on disk
     return {"mismatch": mismatch.summary()}
 
 

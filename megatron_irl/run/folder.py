@@ -11,17 +11,28 @@ from typing import Any
 
 import yaml
 
-from megatron_irl.config import Recipe, fingerprint, to_yaml
+from megatron_irl.config import (
+    Recipe,
+    differences,
+    fingerprint,
+    load_recipe,
+    resolve,
+    to_yaml,
+)
 from megatron_irl.errors import UserError
-from megatron_irl.storage.commit import TEMPORARY_PATTERN, replacing
+from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
+from megatron_irl.storage.lease import LEASE_PATTERN
 
+RECIPE = "recipe.yaml"
+SAMPLING = 2  # the way of drawing samples that a new run begins with
 PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transformer-engine", "numpy")
 
 
 class RunFolder:
     """Paths and identity of one run; only the main rank writes.
 
-    ``run.json`` holds the recipe's fingerprint and whether the run is finished.
+    ``run.json`` holds the recipe's fingerprint and whether the run is finished; all but the latter
+    is in ``recipe.yaml`` too, from which it is restored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,33 +55,29 @@ class RunFolder:
         """Raise UserError unless the folder can be written and is new, empty or a run's."""
         _check_writable(self.path)
         if not self._identity.exists():
-            # A run killed while it claimed the folder leaves no more than a temporary file.
-            found = [p for p in self.path.glob("*") if not p.match(TEMPORARY_PATTERN)]
-            if found:
+            # A run killed while it claimed the folder leaves no more than these.
+            passing = (TEMPORARY_PATTERN, LEASE_PATTERN)
+            found = [p for p in self.path.glob("*") if not any(map(p.match, passing))]
+            if found and not self._said_in_recipe():
                 raise UserError(
                     f"output_dir={self.path} is not empty and is not a run of megatron-irl. Set "
                     "output_dir to a new or empty folder."
                 )
 
-    def check(self, recipe: Recipe, data: str) -> None:
+    def check(self, recipe: Recipe, data: str, num_demonstrations: int) -> None:
         """Raise UserError if the folder belongs to another recipe or to other data.
 
         Args:
             recipe: Resolved.
             data: Digest of what is trained on. Order and ordinals of records are a run's
                 coordinates: after a change they would mean other records.
+            num_demonstrations: What ``recipe`` was resolved with.
         """
         self.check_place()
         known = self._read()
         if not known:
             return
-        if known.get("fingerprint") != fingerprint(recipe):
-            raise UserError(
-                f"output_dir={self.path} belongs to another recipe; its own is "
-                f"{self.path / 'recipe.yaml'}. Set output_dir to a new folder, or start with that "
-                "recipe to resume it."
-            )
-
+        self._check_recipe(recipe, num_demonstrations, known)
         if known.get("data", data) != data:
             raise UserError(
                 f"output_dir={self.path} was begun with other records of data.train or "
@@ -83,29 +90,77 @@ class RunFolder:
 
         In this order, so that a folder with anything in it is known as a run's.
         """
-        environment = {"environment": describe_environment(argv)}
+        # What the folder was begun with stays: how samples are drawn must not change on the way.
+        known = self._read()
+        sampling = known.get("sampling", 1) if known else SAMPLING
+        identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling}
+        environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
-        self._write({"fingerprint": fingerprint(recipe), "data": data, "finished": False})
-        with replacing(self.path / "recipe.yaml") as file:
-            file.write(text.encode())
+        self._write(identity | {"finished": False})
+        write_file(self.path / RECIPE, text.encode())
 
     def finish(self) -> None:
         """Mark the run finished; nothing is done on it again."""
         self._write(self._read() | {"finished": True})
 
+    @property
+    def sampling(self) -> int:
+        """How the run draws its samples: 1 as release 0.1.0 did, whose runs go on so; else 2."""
+        known = self._read()
+        return known.get("sampling", 1) if known else SAMPLING
+
+    def _check_recipe(self, recipe: Recipe, num_demonstrations: int, known: dict[str, Any]) -> None:
+        """Raise UserError unless the run's own recipe is the same experiment, by key.
+
+        The recipe of the folder is read as of today, so that keys which are younger than the run
+        have their defaults in it. Where it cannot be read, the fingerprint decides.
+        """
+        path = self.path / RECIPE
+        different: list[str] = []
+        try:
+            own = resolve(load_recipe(path, check_files=False), num_demonstrations)
+        except UserError as error:
+            if known.get("fingerprint") == fingerprint(recipe):
+                return
+            different = [str(error)]
+        else:
+            different = differences(own, recipe)
+        if different:
+            raise UserError(
+                f"output_dir={self.path} belongs to another recipe; its own is {path}: "
+                f"{'; '.join(different)}. Set output_dir to a new folder, or start with that "
+                "recipe to resume it."
+            )
+
     def _read(self) -> dict[str, Any]:
-        if not self._identity.exists():
-            return {}
+        """What ``run.json`` says, or what ``recipe.yaml`` does where that is cut or gone.
+
+        Raises:
+            UserError: There is a ``run.json``, and neither can be read.
+        """
         try:
             return dict(json.loads(self._identity.read_text()))
+        except FileNotFoundError:
+            return self._said_in_recipe()
         except (ValueError, TypeError, OSError) as error:
-            raise UserError(
-                f"{self._identity} cannot be read: {error}. Set output_dir to a new folder."
-            ) from error
+            known = self._said_in_recipe()
+            if not known:
+                raise UserError(
+                    f"{self._identity} cannot be read: {error}. Set output_dir to a new folder."
+                ) from error
+            return known
+
+    def _said_in_recipe(self) -> dict[str, Any]:
+        """The identity as ``recipe.yaml`` repeats it; of a run of 0.1.0 only that it is one."""
+        try:
+            written = yaml.safe_load((self.path / RECIPE).read_text())
+            environment = written["environment"]
+            return environment.get("run") or {"restored_from": f"{environment['versions']}"}
+        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
+            return {}
 
     def _write(self, identity: dict[str, Any]) -> None:
-        with replacing(self._identity) as file:
-            file.write(json.dumps(identity, indent=2).encode())
+        write_file(self._identity, json.dumps(identity, indent=2).encode())
 
 
 def _check_writable(folder: Path) -> None:

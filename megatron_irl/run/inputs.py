@@ -80,7 +80,7 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
         recipe, tokenizer, preferences=(key, value_at(recipe, key)) if key else None
     )
     resolved = resolve(recipe, len(data.demonstrations))
-    folder.check(resolved, data.digest)
+    folder.check(resolved, data.digest, len(data.demonstrations))
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
         optimizer_config, ddp_config, [*certificate_notes(hf_dir), *data.notes],

@@ -22,20 +22,36 @@ from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
+from megatron_irl.storage.shared_folder import check_shared, hold
 from megatron_irl.train.step import streams_of
 
 
 def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> None:
-    """Run a recipe to its end, from wherever its folder stands. Collective over every rank."""
+    """Run a recipe to its end, from wherever its folder stands. Collective over every rank.
+
+    The folder is this run's alone from before it is read until the end, however that comes.
+    """
     if is_finished(inputs.folder, topology):
         Console(enabled=topology.is_main).note(f"{inputs.folder.path} is finished; nothing to do.")
         return
-    run = open_run(inputs, topology, argv or sys.argv)
+    lease = hold(inputs.folder.path, topology)
+    try:
+        check_shared(inputs.folder.path, topology)
+        # Again: another start may have held the folder until now, and finished the run.
+        if not is_finished(inputs.folder, topology):
+            train_rounds(open_run(inputs, topology, argv or sys.argv, lease))
+    finally:
+        lease.release()
+
+
+def train_rounds(run: Run) -> None:
+    """The rounds that are still to be done, and what the run leaves. Collective."""
     state = run.state
     try:
         if state.step == 0 and evaluates_before(run.recipe):
@@ -137,8 +153,7 @@ def finish(run: Run) -> None:
     run.console.note(f"writing {folder.hf}")
     export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
     run.algorithm.export(policy, folder.path, run.companions, run.console.note)
-    if run.topology.is_main:
-        folder.finish()
+    on_main(folder.finish, run.topology)
     run.recorder.close()
     run.console.note(f"done: {folder.path / 'report.html'}")
     run.topology.barrier()  # no rank leaves the group while another still writes

@@ -6,12 +6,11 @@ from typing import Any
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.data.ledger import discard_ledger_after
-from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.heldout import Evaluator
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.model.build import build_chunks
-from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.run.folder import RunFolder
@@ -20,6 +19,8 @@ from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.run import Run
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.storage.lease import Lease
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.train.optimizer import build_optimizer
 from megatron_irl.train.step import Trainer
@@ -27,20 +28,23 @@ from megatron_irl.train.step import Trainer
 
 def is_finished(folder: RunFolder, topology: Topology) -> bool:
     """Whether the run was finished before, as the main rank sees it. Collective."""
-    return bool(from_main(folder.is_finished if topology.is_main else None, topology))
+    return on_main(lambda: folder.is_finished, topology)
 
 
-def open_run(inputs: Inputs, topology: Topology, argv: list[str]) -> Run:
+def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) -> Run:
     """Build every owner of a run; resume from the newest checkpoint if there is one.
 
     Args:
         argv: The command, for the record.
+        lease: The run's hold on its folder, asked before everything that is committed there.
 
     Collectives: every rank must call.
     """
     recipe, folder = inputs.recipe, inputs.folder
     console = Console(enabled=topology.is_main)
-    checkpointer = Checkpointer(folder.checkpoints, topology, keep=recipe.checkpoint.keep)
+    checkpointer = Checkpointer(
+        folder.checkpoints, topology, keep=recipe.checkpoint.keep, fence=lease.check
+    )
     checkpointer.put_back()
     resume = checkpointer.latest()
     policy = build_policy(inputs, topology, weights=resume is None)
@@ -52,14 +56,13 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str]) -> Run:
         ))
         console.note(f"resuming at step {state.step}, round {state.round}")
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
-    if topology.is_main:  # written
-        folder.claim(recipe, inputs.data.digest, argv)
-    bank, heldout_bank, previous_bank = open_banks(folder, recipe.seed, state, topology)
+    on_main(lambda: folder.claim(recipe, inputs.data.digest, argv), topology)  # written
+    bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds)
     recorder = Recorder(
-        folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main
+        folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
+        fence=lease.check,
     )
-    topology.barrier()  # nobody reads the bank before what the checkpoint does not know is gone
     policy.open_generator(
         max_sequence_length=generation_length(recipe),
         max_requests=recipe.generation.max_requests, kv_cache_gb=recipe.generation.kv_cache_gb,
@@ -104,14 +107,26 @@ def build_trainer(inputs: Inputs, policy: Policy) -> Trainer:
 
 
 def open_banks(
-    folder: RunFolder, seed: int, state: RunState, topology: Topology
-) -> tuple[PairBank, PairBank, PairBank]:
-    """The run's pairs, the held-out ones and those of earlier rounds, back to where it stands."""
-    banks = [PairBank(path, seed) for path in (folder.pairs, folder.heldout, folder.previous)]
-    if topology.is_main:
-        for bank in banks:
-            bank.discard_after(state.round)
-        discard_ledger_after(folder.ledger, state.round)
+    inputs: Inputs, state: RunState, topology: Topology, lease: Lease
+) -> tuple[SharedBank, SharedBank, SharedBank]:
+    """The run's pairs, the held-out ones and those of earlier rounds, back to where it stands.
+
+    Collectives: every rank must call.
+    """
+    folder, recipe = inputs.folder, inputs.recipe
+    # Whether a run that goes on within a round cannot do without the bank's part of it.
+    algorithm = inputs.algorithm
+    draws, previous = algorithm.draws_samples, algorithm.uses_previous_pairs(recipe)
+    required = {
+        folder.pairs: draws, folder.heldout: False,
+        folder.previous: previous and state.round > 0,
+    }
+    banks = []
+    for path, is_required in required.items():
+        bank = SharedBank(path, recipe.seed, topology, lease.check)
+        bank.open(state.round, inside=state.step_in_round > 0, required=is_required)
+        banks.append(bank)
+    on_main(lambda: discard_ledger_after(folder.ledger, state.round), topology)
     return banks[0], banks[1], banks[2]
 
 

@@ -27,6 +27,7 @@ class Recorder:
     def __init__(
         self, folder: RunFolder, recipe: Recipe, algorithm: Algorithm, console: Console,
         clock: Clock, state: RunState, *, is_main: bool,
+        fence: Callable[[], None] | None = None,
     ) -> None:
         self.folder, self.recipe, self.console, self.clock = folder, recipe, console, clock
         self.is_main = is_main
@@ -35,7 +36,7 @@ class Recorder:
         self._warned: list[str] = []  # in the round in progress, besides the guard
         self._failed: set[str] = set()  # what has failed and was said
         self._is_reported = False
-        self.log = RunLog(folder.path)
+        self.log = RunLog(folder.path, fence)
         self.trackers = Trackers([])
         if not is_main:
             return

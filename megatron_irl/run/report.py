@@ -19,7 +19,8 @@ from megatron_irl.errors import UserError
 from megatron_irl.run.charts import evaluation_charts, round_charts, step_charts
 from megatron_irl.run.comparison import shown_columns
 from megatron_irl.run.guard import CollapseGuard
-from megatron_irl.run.runlog import RunLog, write_atomically
+from megatron_irl.run.runlog import RunLog
+from megatron_irl.storage.commit import write_file
 
 REPORT_FILE = "report.html"
 
@@ -50,7 +51,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = render_report(run_dir.resolve().name, _read_recipe(recipe_path), log.read_metrics(),
                          log.read_rounds())
     path = run_dir / REPORT_FILE
-    write_atomically(path, page.encode(errors="replace"))
+    write_file(path, page.encode(errors="replace"))
     return path
 
 

@@ -57,8 +57,10 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
     summary_path = run.folder.pairs / f"round_{round_index:04d}" / "summary.json"
     known = _read_json(summary_path) if topology.is_main else None
     known = from_main(known, topology)
-    if known is not None:
-        return open_pairs(run.bank, round_index, topology), known
+    if run.bank.is_finished(round_index) and known is not None:
+        return open_pairs(run.bank, round_index), known
+    if run.state.step_in_round:  # what is measured at a round's start cannot be any more
+        return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
     generation = sample_pairs(
         run.policy, run.bank, round_index,
         round_demonstrations(run.data.demonstrations, run.recipe.algorithm.prompts_per_round or 0,
@@ -67,7 +69,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
         samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe), console=run.console,
         clock=run.clock,
     )
-    pairs = open_pairs(run.bank, round_index, topology)
+    pairs = open_pairs(run.bank, round_index)
     references = add_references(
         run.policy, pairs, weights_of=run.reference_weights, console=run.console, clock=run.clock
     )

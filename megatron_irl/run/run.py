@@ -8,7 +8,6 @@ from megatron_irl.algorithms.base import Algorithm
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.data.corpus import Corpus
-from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.evaluation.heldout import Evaluator
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.reduce import from_main
@@ -18,6 +17,7 @@ from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.train.step import Trainer
 
@@ -53,8 +53,8 @@ class Run:
     policy: Policy
     trainer: Trainer
     data: Corpus
-    bank: PairBank
-    previous_bank: PairBank
+    bank: SharedBank
+    previous_bank: SharedBank
     evaluator: Evaluator
     folder: RunFolder
     checkpointer: Checkpointer

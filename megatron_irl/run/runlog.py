@@ -6,30 +6,37 @@ which readers skip and the next append removes.
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import sync_folder, write_errors, write_file
 
 METRICS_FILE = "metrics.jsonl"
 ROUNDS_FILE = "rounds.jsonl"
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_ADVICE = ("Free some space or make the folder writable, then start the run again on the same "
+           "folder; it resumes.")
 _BLOCK = 4096
 
 
 class RunLog:
     """Append to and read back the logs of one run folder. For one writing process only."""
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, fence: Callable[[], None] | None = None) -> None:
+        """Open the logs; nothing is read or created yet.
+
+        Args:
+            fence: Called before every write; raises if the folder is not ours any more.
+        """
         self.run_dir = Path(run_dir)
+        self._fence = fence or (lambda: None)
         self.metrics_path = self.run_dir / METRICS_FILE
         self.rounds_path = self.run_dir / ROUNDS_FILE
 
@@ -42,10 +49,12 @@ class RunLog:
         Raises:
             UserError: The line could not be written (disk full, ...); the file is as before.
         """
+        self._fence()
         _append(self.metrics_path, record, needs=("step", "round"))
 
     def log_round(self, record: Mapping[str, Any]) -> None:
         """Append the line of one finished round; as ``log_metrics``."""
+        self._fence()
         _append(self.rounds_path, record, needs=("step", "round"))
 
     def truncate(self, step: int, round: int) -> None:
@@ -71,31 +80,11 @@ class RunLog:
         return _read(self.rounds_path)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` so that a reader sees the old file or the new one.
-
-    Raises:
-        UserError: The file could not be written; the old one is untouched.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
-
-
 def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> None:
     missing = [key for key in needs if key not in record]
     assert not missing, f"a line of {path.name} needs {missing}"
     line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
-    try:
+    with write_errors(path, _ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -103,9 +92,7 @@ def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> No
         finally:
             os.close(descriptor)
         if path.stat().st_size == len(line):
-            _sync_folder(path.parent)  # the first line: the file's name must be durable as well
-    except OSError as error:
-        raise _write_error(path, error) from error
+            sync_folder(path.parent)  # the first line: the file's name must be durable as well
 
 
 def _write_line(descriptor: int, line: bytes) -> None:
@@ -162,7 +149,7 @@ def _keep(path: Path, wanted: Any) -> None:
     kept = [record for record in _read(path) if wanted(record)]
     content = b"".join(json.dumps(record).encode() + b"\n" for record in kept)
     if content != path.read_bytes():
-        write_atomically(path, content)
+        write_file(path, content)
 
 
 def _plain(value: Any) -> Any:
@@ -176,18 +163,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_error(path: Path, error: OSError) -> UserError:
-    advice = ("Free space there" if error.errno in _DISK_FULL
-              else "Make the folder writable, or set output_dir")
-    return UserError(f"{path} cannot be written: {error.strerror or error}. {advice} and start "
-                     "the run again on the same folder; it resumes.")

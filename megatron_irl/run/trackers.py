@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megatron_irl.errors import UserError
-from megatron_irl.run.runlog import write_atomically
+from megatron_irl.storage.commit import write_file
 
 WANDB_ID_FILE = "run_id.txt"
 
@@ -173,5 +173,5 @@ def _wandb_run_id(run_dir: Path) -> str:
         return path.read_text().strip()
     path.parent.mkdir(parents=True, exist_ok=True)
     run_id = uuid.uuid4().hex[:8]
-    write_atomically(path, run_id.encode() + b"\n")
+    write_file(path, run_id.encode() + b"\n")
     return run_id

@@ -5,10 +5,8 @@ position. It can be read under any tensor, pipeline and data parallel layout. A 
 ``step_NNNNNN`` is always whole: it is written under a dotted name and renamed last.
 """
 
-import errno
-import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +15,28 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import hardware
+from megatron_irl.compat import checkpoint_writer
+from megatron_irl.compat.adam_state import loadable, make_savable
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
 from megatron_irl.errors import UserError
-from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.storage.adam_state import loadable, make_savable
-from megatron_irl.storage.commit import disk_errors
+from megatron_irl.storage.commit import (
+    commit_folder,
+    fresh_folder,
+    put_back,
+    unfinished,
+    write_errors,
+)
 
 from megatron.core import dist_checkpointing, tensor_parallel  # isort: skip
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
 from megatron.core.utils import unwrap_model  # isort: skip
 
 FORMAT_VERSION = 1
+_ADVICE = ("The previous checkpoint is untouched; free some space, then start the same command "
+           "again.")
 
 
 class Checkpointer:
@@ -38,10 +45,16 @@ class Checkpointer:
     Args:
         folder: Where ``step_NNNNNN`` folders live.
         keep: Newest checkpoints kept; older ones are removed after a newer one is whole.
+        fence: Called on rank 0 before each commit; raises if the folder is not ours any more.
     """
 
-    def __init__(self, folder: Path, topology: Topology, *, keep: int) -> None:
+    def __init__(
+        self, folder: Path, topology: Topology, *, keep: int,
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         self.folder, self.topology, self.keep = folder, topology, keep
+        self._fence = fence or (lambda: None)
+        checkpoint_writer.install()
 
     def put_back(self) -> None:
         """Undo a replacement that was killed between its two renames.
@@ -52,9 +65,7 @@ class Checkpointer:
         if not self.topology.is_main:
             return
         for old in self.folder.glob(".step_*.old"):
-            final = self.folder / old.name.removeprefix(".").removesuffix(".old")
-            if not final.exists():
-                os.replace(old, final)
+            put_back(self.folder / old.name.removeprefix(".").removesuffix(".old"))
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, ascending."""
@@ -67,8 +78,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The newest whole checkpoint as rank 0 sees it, on every rank. Collective."""
-        steps = self.steps() if self.topology.is_main else []
-        return from_main(steps[-1] if steps else None, self.topology)
+        return on_main(lambda: (self.steps() or [None])[-1], self.topology)
 
     def describe_latest(self) -> str:
         """The newest checkpoint's path, for messages."""
@@ -84,25 +94,42 @@ class Checkpointer:
         Raises:
             UserError: The disk is full or not writable; the previous checkpoint is untouched.
         """
-        final, partial = self.path(step), self.folder / f".step_{step:06d}.partial"
-        if self.topology.is_main:
-            with disk_errors(final, cleanup=partial):
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        self.topology.barrier()
+        final = self.path(step)
+        partial = unfinished(final)
+        on_main(lambda: self._begin(final, partial), self.topology)
         make_savable(optimizer)
         sharded = self._sharded(chunks, optimizer, is_loading=False)
         sharded |= {
             "scheduler": scheduler.state_dict(), "state": state, "layout": self._layout(),
             "format_version": FORMAT_VERSION,
         }
-        with disk_errors(final, cleanup=partial):
-            _write(sharded, partial, sum(p.nbytes for c in chunks for p in c.parameters()))
-        if self.topology.is_main:
-            _replace_folder(partial, final)
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old))
-        self.topology.barrier()
+        failure: BaseException | None = None
+        with write_errors(final, _ADVICE):
+            try:
+                dist_checkpointing.save(sharded, str(partial))
+            except CheckpointException as error:
+                # No ``Exception``, and on every rank at once: rank 0 alone knows what happened.
+                # Any other error is one rank's own; the rest wait until the launcher ends them.
+                failure = error
+        on_main(lambda: self._commit(final, partial, failure), self.topology)
+
+    def _begin(self, final: Path, partial: Path) -> None:
+        self._fence()
+        with write_errors(final, _ADVICE):
+            fresh_folder(partial)
+
+    def _commit(self, final: Path, partial: Path, failure: BaseException | None) -> None:
+        try:
+            with write_errors(final, _ADVICE):
+                if failure is not None:
+                    raise OSError(f"{final} was not written: {_words(failure)}") from failure
+                self._fence()
+                commit_folder(partial, final)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
 
     def load(
         self, step: int, chunks: Sequence[Any], optimizer: Any = None, scheduler: Any = None
@@ -144,10 +171,7 @@ class Checkpointer:
                 sharded.pop("rng", None)
             loaded: Any = dist_checkpointing.load(sharded, str(path))
         except CheckpointException as error:  # torch's; what happened is inside, by rank
-            cause = next(iter(error.failures.values()))[0]
-            raise UserError(
-                f"the checkpoint {path} cannot be read: {first_line(cause)}"
-            ) from error
+            raise UserError(f"the checkpoint {path} cannot be read: {_words(error)}") from error
         except dist_checkpointing.core.CheckpointingException as error:
             raise UserError(f"the checkpoint {path} cannot be read: {error}") from error
         if optimizer is not None and "optimizer" not in loaded:
@@ -203,28 +227,10 @@ class Checkpointer:
         hardware.set_rng_state(states["device"])
 
 
-def _write(sharded: dict[str, Any], folder: Path, weight_bytes: int) -> None:
-    """Save, with a full disk reported as one.
-
-    Megatron's writer processes keep only the kind of an error, in a class that is no ``Exception``;
-    too little free space for this rank's bare weights says what happened.
-    """
-    try:
-        dist_checkpointing.save(sharded, str(folder))
-    except CheckpointException as error:
-        if shutil.disk_usage(folder).free > weight_bytes and "OSError" not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-
-
-def _replace_folder(new: Path, final: Path) -> None:
-    """Put ``new`` in the place of ``final``, which is moved aside first, never half deleted."""
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        os.replace(final, old)
-    os.replace(new, final)
-    shutil.rmtree(old, ignore_errors=True)
+def _words(error: BaseException) -> str:
+    """What happened, of torch's exception for all ranks; only rank 0 is told."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    return first_line(next(iter(failures.values()))[0])
 
 
 def _tracker() -> Any:

@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all."""
+"""The one way files and folders come onto the disk: whole or not at all, or one message why not."""
 
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,11 +14,63 @@ from megatron_irl.errors import UserError
 
 TEMPORARY_PATTERN = ".*.tmp"
 
-# What the user can put right: a full disk or quota, a path that cannot be written.
+# What the user can put right: a full disk, quota or file-size limit, a path that cannot be written.
 USER_ERRNOS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EIO, errno.ESTALE,
 }  # fmt: skip
+
+# Libraries written in other languages, and errors that came from another process or rank, have no
+# errno but speak of it: Rust's "os error 28", Python's own "[Errno 28]", C++ in words.
+_SPOKEN_ERRNO = re.compile(r"(?:\[Errno |os error |code: )(\d+)")
+_SPOKEN = {os.strerror(n): n for n in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)}
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the system said of a disk, if that is what an error comes from; else None.
+
+    Causes are looked through too, and the failures of several ranks that torch puts in one
+    (``CheckpointException.failures``: error and traceback by rank).
+    """
+    for each in _causes(error):
+        number = each.errno if isinstance(each, OSError) else None
+        if number is None:
+            spoken = _SPOKEN_ERRNO.search(str(each))
+            words = next((n for text, n in _SPOKEN.items() if text in str(each)), None)
+            number = int(spoken[1]) if spoken else words
+        if number in USER_ERRNOS:
+            return os.strerror(number)
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        failures = getattr(error, "failures", None)
+        for wrapped in failures.values() if isinstance(failures, dict) else ():
+            yield from _causes(wrapped[0])
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+@contextmanager
+def write_errors(
+    target: str | Path, advice: str = "Nothing was left half-written; free some space or choose "
+    "another folder, then start again."
+) -> Iterator[None]:
+    """Turn every failure to write ``target`` that is the disk's into one UserError.
+
+    Raises:
+        UserError: The disk is full or at a limit, or the path cannot be written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of any library; what is not the disk's goes on as it is
+        said = disk_error(error)
+        if said is None:
+            raise
+        raise UserError(f"cannot write {target}: {said}. {advice}") from error
 
 
 @contextmanager
@@ -37,43 +90,23 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         raise UserError(f"cannot write {path}: it exists and is not a regular file.")
     target = path.resolve()  # a link keeps pointing at the file it points at
     temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-        sync_folder(target.parent)
-    except OSError as error:
-        if error.errno not in USER_ERRNOS:
-            raise
-        raise UserError(
-            f"cannot write {path}: {os.strerror(error.errno)}. Nothing was written; free some "
-            "space or choose another folder, then start again."
-        ) from error
-    finally:
-        _remove_quietly(temporary)
+    with write_errors(path):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+        finally:
+            _remove_quietly(temporary)
 
 
-@contextmanager
-def disk_errors(target: str | Path, *, cleanup: str | Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into a UserError, leaving nothing of ``cleanup`` behind.
-
-    For writers that own a whole temporary folder; libraries written in other languages report a
-    full disk in words, without an errno.
-    """
-    try:
-        yield
-    except Exception as error:
-        shutil.rmtree(cleanup, ignore_errors=True)
-        in_words = any(text in str(error) for text in ("No space left", "os error 28", "code: 28"))
-        if in_words or (isinstance(error, OSError) and error.errno in USER_ERRNOS):
-            raise UserError(
-                f"cannot write {target}: {error}. Nothing was left half-written; free some space "
-                "or choose another folder, then start again."
-            ) from error
-        raise
+def write_file(path: str | Path, content: bytes) -> None:
+    """As ``replacing``, of content that is all there."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 def write_jsonl_atomically(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
@@ -100,9 +133,72 @@ def json_line(record: Mapping[str, Any]) -> bytes:
     return line.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to disk: a file renamed into it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def replacing_folder(final: str | Path) -> Iterator[Path]:
+    """Fill a new folder, then put it in the place of ``final``, which may exist.
+
+    Yields an empty folder beside it, under a dotted name; what an earlier attempt left there is
+    removed. On an error nothing is left behind and the old folder is as it was.
+
+    Raises:
+        UserError: The disk is full or not writable.
+    """
+    final = Path(final)
+    partial = unfinished(final)
+    with write_errors(final):
+        try:
+            fresh_folder(partial)
+            yield partial
+            commit_folder(partial, final)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def unfinished(final: Path) -> Path:
+    """Where a folder is built before it is put in place."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def fresh_folder(folder: Path) -> None:
+    """Make an empty folder, in the place of whatever an earlier attempt left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def commit_folder(new: Path, final: Path) -> None:
+    """Put a finished folder in the place of ``final``, its files on disk first.
+
+    An old folder is moved aside before, never half deleted: a kill between the two renames leaves
+    it as ``.<name>.old``, which ``put_back`` returns.
+    """
+    for path in (*new.rglob("*"), new):
+        sync_folder(path)
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(new, final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(final: Path) -> None:
+    """Undo a replacement of ``final`` that was killed between its two renames.
+
+    For the process that writes it, before it looks: to anybody else a replacement in progress
+    looks the same.
+    """
+    old = final.with_name(f".{final.name}.old")
+    if old.exists() and not final.exists():
+        os.replace(old, final)
+
+
+def sync_folder(path: Path) -> None:
+    """Bring a file, or a folder's entries, to disk: what was renamed into it survives a power
+    cut.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

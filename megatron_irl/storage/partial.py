@@ -5,13 +5,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_irl.errors import UserError
-from megatron_irl.storage.commit import USER_ERRNOS, json_line, replacing, sync_folder
+from megatron_irl.storage.commit import json_line, sync_folder, write_errors, write_file
 
 
 class PartialJsonl:
@@ -46,15 +46,14 @@ class PartialJsonl:
         """
         if self.path.exists() and not self.path.is_file():
             raise UserError(f"cannot write {self.path}: it exists and is not a regular file.")
-        with self._disk_errors():
+        with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self._lines, "ab")
             self._take_lock(self._lock)
             count, size = self._whole_lines()
             if count:
                 self._check_settings(count)
-            with replacing(self.folder / "settings.json") as file:
-                file.write(json.dumps(self._settings, indent=1).encode())
+            write_file(self.folder / "settings.json", json.dumps(self._settings, indent=1).encode())
             os.truncate(self._lines, size)
         return count
 
@@ -64,14 +63,14 @@ class PartialJsonl:
         Raises:
             UserError: The disk is full; the lines before are kept.
         """
-        with self._disk_errors(), open(self._lines, "ab") as file:
+        with self._write_errors(), open(self._lines, "ab") as file:
             file.writelines(map(json_line, records))
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Rename the lines to ``path``, replacing what was there."""
-        with self._disk_errors():
+        with self._write_errors():
             os.replace(self._lines, self.folder.parent / self.path.resolve().name)
             sync_folder(self.folder.parent)
             shutil.rmtree(self.folder)
@@ -113,13 +112,6 @@ class PartialJsonl:
                             f"other settings: {different}. Start with the settings there to go on, "
                             f"remove {self.folder} to begin anew, or write to another file.")
 
-    @contextmanager
-    def _disk_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in USER_ERRNOS:
-                raise
-            raise UserError(f"cannot write {self.folder}: {os.strerror(error.errno or 0)}. The "
-                            "lines finished before are kept; free some space, then start the same "
-                            "command again.") from error
+    def _write_errors(self) -> AbstractContextManager[None]:
+        return write_errors(self.folder, "The lines finished before are kept; free some space, "
+                            "then start the same command again.")

@@ -40,16 +40,17 @@ def test_spin_killed_while_it_takes_over_the_previous_pairs(
 
 
 def kill_at_previous_write(patch, writes):
-    original, count = PairBank.write_chunk, [0]
+    original, count = PairBank.write_part, [0]
 
-    def write_chunk(self, *arguments):
-        original(self, *arguments)
+    def write_part(self, *arguments):
+        entry = original(self, *arguments)
         if self.root.name == "previous":
             count[0] += 1
             if count[0] == writes:
                 raise Killed
+        return entry
 
-    patch.setattr(PairBank, "write_chunk", write_chunk)
+    patch.setattr(PairBank, "write_part", write_part)
 
 
 def test_another_evaluation_limit_after_a_kill_in_the_first_evaluation(

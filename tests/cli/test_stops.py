@@ -157,11 +157,11 @@ def fill(disk: Path):
 
 
 # What is being written when space runs out -> (what writes it, at which call, words of the message)
-BANK = "megatron_irl.data.pair_bank.PairBank.write_chunk"
+BANK = "megatron_irl.data.pair_bank.PairBank.write_part"
 FULL = {
-    "held-out samples": (BANK, 2, ("heldout/round_0000/chunk_00001.parquet",)),
-    "pairs": (BANK, 4, ("pairs/round_0000/chunk_00001.parquet",)),
-    "references": (BANK, 7, ("pairs/round_0000/chunk_00001.parquet",)),
+    "held-out samples": (BANK, 2, ("heldout/round_0000/part_00001.parquet",)),
+    "pairs": (BANK, 4, ("pairs/round_0000/part_00001.parquet",)),
+    "references": (BANK, 7, ("pairs/round_0000/part_00001.parquet",)),
     "metrics": ("megatron_irl.run.runlog.RunLog.log_metrics", 1, ("metrics.jsonl",)),
     "rounds": ("megatron_irl.run.runlog.RunLog.log_round", 1, ("rounds.jsonl",)),
     "first checkpoint": ("megatron_irl.storage.checkpoint.Checkpointer.save", 1, ("step_000002",)),

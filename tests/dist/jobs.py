@@ -103,7 +103,7 @@ def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: fl
     for i, pair in enumerate(pairs):
         pair.ref_demo_logp = sums[2 * i] + float(shift[2 * i])
         pair.ref_sample_logp = sums[2 * i + 1] + float(shift[2 * i + 1])
-    PairBank(folder).write_chunk(0, 0, pairs)
+    PairBank(folder).write_part(0, 0, pairs)
 
 
 def train_on_bank(

@@ -12,36 +12,7 @@ from megatron_irl.data.pair_bank import PairBank, chunk_seed, usable_pairs
 from megatron_irl.errors import UserError
 from megatron_irl.storage import commit
 from megatron_irl.types import Demonstration, Pair
-
-
-def make_pair(rng, ordinal=0, round=0, references=False):
-    def draw():
-        return rng.integers(0, 100, size=rng.integers(1, 9)).astype(np.int32)
-
-    sample = draw()
-    refs = [float(x) for x in rng.normal(size=2).astype(np.float32)]
-    return Pair(
-        ordinal=ordinal, prompt_ids=draw(), demo_ids=draw(), sample_ids=sample,
-        sample_logprobs=-rng.random(len(sample)).astype(np.float32),
-        finish_reason=["stop", "length"][ordinal % 2], round=round,
-        ref_demo_logp=refs[0] if references else None,
-        ref_sample_logp=refs[1] if references else None)
-
-
-def make_pairs(num, seed=0, round=0, references=False):
-    rng = np.random.default_rng(seed)
-    return [make_pair(rng, i, round, references) for i in range(num)]
-
-
-def assert_same(actual, expected):
-    assert len(actual) == len(expected)
-    for a, e in zip(actual, expected, strict=True):
-        for name, value in vars(e).items():
-            if isinstance(value, np.ndarray):
-                assert getattr(a, name).dtype == value.dtype
-                assert getattr(a, name).tolist() == value.tolist()
-            else:
-                assert getattr(a, name) == value and type(getattr(a, name)) is type(value)
+from tests.unit.data.pairs import assert_same, make_pairs
 
 
 @pytest.mark.parametrize("references", [False, True])
@@ -50,26 +21,29 @@ def test_round_trip(tmp_path, references):
     pairs[2] = replace(pairs[2], sample_ids=np.array([], np.int32),
                        sample_logprobs=np.array([], np.float32))
     bank = PairBank(tmp_path / "pairs", seed=7)
-    bank.write_chunk(3, 0, pairs[:2])
-    bank.write_chunk(3, 1, pairs[2:])
-    assert_same(bank.read_chunk(3, 1), pairs[2:])
+    bank.write_part(3, 0, pairs[:2])
+    bank.write_part(3, 1, pairs[2:])
+    assert_same(bank.read_part(3, 1), pairs[2:])
     assert_same(PairBank(tmp_path / "pairs").read_round(3), pairs)
-    assert bank.complete_chunks(3) == [0, 1] and bank.complete_chunks(4) == []
-    assert bank.read_chunk(3, 0)[0].demo_ids.flags.writeable
+    assert bank.parts(3) == [0, 1] and bank.parts(4) == []
+    assert bank.read_part(3, 0)[0].demo_ids.flags.writeable
 
 
 def test_references_are_added_by_rewriting(tmp_path):
     bank = PairBank(tmp_path)
     pairs = make_pairs(4)
     assert not bank.has_references(0)
-    bank.write_chunk(0, 0, pairs[:2])
-    bank.write_chunk(0, 1, pairs[2:])
+    bank.write_part(0, 0, pairs[:2])
+    bank.write_part(0, 1, pairs[2:])
+    bank.finish_round(0)
     assert not bank.has_references(0)
-    bank.write_chunk(0, 0, [replace(p, ref_demo_logp=-1.5, ref_sample_logp=-2.5)
+    bank.write_part(0, 0, [replace(p, ref_demo_logp=-1.5, ref_sample_logp=-2.5)
                             for p in pairs[:2]])
+    bank.finish_round(0)
     assert not bank.has_references(0)
-    bank.write_chunk(0, 1, [replace(p, ref_demo_logp=-1.5, ref_sample_logp=float("nan"))
+    bank.write_part(0, 1, [replace(p, ref_demo_logp=-1.5, ref_sample_logp=float("nan"))
                             for p in pairs[2:]])
+    bank.finish_round(0)
     assert bank.has_references(0)
     assert [p.ref_demo_logp for p in bank.read_round(0)] == [-1.5] * 4
     assert np.isnan(bank.read_round(0)[3].ref_sample_logp)
@@ -77,15 +51,15 @@ def test_references_are_added_by_rewriting(tmp_path):
 
 def test_readable_by_pandas(tmp_path):
     pairs = make_pairs(3, round=2)
-    PairBank(tmp_path, seed=7).write_chunk(2, 4, pairs)
-    frame = pandas.read_parquet(tmp_path / "round_0002" / "chunk_00004.parquet")
+    PairBank(tmp_path, seed=7).write_part(2, 4, pairs)
+    frame = pandas.read_parquet(tmp_path / "round_0002" / "part_00004.parquet")
     assert frame["ordinal"].tolist() == [0, 1, 2]
     assert frame["sample_ids"][1].tolist() == pairs[1].sample_ids.tolist()
     assert frame["truncated"].tolist() == [False, True, False]
     assert frame["sample_length"].tolist() == [len(p.sample_ids) for p in pairs]
     assert frame["demo_length"].tolist() == [len(p.demo_ids) for p in pairs]
     assert frame["ref_demo_logp"].isna().all()
-    assert (frame["round"] == 2).all() and (frame["chunk"] == 4).all()
+    assert (frame["round"] == 2).all() and (frame["part"] == 4).all()
     assert len(pandas.read_parquet(tmp_path)) == 3  # the whole bank as one dataset
 
 
@@ -96,7 +70,7 @@ class Killed(BaseException):
 def test_killed_before_the_rename(tmp_path, monkeypatch):
     bank = PairBank(tmp_path)
     old, new = make_pairs(2, seed=1), make_pairs(2, seed=2)
-    bank.write_chunk(0, 0, old)
+    bank.write_part(0, 0, old)
 
     def kill(source, target):
         raise Killed
@@ -104,18 +78,18 @@ def test_killed_before_the_rename(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", kill)
         patch.setattr(commit, "_remove_quietly", lambda path: None)
-        for chunk in (0, 1):
+        for part in (0, 1):
             with pytest.raises(Killed):
-                bank.write_chunk(0, chunk, new)
+                bank.write_part(0, part, new)
     folder = tmp_path / "round_0000"
-    assert len(list(folder.iterdir())) == 3  # one chunk and two leftovers
+    assert len(list(folder.iterdir())) == 3  # one part and two leftovers
 
     resumed = PairBank(tmp_path)
-    assert resumed.complete_chunks(0) == [0]
+    assert resumed.parts(0) == [0]
     assert_same(resumed.read_round(0), old)
     resumed.discard_after(0)
-    assert os.listdir(folder) == ["chunk_00000.parquet"]
-    resumed.write_chunk(0, 1, new)
+    assert os.listdir(folder) == ["part_00000.parquet"]
+    resumed.write_part(0, 1, new)
     assert_same(resumed.read_round(0), old + new)
 
 
@@ -123,7 +97,7 @@ def test_killed_before_the_rename(tmp_path, monkeypatch):
 def test_disk_full(tmp_path, monkeypatch, failing_call):
     bank = PairBank(tmp_path)
     old = make_pairs(2, seed=1)
-    bank.write_chunk(0, 0, old)
+    bank.write_part(0, 0, old)
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -148,11 +122,11 @@ def test_disk_full(tmp_path, monkeypatch, failing_call):
         else:
             patch.setattr(commit, "open", full if failing_call == "open" else FullFile,
                           raising=False)
-        for chunk in (0, 1):
+        for part in (0, 1):
             with pytest.raises(UserError, match="No space left") as raised:
-                bank.write_chunk(0, chunk, make_pairs(2, seed=2))
-            assert str(tmp_path / "round_0000" / f"chunk_0000{chunk}.parquet") in str(raised.value)
-    assert os.listdir(tmp_path / "round_0000") == ["chunk_00000.parquet"]
+                bank.write_part(0, part, make_pairs(2, seed=2))
+            assert str(tmp_path / "round_0000" / f"part_0000{part}.parquet") in str(raised.value)
+    assert os.listdir(tmp_path / "round_0000") == ["part_00000.parquet"]
     assert_same(bank.read_round(0), old)
 
 
@@ -160,7 +134,7 @@ def test_discard_after(tmp_path):
     bank = PairBank(tmp_path / "pairs")
     bank.discard_after(0)  # nothing there yet
     for round in range(4):
-        bank.write_chunk(round, 0, make_pairs(1, round=round))
+        bank.write_part(round, 0, make_pairs(1, round=round))
     bank.discard_after(1)
     assert sorted(os.listdir(bank.root)) == ["round_0000", "round_0001"]
     bank.discard_after(-1)
@@ -170,20 +144,20 @@ def test_discard_after(tmp_path):
 def test_what_cannot_be_read_is_said(tmp_path):
     bank = PairBank(tmp_path, seed=7)
     with pytest.raises(UserError, match="does not exist"):
-        bank.read_chunk(0, 0)
-    for chunk in (0, 2):
-        bank.write_chunk(0, chunk, make_pairs(1))
-    with pytest.raises(UserError, match=r"lacks chunks \[1\]"):
+        bank.read_part(0, 0)
+    for part in (0, 2):
+        bank.write_part(0, part, make_pairs(1))
+    with pytest.raises(UserError, match=r"lacks parts \[1\]"):
         bank.read_round(0)
     with pytest.raises(UserError, match="seed=8 conflicts with seed=7"):
-        PairBank(tmp_path, seed=8).read_chunk(0, 0)
-    path = tmp_path / "round_0000" / "chunk_00000.parquet"
+        PairBank(tmp_path, seed=8).read_part(0, 0)
+    path = tmp_path / "round_0000" / "part_00000.parquet"
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="cannot be read"):
-        bank.read_chunk(0, 0)
+        bank.read_part(0, 0)
     pandas.DataFrame({"a": [1]}).to_parquet(path)
-    with pytest.raises(UserError, match="not a pair chunk"):
-        bank.read_chunk(0, 0)
+    with pytest.raises(UserError, match="not a part of pairs"):
+        bank.read_part(0, 0)
 
 
 def test_chunk_seed_is_stable_and_distinct():
@@ -214,42 +188,27 @@ def test_usable_pairs():
 
 def test_explicit_rewards_are_added_later(tmp_path):
     bank, pairs = PairBank(tmp_path), make_pairs(4, references=True)
-    bank.write_chunk(0, 0, pairs)
-    assert all(pair.reward_demo is None for pair in bank.read_chunk(0, 0))
+    bank.write_part(0, 0, pairs)
+    assert all(pair.reward_demo is None for pair in bank.read_part(0, 0))
     scored = [replace(p, reward_demo=i / 4, reward_sample=-i / 4) for i, p in enumerate(pairs)]
-    bank.write_chunk(0, 0, scored)
+    bank.write_part(0, 0, scored)
     assert_same(bank.read_round(0), scored)
 
 
-def test_a_bank_of_the_first_format_is_read(tmp_path):
-    """It had no rewards: 13 columns."""
-    import pyarrow.parquet as pq
-
-    bank, pairs = PairBank(tmp_path, seed=5), make_pairs(3, references=True)
-    bank.write_chunk(0, 0, pairs)
-    path = tmp_path / "round_0000" / "chunk_00000.parquet"
-    old = pq.read_table(path, partitioning=None).drop_columns(["reward_demo", "reward_sample"])
-    assert old.num_columns == 13
-    pq.write_table(old.replace_schema_metadata({"format_version": "1", "seed": "5"}), path)
-    assert_same(bank.read_round(0), pairs)
-    assert bank.has_references(0)
-    pq.write_table(old.replace_schema_metadata({"format_version": "2", "seed": "5"}), path)
-    with pytest.raises(UserError, match="format_version=1 or 2"):
-        bank.read_round(0)
-
-
-def test_chunks_of_other_demonstrations_are_removed(tmp_path):
-    bank, pairs = PairBank(tmp_path), make_pairs(8)
-    for chunk in range(4):
-        bank.write_chunk(0, chunk, pairs[2 * chunk : 2 * chunk + 2])
+def test_parts_of_other_demonstrations_are_removed(tmp_path):
+    bank, pairs = PairBank(tmp_path), make_pairs(10)
+    for part in range(5):
+        bank.write_part(0, part, pairs[2 * part : 2 * part + 2])
 
     def demonstration(pair, **changes):
         same = Demonstration(0, pair.prompt_ids, pair.demo_ids, "", "", None, "")
         return replace(same, **changes)
 
-    parts = [[demonstration(p) for p in pairs[2 * c : 2 * c + 2]] for c in range(3)]
+    parts = [[demonstration(p) for p in pairs[2 * c : 2 * c + 2]] for c in range(4)]
     parts[1][1] = demonstration(pairs[3], response_ids=np.append(pairs[3].demo_ids, np.int32(1)))
     parts[2].pop()
-    assert bank.keep_chunks_of(0, parts) == [0]  # another answer, fewer pairs, no such chunk
-    assert bank.complete_chunks(0) == [0]
-    assert_same(bank.read_chunk(0, 0), pairs[:2])
+    path = tmp_path / "round_0000" / "part_00003.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    bank.discard_others(0, parts)  # another answer, fewer pairs, damaged, no such part
+    assert bank.parts(0) == [0]
+    assert_same(bank.read_part(0, 0), pairs[:2])

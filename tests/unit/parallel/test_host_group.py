@@ -81,7 +81,7 @@ def test_every_group_has_the_time_limit(monkeypatch):
 
     monkeypatch.setattr(parallel_state, "create_group", spy)
     try:
-        initialize(ParallelConfig(), timeout_minutes=77)
+        initialize(ParallelConfig(timeout_minutes=77))
     finally:
         shutdown()
     assert set(asked) == {datetime.timedelta(minutes=77)}

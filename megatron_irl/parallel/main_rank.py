@@ -1,0 +1,84 @@
+"""Work that may fail on some ranks while the others wait: its result or its error reaches all."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_irl.errors import UserError, tell_elsewhere
+from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.topology import Topology
+
+
+class AnotherRankFailed(RuntimeError):
+    """What another rank raised; its traceback is in that rank's output."""
+
+
+def on_main[T](work: Callable[[], T], topology: Topology) -> T:
+    """Do ``work`` on rank 0 and give every rank its result, or its error.
+
+    Without this, an error under ``if topology.is_main`` leaves the other ranks in their next
+    collective until it times out. Collective over every rank of the run.
+
+    Args:
+        work: Called on rank 0 only; may use no collective. Its result must be small and
+            picklable.
+
+    Raises:
+        UserError: What rank 0 raised, with the same text on every rank.
+        AnotherRankFailed: Rank 0 raised anything else (rank 0 itself raises the original).
+
+    Example:
+        steps = on_main(checkpointer.steps, topology)
+    """
+    result: Any = None
+    failure: BaseException | None = None
+    if topology.is_main:
+        try:
+            result = work()
+        except Exception as error:  # whatever it is: the others must hear of it
+            failure = error
+    said, result = from_main((_spoken(failure), result), topology)
+    _raise_if(failure, {0: said} if said else {})
+    return result
+
+
+def everywhere[T](work: Callable[[], T], topology: Topology) -> T:
+    """Do ``work`` on every rank; if it fails on any, it fails on all of them.
+
+    For what each rank reads or checks by itself before the next collective. Returns the rank's own
+    result. Collective over every rank of the run.
+
+    Raises:
+        UserError: The lowest failing rank's, on every rank.
+        AnotherRankFailed: Another rank raised anything else (that rank raises the original).
+    """
+    result: Any = None
+    failure: BaseException | None = None
+    try:
+        result = work()
+    except Exception as error:  # as above
+        failure = error
+    said: list[Any] = [_spoken(failure)]
+    if topology.world_size > 1:
+        said = [None] * topology.world_size
+        dist.all_gather_object(said, _spoken(failure))
+    _raise_if(failure, {rank: text for rank, text in enumerate(said) if text})
+    return result
+
+
+def _spoken(error: BaseException | None) -> Any:
+    """An error as what can be sent: a user's error itself, anything else by name and text."""
+    if error is None or isinstance(error, UserError):
+        return error
+    return f"{type(error).__name__}: {error}"
+
+
+def _raise_if(own: BaseException | None, said: dict[int, Any]) -> None:
+    if own is not None:
+        raise own
+    if said:
+        rank, first = min(said.items())
+        if isinstance(first, UserError):
+            raise tell_elsewhere(first)
+        raise AnotherRankFailed(f"rank {rank} failed: {first}")
