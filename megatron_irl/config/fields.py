@@ -110,14 +110,21 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None:
             return None
-        (inner,) = [arg for arg in args if arg is not type(None)]
-        return coerce(value, inner, path)
+        inner = [arg for arg in args if arg is not type(None)]
+        if len(inner) > 1:  # a choice of words, or a number
+            words, number = sorted(inner, key=lambda arg: get_origin(arg) is not Literal)
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            return coerce(value, number if is_number else words, path)
+        return coerce(value, inner[0], path)
     if origin is tuple:
         if value is None and args[0] is str:
             return ()
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(coerce(item, args[0], path) for item in items)
     if origin is Literal:
+        if isinstance(value, bool):  # YAML 1.1 reads ``off`` and ``true`` so
+            spelled = ("true", "on") if value else ("false", "off")
+            value = next((word for word in spelled if word in args), value)
         if value in args:
             return value
         raise UserError(f"{path}={value} is not one of {', '.join(args)}; "

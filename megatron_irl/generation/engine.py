@@ -161,7 +161,11 @@ class BuiltEngine:
             max_requests=options.max_requests,
             # Steps are padded to the rounding, so a limit in between would be overrun.
             max_tokens=PagedContext.round_up_tokens(
-                max(step_tokens(models[0].config), options.max_sequence_length, options.max_requests), tp_size
+                max(
+                    step_tokens(models[0].config), options.max_sequence_length,
+                    options.max_requests,
+                ),
+                tp_size,
             ),
             max_sequence_length=options.max_sequence_length,
             pg_collection=self._topology.groups,

@@ -6,7 +6,6 @@ The engine runs on the very module that trains: no copy of the weights, no refit
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -88,6 +87,7 @@ class MegatronGenerator:
         self._sampler = TableSampler(vocab_size, hardware.device())
         self._built: BuiltEngine | None = None
         self._capture_seconds = 0.0
+        self.graphs_used = 0  # captured for the last engine, which may be gone
         self.residency = Residency(keep_cache, topology)
 
     def __enter__(self) -> "MegatronGenerator":
@@ -103,7 +103,7 @@ class MegatronGenerator:
 
     @property
     def graph_count(self) -> int:
-        """CUDA graphs of decode steps captured at present."""
+        """CUDA graphs of the engine's steps captured at present."""
         return self._built.graph_count if self._built else 0
 
     def take_capture_seconds(self) -> float:
@@ -178,6 +178,7 @@ class MegatronGenerator:
             models, self._topology, self._sampler, replace(self._options, cuda_graphs=number)
         )
         self._capture_seconds += self._built.capture_seconds
+        self.graphs_used = self._built.graph_count
         self.residency.cache_bytes = hardware.held_memory() - before
 
     def _run(

@@ -1,4 +1,4 @@
-"""The requests of one ``generate`` call: what was asked for, and what has been sampled, on the host.
+"""The requests of one ``generate`` call: what was asked for and what has been sampled.
 
 A request's random numbers are drawn when it is first sampled for and dropped with its last token,
 so that a queue of any length costs no more than its prompts.
@@ -70,7 +70,7 @@ class RequestTable:
         self.token_count += len(tokens)
 
     def is_stop(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [B], whether a token ends its response."""
+        """Bool [B], whether a token ends its response."""
         return np.isin(tokens, self._stops)
 
     def finish(self, request: int) -> Sample:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from megatron_irl.generation.interface import SamplingConfig
 
-from megatron.core.inference.sampling import Sampling  # isort: skip  (after hardware)
-
 BLOCK = 256
 
 
