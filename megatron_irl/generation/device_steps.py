@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.sampling import sample_rows
+from megatron_irl.hardware.replay import Recorder
 
 
 class DeviceSteps:
@@ -44,8 +45,8 @@ class DeviceSteps:
         self._sampling = SamplingConfig()
         # Captured steps read the stop ids of their sampling where they were.
         self._stops: dict[SamplingConfig, Tensor] = {}
-        self._pool: Any = None
-        self._graphs: dict[Any, Any] = {}  # (rows, sampling) to a graph, or None once warmed up
+        self._recorder = Recorder()
+        self._graphs: dict[Any, Any] = {}  # (rows, sampling) to a replay, or None once warmed up
 
     def begin(self, uniforms: np.ndarray, left: np.ndarray, sampling: SamplingConfig) -> None:
         """Start a burst of live rows.
@@ -114,16 +115,10 @@ class DeviceSteps:
             self.advance(*self.sample(logits_BV))
             return
         if self._graphs[key] is None:
-            self._graphs[key] = self._record(logits_BV)
-        self._graphs[key].replay()
-
-    def _record(self, logits_BV: Tensor) -> Any:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self.advance(*self.sample(logits_BV))
-        return graph
+            self._graphs[key] = self._recorder.record(
+                lambda: self.advance(*self.sample(logits_BV))
+            )
+        self._graphs[key]()
 
     def collect(self, steps: int, rows: int) -> tuple[np.ndarray, ...]:
         """Bring a burst to the host: tokens, log-probabilities, was live, all [steps, rows]; and

@@ -16,8 +16,9 @@ from torch import nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.compat import graph_arguments
+from megatron_irl.hardware.replay import same_stream
+from megatron_irl.parallel.scratch import shared_buffers
 
-from megatron.core import parallel_state  # isort: skip
 from megatron.core.transformer.cuda_graphs import (  # isort: skip
     CudaGraphManager,
     delete_cuda_graphs,
@@ -39,7 +40,7 @@ class LayerGraphs:
     def lent(self) -> Iterator[None]:
         """Let the engine capture and replay within the block, and nothing else ever."""
         graph_arguments.install()
-        buffers = _shared_buffers()
+        buffers = shared_buffers()
         buffers.update(self._shared)
         configs = {id(model.config): model.config for model in self._models}.values()
         old = [
@@ -81,20 +82,10 @@ class LayerGraphs:
 
 
 def _manager(model: Any) -> CudaGraphManager:
-    # The first manager of a process changes the current stream for good; the streams that
-    # training and the allocator know stay the current ones.
-    stream = torch.cuda.current_stream()
-    try:
+    with same_stream():  # the first manager of a process would change it
         return CudaGraphManager(
             model.config, pg_collection=model.pg_collection, need_backward=False
         )
-    finally:
-        torch.cuda.set_stream(stream)
-
-
-def _shared_buffers() -> dict[Any, torch.Tensor]:
-    buffer = parallel_state._GLOBAL_MEMORY_BUFFER
-    return {} if buffer is None else buffer.buffer
 
 
 def is_capturable(models: Sequence[nn.Module], flash_attention: bool) -> str | None:

@@ -26,7 +26,7 @@ class Residency:
         self.cache_bytes = 0
         self.peak_train: int | None = None
         self.peak_generation = 0
-        self._between = False
+        self._between = self._stays = False
 
     def begin_generation(self) -> None:
         """Generation starts: what came since the last phase of it was training, so measure that."""
@@ -42,13 +42,13 @@ class Residency:
         replica's ranks must decide alike: capturing again is collective.
         """
         if self._between:  # twice in a row: nothing has been generated in between
-            return self._resident > 0
+            return self._stays
         self.peak_generation = hardware.peak_memory()
-        stays = self._decide()
-        self._resident = self.cache_bytes if stays else 0
+        self._stays = self._decide()
+        self._resident = self.cache_bytes if self._stays else 0
         hardware.reset_peak_memory()
         self._between = True
-        return stays
+        return self._stays
 
     def fits(self, total: int, foreign: int) -> bool:
         """Whether training at its measured peak leaves room for cache and graphs.

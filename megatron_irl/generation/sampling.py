@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_irl import hardware
 from megatron_irl.generation.interface import SamplingConfig
 
 BLOCK = 256
@@ -62,8 +63,8 @@ def filter_weights(weights_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     if 0 < top_k < vocab:
         floor = weights_BV.topk(top_k, dim=-1).values[:, -1:]
         weights_BV.masked_fill_(weights_BV < floor, 0.0)
-    if top_p < 1.0 and weights_BV.is_cuda:
-        _bisect_nucleus(weights_BV, top_p)
+    if top_p < 1.0 and hardware.IS_CUDA:
+        bisect_nucleus(weights_BV, top_p)
     elif top_p < 1.0:
         goal_B1 = top_p * weights_BV.sum(dim=-1, keepdim=True, dtype=torch.float64)
         width = min(vocab, top_k or BLOCK)
@@ -78,7 +79,7 @@ def filter_weights(weights_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     return weights_BV
 
 
-def _bisect_nucleus(weights_BV: Tensor, top_p: float) -> None:
+def bisect_nucleus(weights_BV: Tensor, top_p: float) -> None:
     """Keep the nucleus, in place, without a sort and without the host.
 
     The bits of non-negative floats order as the floats do, so 31 halvings find the largest
