@@ -26,14 +26,19 @@ class Residency:
         self.cache_bytes = 0
         self.peak_train: int | None = None
         self.peak_generation = 0
-        self._between = self._stays = False
+        self._between, self._stays, self._updated = False, False, False
 
     def begin_generation(self) -> None:
-        """Generation starts: what came since the last phase of it was training, so measure that."""
+        """Generation starts; if the model was updated since the last phase, that was training."""
+        if self._updated:
+            self.peak_train = max(hardware.peak_memory(), self.peak_train or 0)
         if self._between:
-            self.peak_train = hardware.peak_memory()
-            self._between = False
-        hardware.reset_peak_memory()
+            hardware.reset_peak_memory()
+        self._between = self._updated = False
+
+    def note_update(self) -> None:
+        """An optimizer step has been taken: what the device holds by now is what training takes."""
+        self._updated = True
 
     def end_generation(self) -> bool:
         """Generation ends. Returns whether cache and graphs stay.

@@ -5,13 +5,13 @@ must be imported before the first ``megatron.core`` import (every room above doe
 ``MEGATRON_IRL_PLATFORM=cpu`` forces the CPU on a machine with a GPU.
 """
 
-import logging
 import os
-import warnings
+from collections.abc import Callable
 
 import torch
 
 from megatron_irl.errors import UserError
+from megatron_irl.hardware.quiet import silence
 
 IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATFORM") != "cpu"
 BACKEND: str = "nccl" if IS_CUDA else "gloo"
@@ -21,14 +21,7 @@ if not IS_CUDA:
 
     retarget.install()
 
-# Advice about optional GPU packages and planned changes upstream: nothing a user of this package
-# can act on; true errors still arrive as exceptions.
-for module in (
-    r"megatron\.core.*", r"torch\.utils\.cpp_extension", r"torch\.distributed\.(checkpoint|c10d).*"
-):
-    warnings.filterwarnings("ignore", module=module)
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-logging.getLogger("megatron.core").setLevel(logging.ERROR)
+silence(is_cuda=IS_CUDA)
 
 
 def device() -> torch.device:
@@ -104,6 +97,29 @@ def reset_peak_memory() -> None:
     """Start a new phase, whose ``peak_memory`` is its own."""
     if IS_CUDA:
         torch.cuda.reset_peak_memory_stats()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of cuDNN and NCCL as torch has loaded them; none on CPU."""
+    if not IS_CUDA:
+        return {}
+    found = {}
+    if number := torch.backends.cudnn.version():
+        # 91900 is 9.19.0; before 9 the major counted thousands.
+        major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1000)
+        found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
+    if torch.distributed.is_nccl_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Fuse a function of elementwise operations and row reductions into few kernels on CUDA.
+
+    Compiled at its first call, for any number of rows. On CPU the function itself: there, passes
+    over memory are not what costs, and results stay bitwise those of the plain operations.
+    """
+    return torch.compile(function, dynamic=True) if IS_CUDA else function
 
 
 def get_rng_state() -> torch.Tensor | None:

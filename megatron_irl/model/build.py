@@ -16,11 +16,19 @@ from megatron_irl.config import (
     check_layout_against_model,
     padded_vocab_size,
 )
-from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
+from megatron_irl.families.architecture import Architecture
+from megatron_irl.model.kernels import check_environment
+from megatron_irl.model.lean_layers import has_swiglu
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
+from megatron_irl.model.scales import set_scales
 from megatron_irl.model.specs import SpecName, block_spec, choose_spec
+from megatron_irl.model.weight_gradients import (
+    accumulate_in_layers,
+    check_accumulation,
+    without_apex,
+)
 from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
@@ -75,7 +83,6 @@ def build_config(
         "moe_token_dispatcher_type": "alltoall",  # the one that allows variable lengths
         "use_cpu_initialization": not hardware.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
-        "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
         # Megatron's fused GELU is the tanh approximation whatever activation_func says.
         "bias_activation_fusion": hardware.IS_CUDA and fields["activation_func"] is F.silu,
         "bias_dropout_fusion": hardware.IS_CUDA,
@@ -88,14 +95,31 @@ def build_config(
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     if check_hardware:
-        spec = choose_spec(fields["params_dtype"], fields.get("fp8"), asked=spec)
-        _check_rope(spec, fields.setdefault("apply_rope_fusion", spec == "transformer_engine"))
+        _set_layer_fields(fields, overrides, architecture, spec)
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron-Core refuses this model configuration: {error}") from error
+
+
+def _set_layer_fields(
+    fields: dict[str, Any], overrides: dict[str, Any], architecture: Architecture,
+    asked: SpecName | None,
+) -> None:
+    """Fill in place what depends on the layers that this machine builds the model of."""
+    spec = choose_spec(
+        fields["params_dtype"], fields.get("fp8"), asked=asked, local_only=architecture.local_only
+    )
+    can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
+    _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
+    check_environment(fields["attention_backend"])
+    if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
+        fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
+    check_accumulation(
+        spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
+    )
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
@@ -116,15 +140,30 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _check_rope(spec: SpecName, fused: bool) -> None:
-    """Refuse the fused RoPE over the local spec's angles.
+def _takes_lean_swiglu(fields: dict[str, Any], overrides: dict[str, Any]) -> bool:
+    """Whether the MLP's activation can be ``lean_layers.SwiGLU`` and the recipe leaves it to us."""
+    named = ("use_te_activation_func", "bias_activation_fusion", "activation_func_fp8_input_store",
+             "activation_func_clamp_value", "glu_linear_offset", "cpu_offloading")
+    is_swiglu = fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
+    return is_swiglu and has_swiglu() and not any(name in overrides for name in named)
 
-    They are one per packed token; the kernel takes angles by position in the sequence.
+
+def _check_rope(spec: SpecName, architecture: Architecture, fused: bool) -> None:
+    """Refuse the fused RoPE where it would misread the angles or leave out their scale.
+
+    The local spec's are one per packed token; the kernel takes angles by position in the
+    sequence, and takes no scale.
     """
     if fused and spec == "local":
         raise UserError(
             "apply_rope_fusion=true conflicts with the local layer spec, whose rotary angles the "
             "fused kernel would misread. Remove model.apply_rope_fusion."
+        )
+    if fused and architecture.rope_scale != 1:
+        raise UserError(
+            f"apply_rope_fusion=true conflicts with config.json of model.hf, whose rope scales "
+            f"cosines and sines by {architecture.rope_scale:.4g}; the fused kernel has no scale. "
+            "Remove model.apply_rope_fusion."
         )
 
 
@@ -174,8 +213,10 @@ def build_chunks(
     Collectives: under tied embeddings and pipeline parallelism Megatron all-reduces the embedding
     between the first and last stage; every rank must call.
     """
-    name = choose_spec(config.params_dtype, config.fp8, asked=spec)
-    _check_rope(name, config.apply_rope_fusion)
+    name = choose_spec(
+        config.params_dtype, config.fp8, asked=spec, local_only=architecture.local_only
+    )
+    _check_rope(name, architecture, config.apply_rope_fusion)
     if config.params_dtype == torch.float32:
         hardware.keep_float32()
     chunks = []
@@ -183,24 +224,27 @@ def build_chunks(
     virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(topology.vpp_size):
         stage = vp_stage if virtual else None
-        chunk = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(
-                config, name, vp_stage=stage, pp_rank=topology.pp_rank,
-                parallel_residual=architecture.parallel_residual,
-            ),
-            vocab_size=rows,
-            max_sequence_length=architecture.max_sequence_length,
-            pre_process=topology.is_first_stage and vp_stage == 0,
-            post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=architecture.rotary_percent,
-            rotary_base=int(architecture.rotary_base),
-            pg_collection=topology.groups,
-            vp_stage=stage,
-        )
+        with without_apex(config):
+            chunk = GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(
+                    config, name, architecture, vp_stage=stage, pp_rank=topology.pp_rank
+                ),
+                vocab_size=rows,
+                max_sequence_length=architecture.max_sequence_length,
+                pre_process=topology.is_first_stage and vp_stage == 0,
+                post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="rope",
+                rotary_percent=architecture.rotary_percent,
+                rotary_base=int(architecture.rotary_base),
+                pg_collection=topology.groups,
+                vp_stage=stage,
+            )
+        if config.gradient_accumulation_fusion:
+            accumulate_in_layers(chunk)
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
+        set_scales(chunk, config, architecture)
         chunk = chunk.to(hardware.device())
         if chunk.post_process and rows > architecture.vocab_size:
             tied = chunk.share_embeddings_and_output_weights
@@ -226,6 +270,8 @@ def _set_rotary(
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=topology.groups.cp,
         )
+        if architecture.local_inv_freq is not None:
+            chunk.rotary_pos_emb.local_inv_freq = architecture.local_inv_freq.to(hardware.device())
     chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(hardware.device(), torch.float32)
 
 

@@ -81,7 +81,6 @@ class Stepper:
         """
         policy = self.policy
         for chunk in policy.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_of = partial(_megatron_loss, objective)
@@ -93,6 +92,7 @@ class Stepper:
             raise TrainingDiverged(f"the loss is {loss} {where}")
         with freeze(self.optimizer, frozen):
             _, grad_norm, _ = self.optimizer.step()
+        policy.note_update()
         grad_norm = float(grad_norm)
         if not _finite(grad_norm):
             raise TrainingDiverged(f"the gradient norm is {grad_norm} {where}")
@@ -165,6 +165,7 @@ class Trainer:
             batch += drawn
             microbatches += microbatches_for(
                 drawn, self.policy.topology, micro_batch_size=options.micro_batch_size,
+                micro_batch_tokens=options.micro_batch_tokens,
                 multiple_of=self.policy.multiple_of,
             )
         return batch, microbatches

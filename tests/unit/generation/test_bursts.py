@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_irl import hardware
 from megatron_irl.generation.cache_size import mixed_graph_tokens, step_tokens
 from megatron_irl.generation.device_steps import DeviceSteps
 from megatron_irl.generation.interface import SAMPLES_PER_PROMPT, SamplingConfig, request_key
@@ -122,3 +123,22 @@ def test_on_cpu_the_cache_stays_if_asked(keep, stays):
     residency.begin_generation()
     assert residency.end_generation() is stays
     assert residency.end_generation() is stays, "asked twice, answered alike"
+
+
+def test_only_training_counts_as_training(monkeypatch):
+    """A pass that only scores takes less than the optimizer will."""
+    peaks = iter([5, 70, 30, 60, 20, 50])
+    monkeypatch.setattr(hardware, "peak_memory", lambda: next(peaks))
+    residency = Residency("false", None)
+    residency.begin_generation()
+    residency.end_generation()
+    residency.begin_generation()  # after scoring alone
+    assert residency.peak_train is None and residency.peak_generation == 5
+    residency.end_generation()
+    residency.note_update()
+    residency.begin_generation()
+    assert residency.peak_train == 30
+    residency.end_generation()
+    residency.note_update()
+    residency.begin_generation()
+    assert residency.peak_train == 30, "the most there was"
