@@ -29,5 +29,6 @@ check: setup
 benchmark: setup
 	$(BIN)/python tools/benchmark.py
 
+# What can be made again; runs/ holds results.
 clean:
-	rm -rf runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf build *.egg-info .pytest_cache .ruff_cache

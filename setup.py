@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megatron_irl/__init__.py")
 setup(
     name="megatron-irl",
     version=VERSION,
-    description="Reward learning from demonstrations on Megatron-Core (SFT, SPIN, IRFT)",
+    description="Reward learning from demonstrations on Megatron-Core (SFT, SPIN, IRFT, RFT)",
     long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -31,6 +31,7 @@ setup(
         "protobuf",  # transformers reads SentencePiece models through it
         "numpy",
         "pyarrow",
+        "datasets",  # folders of save_to_disk
         "pyyaml",
         "jinja2",
         "matplotlib",

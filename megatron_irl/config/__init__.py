@@ -15,6 +15,7 @@ from megatron_irl.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
+    DataSource,
     EvaluationConfig,
     GenerationConfig,
     LoggingConfig,
@@ -23,6 +24,7 @@ from megatron_irl.config.schema import (
     Precision,
     Recipe,
     ScheduleConfig,
+    SplitConfig,
     TrainConfig,
 )
 
@@ -30,6 +32,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DataSource",
     "EvaluationConfig",
     "GenerationConfig",
     "LoggingConfig",
@@ -38,6 +41,7 @@ __all__ = [
     "Precision",
     "Recipe",
     "ScheduleConfig",
+    "SplitConfig",
     "TrainConfig",
     "check_field_names",
     "check_layout",

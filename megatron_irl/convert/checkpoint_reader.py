@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
 from megatron_irl.families.table import (
     EMBEDDING,
@@ -45,15 +46,9 @@ class CheckpointReader:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         self._reader = FileSystemReader(checkpoint)
-        try:
-            metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-            self._entries: dict[str, Any] = metadata.state_dict_metadata
-        except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-            raise UserError(
-                f"the checkpoint {checkpoint} cannot be read: .metadata is missing or damaged "
-                f"({error})."
-            ) from error
+        metadata = read_metadata(checkpoint)  # not the reader's own way, which unpickles anything
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._entries: dict[str, Any] = metadata.state_dict_metadata
         self.prefix = self._find_prefix()
 
     def stored_as(self, name: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_irl.convert.hf_config import Architecture
@@ -20,8 +21,12 @@ from megatron_irl.families.table import (
     hf_head,
     rows,
 )
+from megatron_irl.parallel.main_rank import everywhere
+from megatron_irl.parallel.topology import Topology
 
-__all__ = ["global_parameters", "load_hf_weights", "validate_hf_folder"]
+__all__ = [
+    "global_parameters", "load_hf_weights", "load_hf_weights_once", "validate_hf_folder"
+]
 
 
 def load_hf_weights(
@@ -52,6 +57,37 @@ def load_hf_weights(
             refuse_not_finite(weights, row, parameter.dtype)
         with torch.no_grad():
             parameter.copy_(shard)
+
+
+def load_hf_weights_once(
+    chunks: Sequence[nn.Module], arch: Architecture, hf_dir: Path, topology: Topology
+) -> None:
+    """As ``load_hf_weights``, each slice read by one data-parallel rank and sent to the others.
+
+    So a run reads the folder once, however many replicas it has; also when the reference's weights
+    are swapped in each round. They are read again then and not kept: a second copy in host memory
+    would cost every machine the model's size for the whole run, and the files are in its page
+    cache or a file server's. Collective over every rank.
+
+    Raises:
+        UserError: As ``load_hf_weights``, on every rank.
+    """
+    parameters = [parameter for _, parameter in global_parameters(chunks)]
+    # A quantized parameter is a tensor of its own kind, which has no bytes to be sent as they are.
+    can_be_sent = all(type(parameter.data) is Tensor for parameter in parameters)
+
+    def read() -> None:
+        if topology.dp_rank == 0 or not can_be_sent:
+            load_hf_weights(
+                chunks, arch, hf_dir, tp_rank=topology.tp_rank, tp_size=topology.tp_size
+            )
+
+    everywhere(read, topology)
+    if topology.dp_size > 1 and can_be_sent:
+        # Data-parallel ranks hold the same parameters in the same order.
+        source = dist.get_global_rank(topology.dp_group, 0)
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=source, group=topology.dp_group)
 
 
 def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:

@@ -34,8 +34,12 @@ def settle(bank: PairBank, round: int) -> str | None:
     for number, known in manifest.items():
         try:
             found[number] = bank.verify(round, number)
-        except UserError as error:
-            return str(error)
+        except UserError:
+            try:
+                bank.read_part(round, number)  # against the manifest: this error says what to do
+            except UserError as error:
+                return str(error)
+            raise
         if found[number].samples != known.samples:
             return f"part {number} under {bank.root} has other samples than its manifest says."
     if found != manifest:

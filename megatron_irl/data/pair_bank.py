@@ -193,7 +193,7 @@ class PairBank:
         manifest = self.manifest(round)
         if manifest is not None and part not in manifest:
             raise UserError(f"{self._folder(round) / MANIFEST} has no part {part}.")
-        return self._read_pairs(round, part, manifest and manifest[part])
+        return self._read_pairs(round, part, None if manifest is None else manifest[part])
 
     def read_round(self, round: int) -> list[Pair]:
         """Return all pairs of a round, part by part.

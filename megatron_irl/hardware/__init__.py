@@ -5,14 +5,13 @@ must be imported before the first ``megatron.core`` import (every room above doe
 ``MEGATRON_IRL_PLATFORM=cpu`` forces the CPU on a machine with a GPU.
 """
 
-import logging
 import os
-import warnings
 from collections.abc import Callable
 
 import torch
 
 from megatron_irl.errors import UserError
+from megatron_irl.hardware.quiet import silence
 
 IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATFORM") != "cpu"
 BACKEND: str = "nccl" if IS_CUDA else "gloo"
@@ -22,15 +21,7 @@ if not IS_CUDA:
 
     retarget.install()
 
-# Advice about optional GPU packages and planned changes upstream: nothing a user of this package
-# can act on; true errors still arrive as exceptions.
-for module in (
-    r"megatron\.core.*", r"torch\.utils\.cpp_extension", r"torch\.distributed\.(checkpoint|c10d).*"
-):
-    warnings.filterwarnings("ignore", module=module)
-warnings.filterwarnings("ignore", message="Detected a Jax installation")  # Transformer Engine's
-logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-logging.getLogger("megatron.core").setLevel(logging.ERROR)
+silence(is_cuda=IS_CUDA)
 
 
 def device() -> torch.device:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_irl.console import Console
-from megatron_irl.data.pair_bank import chunk_seed
+from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.policy.policy import Policy
@@ -19,7 +19,7 @@ from megatron_irl.timing import Clock
 from megatron_irl.types import Demonstration, Pair, Sample
 
 
-def open_pairs(bank: SharedBank, round_index: int) -> RoundPairs:
+def open_pairs(bank: PairBank, round_index: int) -> RoundPairs:
     """The pairs of a round that is on disk, none read yet; none where it is not finished.
 
     What every rank reads is what the manifest has that rank 0 gave to all. Collectives: none.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_irl import hardware
 from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.convert.load import load_hf_weights
+from megatron_irl.convert.load import load_hf_weights_once
 from megatron_irl.data.packing import alignment
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.generation.interface import Progress as OnGenerated
@@ -86,12 +86,9 @@ class Policy:
         """Read HF weights into the model in place.
 
         Raises:
-            UserError: As ``load_hf_weights``.
+            UserError: As ``load_hf_weights``, on every rank. Collective.
         """
-        load_hf_weights(
-            self.chunks, self.architecture, hf_dir, tp_rank=self.topology.tp_rank,
-            tp_size=self.topology.tp_size,
-        )
+        load_hf_weights_once(self.chunks, self.architecture, hf_dir, self.topology)
 
     @contextmanager
     def with_weights_of(self, hf_dir: Path | None) -> Iterator[None]:
@@ -100,7 +97,7 @@ class Policy:
         The policy's weights are set aside in memory for this one pass; during optimisation there is
         no second copy. None swaps nothing.
 
-        Collectives: none beyond reading the HF folder on every rank.
+        Collectives: every rank must call; one replica reads the folder, the others receive.
         """
         if hf_dir is None:
             yield

@@ -51,23 +51,26 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     resume = checkpointer.latest()
     policy = build_policy(inputs, topology, weights=resume is None)
     trainer = build_trainer(inputs, policy)
-    state = RunState()
+    state, saved = RunState(), {}
     if resume is not None:
-        state = RunState.from_dict(checkpointer.load(
+        saved = checkpointer.load(
             resume, policy.chunks, trainer.optimizer, trainer.scheduler
-        ))
+        )
+        state = RunState.from_dict(saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
     kernels = announce_kernels(policy, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
     on_main(
-        lambda: folder.claim(recipe, inputs.data.digest, argv, kernels.as_dict()), topology
+        lambda: folder.claim(
+            recipe, inputs.data.digest, inputs.start, argv, kernels.as_dict()
+        ), topology,
     )
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds)
     recorder = Recorder(
         folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
-        fence=lease.check,
+        fence=lease.check, kept=saved.get("log"),
     )
     policy.open_generator(
         max_sequence_length=generation_length(recipe),
@@ -168,4 +171,5 @@ def export_companions(inputs: Inputs, topology: Topology) -> dict[str, Any]:
         "topology": topology,
         "tokenizer_path": Path(data.tokenizer) if data.tokenizer else None,
         "chat_template": inputs.tokenizer.chat_template if data.chat_template else None,
+        "stop_ids": inputs.tokenizer.stop_ids,
     }

@@ -22,12 +22,16 @@ class Recorder:
 
     The two logs are the record, and a run that cannot write them stops. Trackers and report only
     show it: their failures are warnings.
+
+    Args:
+        fence: Called before each write of the logs; raises if the folder is not ours any more.
+        kept: What ``log.recent()`` gave when the checkpoint that the run resumes from was saved.
     """
 
     def __init__(
         self, folder: RunFolder, recipe: Recipe, algorithm: Algorithm, console: Console,
         clock: Clock, state: RunState, *, is_main: bool,
-        fence: Callable[[], None] | None = None,
+        fence: Callable[[], None] | None = None, kept: Any = None,
     ) -> None:
         self.folder, self.recipe, self.console, self.clock = folder, recipe, console, clock
         self.is_main = is_main
@@ -40,7 +44,8 @@ class Recorder:
         self.trackers = Trackers([])
         if not is_main:
             return
-        self.log.truncate(state.step, state.round)
+        for text in self.log.level(state.step, state.round, kept):
+            console.warn(text)
         for line in self.log.read_metrics():
             if line["round"] == state.round:
                 self.guard.feed(line)
@@ -48,7 +53,7 @@ class Recorder:
         self.trackers = build_trackers(
             folder.path, to_mapping(recipe), tensorboard=options.tensorboard, wandb=options.wandb,
             wandb_project=options.wandb_project, wandb_mode=options.wandb_mode,
-            resume_step=state.step or None,
+            resume_step=state.step or None, warn=console.warn,
         )
 
     def step(self, state: RunState, result: StepResult, *, lr: float, tokens: int,

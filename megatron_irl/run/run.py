@@ -83,7 +83,7 @@ class Run:
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the
         # ranks bring to it, so everybody brings the main rank's.
-        state = from_main(self.state.to_dict(), self.topology)
+        state = from_main(self.state.to_dict() | {"log": self.recorder.log.recent()}, self.topology)
         self.checkpointer.save(
             self.state.step, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
             state,

@@ -9,7 +9,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ ROUNDS_FILE = "rounds.jsonl"
 _ADVICE = ("Free some space or make the folder writable, then start the run again on the same "
            "folder; it resumes.")
 _BLOCK = 4096
+_RECENT = 256  # lines of each log that a checkpoint keeps: some 150 kB
 
 
 class RunLog:
@@ -37,6 +39,8 @@ class RunLog:
         """
         self.run_dir = Path(run_dir)
         self._fence = fence or (lambda: None)
+        self._metrics: deque[dict[str, Any]] = deque(maxlen=_RECENT)
+        self._rounds: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         self.metrics_path = self.run_dir / METRICS_FILE
         self.rounds_path = self.run_dir / ROUNDS_FILE
 
@@ -50,26 +54,48 @@ class RunLog:
             UserError: The line could not be written (disk full, ...); the file is as before.
         """
         self._fence()
-        _append(self.metrics_path, record, needs=("step", "round"))
+        self._metrics.append(_append(self.metrics_path, record, needs=("step", "round")))
 
     def log_round(self, record: Mapping[str, Any]) -> None:
         """Append the line of one finished round; as ``log_metrics``."""
         self._fence()
-        _append(self.rounds_path, record, needs=("step", "round"))
+        self._rounds.append(_append(self.rounds_path, record, needs=("step", "round")))
 
-    def truncate(self, step: int, round: int) -> None:
-        """Forget what a resumed run is going to do again.
+    def recent(self) -> dict[str, list[dict[str, Any]]]:
+        """The newest lines of both logs, for a checkpoint to keep; see ``level``."""
+        return {"metrics": list(self._metrics), "rounds": list(self._rounds)}
+
+    def level(
+        self, step: int, round: int, kept: Mapping[str, list[dict[str, Any]]] | None = None
+    ) -> list[str]:
+        """Bring the logs level with a checkpoint: forget what is done again, restore what is lost.
 
         Args:
             step: Last optimizer step the restored checkpoint contains; later steps go.
             round: Round the run continues in, which is also how many rounds are finished; the
                 line of that round and of every later one goes.
+            kept: What ``recent`` gave when the checkpoint was saved. Lines of it that the logs have
+                lost since (cut, damaged, deleted) are put back.
+
+        Returns:
+            What is lost for good, a sentence for each log.
 
         Raises:
             UserError: A log cannot be read or rewritten; it is as before.
         """
-        _keep(self.metrics_path, lambda line: line["step"] <= step)
-        _keep(self.rounds_path, lambda line: line["round"] < round)
+        self._fence()
+        kept = kept or {}
+        metrics = _level(self.metrics_path, "step", range(1, step + 1), kept.get("metrics", ()))
+        rounds = _level(self.rounds_path, "round", range(round), kept.get("rounds", ()))
+        self._metrics.extend(metrics[-_RECENT:])
+        self._rounds.extend(rounds[-_RECENT:])
+        return [
+            f"{path.name} has lost {_some(missing)} for good; nothing else depends on it"
+            for path, missing in (
+                (self.metrics_path, _missing("step", range(1, step + 1), metrics)),
+                (self.rounds_path, _missing("round", range(round), rounds)),
+            ) if missing
+        ]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the lines of ``metrics.jsonl``, [] where there is no such file."""
@@ -80,10 +106,12 @@ class RunLog:
         return _read(self.rounds_path)
 
 
-def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> None:
+def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> dict[str, Any]:
+    """Write a line; returns what it says."""
     missing = [key for key in needs if key not in record]
     assert not missing, f"a line of {path.name} needs {missing}"
-    line = json.dumps(_plain(record), allow_nan=False).encode() + b"\n"
+    said = _plain(record)
+    line = json.dumps(said, allow_nan=False).encode() + b"\n"
     with write_errors(path, _ADVICE):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -93,6 +121,7 @@ def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> No
             os.close(descriptor)
         if path.stat().st_size == len(line):
             sync_folder(path.parent)  # the first line: the file's name must be durable as well
+    return said
 
 
 def _write_line(descriptor: int, line: bytes) -> None:
@@ -126,8 +155,11 @@ def _end_of_last_line(descriptor: int) -> int:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    # What follows the last newline is empty, or a line the writer was killed in.
+    # What follows the last newline is empty, or a line the writer was killed in. A power cut can
+    # leave the last line as long as it was, with other bytes.
     complete = path.read_bytes().split(b"\n")[:-1]
+    while complete and _parsed(complete[-1]) is None:
+        complete.pop()
     return [_parse(path, number, line) for number, line in enumerate(complete, 1) if line.strip()]
 
 
@@ -143,13 +175,37 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return record
 
 
-def _keep(path: Path, wanted: Any) -> None:
-    if not path.exists():
-        return
-    kept = [record for record in _read(path) if wanted(record)]
-    content = b"".join(json.dumps(record).encode() + b"\n" for record in kept)
-    if content != path.read_bytes():
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _level(
+    path: Path, key: str, wanted: range, kept: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rewrite a log to the wanted lines, those of ``kept`` where it lacks them; returns them."""
+    before = path.read_bytes() if path.exists() else b""
+    records = [record for record in map(_parsed, before.split(b"\n")) if record is not None]
+    # Later ones win: of a step that was done twice the log has the later doing, and the log's own
+    # line is the one that was reported.
+    by_number = {record[key]: record for record in (*kept, *records) if record.get(key) in wanted}
+    lines = [by_number[number] for number in sorted(by_number)]
+    content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+    if content != before:
         write_file(path, content)
+    return lines
+
+
+def _missing(key: str, wanted: range, lines: list[dict[str, Any]]) -> list[str]:
+    there = {line[key] for line in lines}
+    return [f"{key} {number}" for number in wanted if number not in there]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _plain(value: Any) -> Any:

@@ -6,7 +6,7 @@ trackers are a view of it.
 
 import html
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -133,7 +133,7 @@ class Trackers:
 def build_trackers(run_dir: str | Path, recipe_dict: Mapping[str, Any], *, tensorboard: bool,
                    wandb: bool, wandb_project: str | None,
                    wandb_mode: Literal["online", "offline", "disabled"] | None,
-                   resume_step: int | None) -> Trackers:
+                   resume_step: int | None, warn: Callable[[str], None]) -> Trackers:
     """Open the trackers a recipe asks for.
 
     Args:
@@ -144,17 +144,30 @@ def build_trackers(run_dir: str | Path, recipe_dict: Mapping[str, Any], *, tenso
         wandb_project: None means ``megatron-irl``.
         wandb_mode: None leaves it to the WANDB_MODE environment variable.
         resume_step: Last optimizer step of the restored checkpoint; None or 0 at the beginning.
+        warn: Told of a tracker that cannot be opened for any other reason; the run goes on without
+            it.
 
     Raises:
-        UserError: A package is missing, or W&B refuses to start a run.
+        UserError: At the beginning of a run: a package is missing, or W&B refuses to start one.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     trackers: list[Tracker] = []
+
+    def open_tracker(name: str, make: Callable[[], Tracker]) -> None:
+        try:
+            trackers.append(make())
+        except Exception as error:  # noqa: BLE001  (a client, a disk, a network: all may fail)
+            if isinstance(error, UserError) and not resume_step:
+                raise
+            warn(f"{name} cannot be opened, the run goes on without it: {error}")
+
     if tensorboard:
-        trackers.append(TensorBoardTracker(run_dir, resume_step))
+        open_tracker("TensorBoard", lambda: TensorBoardTracker(run_dir, resume_step))
     if wandb:
-        trackers.append(WandbTracker(run_dir, recipe_dict, wandb_project, wandb_mode))
+        open_tracker(
+            "W&B", lambda: WandbTracker(run_dir, recipe_dict, wandb_project, wandb_mode)
+        )
     return Trackers(trackers)
 
 

@@ -19,8 +19,9 @@ from megatron_irl.compat import checkpoint_writer
 from megatron_irl.compat.adam_state import loadable, make_savable
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
+from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import (
     commit_folder,
@@ -157,6 +158,8 @@ class Checkpointer:
 
     def _read(self, path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
         """This rank's part of a checkpoint; tensors are read into model and optimizer in place."""
+        # Before Megatron unpickles the same file without a look at what is in it.
+        everywhere(lambda: read_metadata(path), self.topology)
         try:
             common = dist_checkpointing.load_common_state_dict(str(path))
             if common.get("format_version") != FORMAT_VERSION:
@@ -194,10 +197,10 @@ class Checkpointer:
         }
         if optimizer is None:
             return model
-        return model | {
-            "optimizer": optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
-            "rng": self._rng(),
-        }
+        state = optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
+        if not is_loading:
+            _drop_what_is_elsewhere(state)
+        return model | {"optimizer": state, "rng": self._rng()}
 
     def _layout(self) -> tuple[int, int]:
         """What the saved random states are split by."""
@@ -225,6 +228,18 @@ class Checkpointer:
         np.random.set_state(states["numpy"])
         _tracker().set_states(states["tracker"])
         hardware.set_rng_state(states["device"])
+
+
+def _drop_what_is_elsewhere(optimizer: Any) -> None:
+    """Take out the None that ranks other than the gathering one have for the optimizer's tensors.
+
+    It would make their common state differ from rank 0's, and Megatron's check of that cry wolf.
+    """
+    if isinstance(optimizer, dict):
+        if "param_state" in optimizer and optimizer["param_state"] is None:
+            del optimizer["param_state"]
+        for part in optimizer.values():
+            _drop_what_is_elsewhere(part)
 
 
 def _words(error: BaseException) -> str:

@@ -55,6 +55,7 @@ def test_a_deleted_last_part_is_named(tmp_path):
     (tmp_path / "round_0000" / "part_00002.parquet").unlink()
     with pytest.raises(UserError, match="part_00002.parquet does not exist, but manifest.json"):
         bank.read_round(0)
+    assert "part_00002.parquet does not exist, but manifest.json" in settle(bank, 0)
 
 
 @pytest.mark.parametrize("column", ["sample_ids", "sample_logprobs", "ref_demo_logp", "ordinal"])
@@ -155,9 +156,9 @@ def test_nothing_is_committed_past_the_fence(tmp_path):
 # --- rounds of release 0.1.0
 
 
-def old_chunk(folder, number, pairs, *, version=2, seed=5):
+def old_chunk(folder, number, pairs, *, version=2, seed=5, round=0):
     """A file as release 0.1.0 wrote it."""
-    table = to_table(0, number, pairs).rename_columns(COLUMNS[2])
+    table = to_table(round, number, pairs).rename_columns(COLUMNS[2])
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format_version": str(version), "seed": str(seed)}
     table = table.select(COLUMNS[version]).replace_schema_metadata(metadata)
