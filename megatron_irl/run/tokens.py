@@ -27,8 +27,9 @@ POLL_SECONDS = 0.1
 PATIENCE_SECONDS = 120.0  # until the maker's first word: ranks start one after another
 LINGER_SECONDS = 0.5  # of a maker that failed, so that the waiting hear it from a living process
 
-# Calls of this process by folder: the ranks of a pool call together, and a word is of one call.
-_calls: Counter[Path] = Counter()
+# Calls of this process by folder and meeting point of its ranks: a process may be of several starts
+# one after another, and a word is of one call. The ranks of a start make the same calls.
+_calls: Counter[tuple[Path, str]] = Counter()
 
 
 @dataclass
@@ -102,8 +103,10 @@ class _Word:
         self._host = this_host()
         name = hashlib.blake2b(self._host.encode(), digest_size=8).hexdigest()
         self._path = folder / f".{name}.word"
-        _calls[folder] += 1
-        self._call = _calls[folder]
+        ranks = " ".join(os.environ.get(name, "")
+                         for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        _calls[folder, ranks] += 1
+        self._call = f"{ranks} {_calls[folder, ranks]}"
 
     @property
     def is_needed(self) -> bool:

@@ -18,15 +18,13 @@ def test_sums_are_those_of_all_tokens_together():
     rng = np.random.default_rng()
     mismatch, all_differences = Mismatch(), []
     for count in (3, 0, 5):
-        pairs = [pair(rng.normal(size=rng.integers(0, 9))) for _ in range(count)]
+        pairs = [pair(rng.normal(size=rng.integers(1, 9))) for _ in range(count)]
         sampled = [rng.normal(size=len(p.sample_ids)).astype(np.float32) for p in pairs]
         scores = [row for own in sampled for row in (np.full(4, np.nan, np.float32), own)]
         mismatch.add(pairs, scores)
         all_differences += [p.sample_logprobs.astype(np.float64) - s
                             for p, s in zip(pairs, sampled, strict=True)]
     together = np.concatenate([*all_differences, [0.0]])[:-1]
-    if not len(together):
-        pytest.skip("every sample drawn was empty")
     assert mismatch.summary() == pytest.approx({
         "mean_abs": np.abs(together).mean(), "max_abs": np.abs(together).max(),
         "kl": together.mean(),
