@@ -144,6 +144,16 @@ def test_key_names_contents_and_not_times(recipe, tokenizer, tmp_path):
     assert token_key(recipe, tokenizer) == before
 
 
+def test_a_file_that_cannot_be_read_is_for_its_reader_to_tell(recipe, tokenizer, monkeypatch):
+    before = token_key(recipe, tokenizer)
+
+    def refuses(self, *_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.open", refuses)
+    assert token_key(recipe, tokenizer) != before
+
+
 def test_key_names_tokenizer_template_and_preferences(recipe, tokenizer, tmp_path):
     keys = [token_key(recipe, tokenizer)]
     pairs = recipe.data.eval_preferences
