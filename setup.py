@@ -31,6 +31,7 @@ setup(
         "protobuf",  # transformers reads SentencePiece models through it
         "numpy",
         "pyarrow",
+        "datasets",  # folders of save_to_disk
         "pyyaml",
         "jinja2",
         "matplotlib",

@@ -32,15 +32,19 @@ class Demonstration:
         response: The response text, for reports.
         answer: Expected answer for exact-match evaluation, if the record has one.
         source: ``file:line`` of the record.
+        loss_mask: bool [response tokens], True where a token is learnt; None: all of them are.
+            Under ``data.turns: all`` a response goes from the first answer to the last and has the
+            turns of others in between.
     """
 
     ordinal: int
     prompt_ids: np.ndarray
     response_ids: np.ndarray
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     response: str
     answer: str | None
     source: str
+    loss_mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class PackedBatch:
         targets_R: int64 [R], that next token.
         segment_R: int64 [R], the sequence (0..S-1) each row belongs to; non-decreasing.
         num_sequences: S; the padding segment is not counted.
-        lengths_S: int64 [S], response tokens of each sequence.
+        lengths_S: int64 [S], response tokens of each sequence; those learnt, where some are not.
         ref_logps_S: float32 [S], cached reference log-probabilities in nats (zeros if unused).
         final_S: int64 [S], position in T of each response's last token (EOS where there is one).
         sampled_logprobs_R: float32 [R], nats, of each response token when it was sampled, and

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-from megatron_irl.convert.families import rows
 from megatron_irl.convert.hf_config import architecture
 from megatron_irl.convert.hf_folder import HfWeights
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
+from megatron_irl.families.table import rows
 
 TOOLS = Path(__file__).parent
 

@@ -22,6 +22,7 @@ from megatron_irl.cli.verification import (
     score_as_rank,
     transformers_logprobs,
 )
+from megatron_irl.config import hub_snapshot
 from megatron_irl.errors import UserError
 
 
@@ -31,6 +32,7 @@ def verify(options: argparse.Namespace) -> int:
     from megatron_irl.convert.hf_folder import validate_hf_folder
     from megatron_irl.convert.locate import find_checkpoint
 
+    options.hf = hub_snapshot(options.hf)
     arch = architecture(read_hf_config(options.hf))
     validate_hf_folder(options.hf, arch)
     checkpoint = find_checkpoint(options.checkpoint) if options.checkpoint else None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_irl.algorithms.base import Algorithm, Phase, Work
 from megatron_irl.algorithms.rules import section, shown_beta
 from megatron_irl.config.bounds import check_at_least_one, check_not_negative, check_range
-from megatron_irl.config.schema import Recipe
+from megatron_irl.config.schema import DataSource, Recipe
 from megatron_irl.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class RewardConfig:
     mix_rounds: int = 0
     """Samples of so many earlier rounds are told from demonstrations as well. With 0, a policy that
     has caught up with the demonstrations leaves the reward nothing to learn but their noise."""
-    preferences: tuple[str, ...] = ()
+    preferences: tuple[str | DataSource, ...] = ()
     """Preference files ({"prompt", "chosen", "rejected"} records) as a second stream: every reward
     step takes ``train.global_batch_size`` of its pairs too."""
     preference_weight: float = 1.0

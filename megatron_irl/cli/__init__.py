@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args
 
 from megatron_irl import __version__
 from megatron_irl.cli.ranks import adopt_environment, follow_launcher, run_ranks
+from megatron_irl.config.schema import FormatName
 from megatron_irl.errors import UserError, is_told_elsewhere
 
 
@@ -42,55 +44,87 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="run a recipe (or resume its run folder)")
-    train.add_argument("recipe", type=Path, help="YAML recipe")
+    train.add_argument("recipe", type=_path, help="YAML recipe")
     train.add_argument("overrides", nargs="*", help="section.key=value, taken as YAML")
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="check a recipe and print what it would do")
-    plan.add_argument("recipe", type=Path)
+    plan.add_argument("recipe", type=_path)
     plan.add_argument("overrides", nargs="*")
+    plan.add_argument("--show", type=int, metavar="N", help="show N demonstrations as the model "
+                      "sees them, and how long all of them are")
     plan.set_defaults(run=_plan)
 
-    generate = commands.add_parser("generate", help="sample responses for a file of prompts")
-    _model_options(generate)
-    generate.add_argument("--prompts", type=Path, required=True, help='JSONL of {"prompt": ...}')
-    generate.add_argument("--out", type=Path, required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=1234)
-    generate.add_argument("--chunk-size", type=int, default=1024, help="prompts per model replica "
-                          "between two writes of finished lines; changes no response")
-    generate.set_defaults(run=_generate)
-
-    score = commands.add_parser("score", help="rewards of given responses")
-    _model_options(score)
-    score.add_argument(
-        "--pairs", type=Path, required=True, help='JSONL of {"prompt": ..., "responses": [...]}'
-    )
-    score.add_argument("--out", type=Path, required=True)
-    score.add_argument("--reference", type=Path, help="HF folder of the reference policy (default: "
-                       "the model the run started from)")
-    score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
-                       "last; for HF folders 1)")
-    score.set_defaults(run=_score)
+    _add_generate(commands)
+    _add_score(commands)
 
     keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
-    keep.add_argument("run_folder", type=Path, metavar="RUN", help="run folder with a ledger (rft)")
-    keep.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    keep.add_argument("run_folder", type=_path, metavar="RUN",
+                      help="run folder with a ledger (rft)")
+    keep.add_argument("--out", type=_path, required=True, help="JSONL file to write")
     keep.add_argument("--min-reward", type=float, help="keep rewards of at least this")
     keep.add_argument("--top-quantile", type=float, help="keep the best share, in (0, 1]")
     keep.add_argument("--round", type=int, help="round of the ledger (default: the newest)")
     keep.set_defaults(run=_filter)
 
     report = commands.add_parser("report", help="rewrite report.html of a run folder")
-    report.add_argument("folder", type=Path)
+    report.add_argument("folder", type=_path)
     report.set_defaults(run=_report)
     return parser
 
 
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="sample responses for a file of prompts")
+    _model_options(generate)
+    generate.add_argument("--prompts", type=_path, required=True, help='{"prompt": ...} records, '
+                          "or whatever train takes: the last answer is left out")
+    _file_options(generate)
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=1234)
+    generate.add_argument("--num-samples", type=int, default=1, help="responses to each prompt, "
+                          "a line each")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="cut "
+                          "responses before this text; may be given several times")
+    generate.add_argument("--system", metavar="TEXT", help="system turn for prompts without one")
+    generate.add_argument("--stream", action="store_true", help="also print lines to standard "
+                          "output as they are finished")
+    generate.add_argument("--chunk-size", type=int, help="lines per model replica between two "
+                          "writes of finished ones (default: 1024, with --stream 64); changes no "
+                          "response")
+    generate.set_defaults(run=_generate)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser("score", help="rewards of given responses")
+    _model_options(score)
+    score.add_argument("--pairs", type=_path, required=True, help='{"prompt": ..., "responses": '
+                       '[...]} records, lines that generate wrote, or whatever train takes')
+    _file_options(score)
+    score.add_argument("--reference", type=_path, help="HF folder of the reference policy "
+                       "(default: the model the run started from)")
+    score.add_argument("--beta", type=float, help="implicit reward scale (default: the run's "
+                       "last; for HF folders 1)")
+    score.set_defaults(run=_score)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _file_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=_path, required=True, help="JSON lines, or Parquet if the "
+                        "name ends in .parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished --out")
+    parser.add_argument("--format", choices=get_args(FormatName), default="auto",
+                        help="form of the records, as data.format")
+    parser.add_argument("--field", action="append", metavar="OURS=THEIRS", help="a field of "
+                        "another name, as data.fields; may be given several times")
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, required=True, help="HF folder or run folder")
+    parser.add_argument("--model", type=_path, required=True, help="HF folder or run folder")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     parser.add_argument("--data-parallel-size", type=int, default=1)
@@ -132,7 +166,9 @@ def _plan(options: argparse.Namespace, argv: list[str]) -> int:
     from megatron_irl.config import load_recipe
 
     del argv
-    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides)))
+    if options.show is not None and options.show < 0:
+        raise UserError(f"--show {options.show} must be at least 0.")
+    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides), options.show))
     return 0
 
 

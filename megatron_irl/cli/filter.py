@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_irl.data.demonstrations import conversation
+from megatron_irl.config import load_recipe
+from megatron_irl.data.conversation import Conversation
+from megatron_irl.data.formats import prompt_of
 from megatron_irl.data.ledger import (
     LedgerRow,
     complete_rounds,
@@ -14,6 +17,8 @@ from megatron_irl.data.ledger import (
     record_digest,
 )
 from megatron_irl.data.records import collect
+from megatron_irl.data.sources import Reading, training_reading
+from megatron_irl.data.turns import Turns, conversations_of
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_jsonl_atomically
 
@@ -27,6 +32,9 @@ def filter_demonstrations(
     round: int | None = None,
 ) -> str:
     """Write the records of ``data.train`` whose ledger reward is high enough, in their order.
+
+    Of a run with ``data.turns: each`` every turn kept is written as a record of its own, with what
+    came before it: to be trained on with ``data.turns: last``.
 
     Args:
         run: Run folder with a demonstration ledger.
@@ -58,8 +66,10 @@ def filter_demonstrations(
     else:
         assert min_reward is not None
         threshold = min_reward
-    records = _unchanged_records(rows, out)
-    kept = [records[row.source] for row in rows if row.reward >= threshold]
+    records = _unchanged_records(run, rows, out)
+    # A source with a weight above 1 has several rows a record.
+    sources = dict.fromkeys(row.source for row in rows if row.reward >= threshold)
+    kept = [records[source] for source in sources]
     where = f"round {chosen}"
     if not kept:
         raise UserError(f"--min-reward {min_reward} leaves no demonstration; the highest reward in "
@@ -99,7 +109,9 @@ def _check_complete(run: Path, round: int, num_rows: int) -> None:
                     f"scored in the last round only. {remedy}")
 
 
-def _unchanged_records(rows: Sequence[LedgerRow], out: Path) -> dict[str, dict[str, Any]]:
+def _unchanged_records(
+    run: Path, rows: Sequence[LedgerRow], out: Path
+) -> dict[str, dict[str, Any]]:
     """The records by ``file:line``, as the files are now, if they still say what was scored."""
     paths = [Path(p) for p in dict.fromkeys(row.source.rpartition(":")[0] for row in rows)]
     missing = [str(path) for path in paths if not path.is_file()]
@@ -110,13 +122,42 @@ def _unchanged_records(rows: Sequence[LedgerRow], out: Path) -> dict[str, dict[s
     if out.resolve() in {path.resolve() for path in paths}:
         raise UserError(f"--out {out} is a file of the run's data.train. Choose another one.")
 
-    def build(record: dict[str, Any], source: str) -> tuple[str, str, dict[str, Any]]:
-        return source, record_digest(*conversation(record)), record
+    reading, turns = _reading(run, paths)
 
-    now = {source: (found, record) for source, found, record in collect(paths, build)}
+    def build(found: list[Conversation], record: dict[str, Any]) -> list[Any]:
+        (whole,) = found
+        return [
+            (each.source, record_digest(prompt_of(each), each.messages[-1]["content"]),
+             record if turns == "last" else _as_record(each))
+            for each in conversations_of(whole, turns)]
+
+    reading = replace(reading, part="all")  # what was held out has no row
+    now = {source: (found, record) for records in collect(reading, build)
+           for source, found, record in records}
     changed = [row.source for row in rows if now.get(row.source, ("", {}))[0] != row.digest]
     if changed:
         raise UserError(f"{changed[0]} is not the record that the run scored ({len(changed)} of "
                         f"{len(rows)} differ): the file has changed since. Put the run's version "
                         "back, or run it again.")
     return {source: record for source, (_, record) in now.items()}
+
+
+def _reading(run: Path, paths: Sequence[Path]) -> tuple[Reading, Turns]:
+    """How the run read the files that its ledger names, and which turns it learnt."""
+    try:
+        data = load_recipe(run / "recipe.yaml", check_files=False).data
+    except UserError:  # the recipe is for people to look at; what was read, the digests tell
+        return Reading(tuple(paths)), "last"
+    return training_reading(data, []), data.turns
+
+
+def _as_record(conversation: Conversation) -> dict[str, Any]:
+    """A turn of a conversation as a record of its own, for runs with ``data.turns: each``."""
+    if conversation.plain:
+        prompt, response = (message["content"] for message in conversation.messages)
+        record: dict[str, Any] = {"prompt": prompt, "response": response}
+    else:
+        record = {"messages": conversation.messages}
+    parts = {"tools": conversation.tools, "answer": conversation.answer,
+             "chat_template_kwargs": conversation.template_args}
+    return record | {name: value for name, value in parts.items() if value}

@@ -4,14 +4,18 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_irl.cli.inference import OpenModel, open_model, token_ids, with_ranks
+from megatron_irl.cli.encoding import prompt_ids
+from megatron_irl.cli.inference import OpenModel, open_model, with_ranks
+from megatron_irl.cli.outputs import check_one_kind, check_out, reading_of, say_what_was_read
 from megatron_irl.console import Console
-from megatron_irl.data.demonstrations import PromptRecord, load_prompts
+from megatron_irl.data.prompts import PromptRecord, load_prompts
+from megatron_irl.data.sources import Reading
 from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.reduce import from_main
@@ -20,28 +24,55 @@ from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
 from megatron_irl.types import Sample
 
+CHUNK = 1024  # lines per replica between two writes
+STREAM_CHUNK = 64  # likewise where someone is waiting for them: what is decoded together
+
 
 def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
     """``megatron-irl generate``: one output line per prompt, in input order.
 
     Started again after a kill, it goes on from the lines it has finished.
     """
-    for name in ("max_new_tokens", "chunk_size"):
-        if getattr(options, name) < 1:
+    for name in ("max_new_tokens", "chunk_size", "num_samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {getattr(options, name)} must be at least 1.")
+            raise UserError(f"--{flag} {value} must be at least 1.")
+    if "" in options.stop:
+        raise UserError("--stop '' would end every response at once; give some text.")
+    if options.num_samples > 1 and options.temperature == 0:
+        raise UserError(f"--num-samples {options.num_samples} conflicts with --temperature 0; all "
+                        "samples of a prompt would be the same. Set --temperature above 0.")
+    check_out(options.out, options.overwrite)
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError(
             f"--temperature {options.temperature} must be >= 0 and --top-p {options.top_p} in "
             "(0, 1]."
         )
-    records = load_prompts(options.prompts)
-    return with_ranks(options, argv, lambda: _generate(options, records))
+    reading = reading_of(options, "--prompts", options.prompts)
+    records = load_prompts(reading)
+    if options.system is not None:
+        records = _with_system(records, options.system)
+    check_one_kind(options.out, records)
+    return with_ranks(options, argv, lambda: _generate(options, reading, records))
 
 
-def _generate(options: argparse.Namespace, records: list[PromptRecord]) -> None:
+def _with_system(records: list[PromptRecord], text: str) -> list[PromptRecord]:
+    for record in records:
+        if isinstance(record.prompt, str):
+            raise UserError(f"--system conflicts with {record.source}, whose prompt is a string "
+                            "and is taken as it is, past the chat template. Write it as messages, "
+                            "or remove --system.")
+    return [record.with_system(text) for record in records]
+
+
+def _generate(
+    options: argparse.Namespace, reading: Reading, records: list[PromptRecord]
+) -> None:
     model = open_model(options)
-    prompts = [token_ids(r, model.tokenizer.render_prompt, r.prompt) for r in records]
+    progress = Console(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
+    prompts = prompt_ids(model.tokenizer, records)
     model.policy.open_generator(
         max_sequence_length=_longest(model, prompts, options.max_new_tokens)
     )
@@ -54,7 +85,7 @@ def _generate(options: argparse.Namespace, records: list[PromptRecord]) -> None:
     if model.topology.is_main:
         partial = PartialJsonl(options.out, _settings(options, model, records, prompts, sampling))
     try:
-        _generate_rest(model, sampling, records, prompts, options.chunk_size, partial)
+        _generate_rest(options, model, sampling, records, prompts, partial)
         if partial is not None:
             partial.finish()
     finally:
@@ -74,34 +105,45 @@ def _longest(model: OpenModel, prompts: Sequence[np.ndarray], max_new_tokens: in
 
 
 def _generate_rest(
-    model: OpenModel, sampling: SamplingConfig, records: Sequence[PromptRecord],
-    prompts: Sequence[np.ndarray], chunk_size: int, partial: PartialJsonl | None,
+    options: argparse.Namespace, model: OpenModel, sampling: SamplingConfig,
+    records: Sequence[PromptRecord], prompts: Sequence[np.ndarray], partial: PartialJsonl | None,
 ) -> None:
-    """Sample for the prompts not done yet, chunk by chunk; the main rank, with ``partial``, writes.
+    """Sample the lines not written yet, chunk by chunk; the main rank, with ``partial``, writes.
 
-    A prompt's key is its place in the file, so neither the chunks nor where a kill fell changes a
-    sample, and a resumed command may have another layout. Collective over every rank.
+    A line is a sample of a prompt; those of one prompt follow each other. Its key follows from its
+    prompt's place in the file and its number, so neither the chunks, nor where a kill fell, nor
+    how many samples a prompt has changes any, and a resumed command may have another layout.
+    Collective over every rank.
     """
-    topology, count = model.topology, len(prompts)
+    topology, each = model.topology, options.num_samples
+    count = len(prompts) * each
     progress = Console(enabled=topology.is_main)
     start = _finished(partial, topology)
     if start:
-        progress.note(f"resuming: {start} of {count} prompts are done")
+        what = "prompts" if each == 1 else "samples"
+        progress.note(f"resuming: {start} of {count} {what} are done")
     share = slice(topology.dp_rank, None, topology.dp_size)
-    size = chunk_size * topology.dp_size
+    size = (options.chunk_size or (STREAM_CHUNK if options.stream else CHUNK)) * topology.dp_size
     finished = tokens = 0
     with progress.generation(len(range(start, count)[share])) as advance:
         for first in range(start, count, size):
-            keys = range(first, min(first + size, count))
+            lines = range(first, min(first + size, count))
             samples = model.policy.generate(
-                [prompts[key] for key in keys], sampling,
-                functools.partial(_advance, advance, finished, tokens), keys=keys,
+                [prompts[line // each] for line in lines], sampling,
+                functools.partial(_advance, advance, finished, tokens),
+                keys=[line % each * len(prompts) + line // each for line in lines],
             )
-            finished += len(keys[share])  # what is shown is this replica's share
+            finished += len(lines[share])  # what is shown is this replica's share
             tokens += sum(len(sample.token_ids) for sample in samples[share])
             if partial is not None:
-                partial.append(_line(model, records[key], sample)
-                               for key, sample in zip(keys, samples, strict=True))
+                written = [
+                    _line(options, model, records[line // each], prompts[line // each], sample,
+                          line % each)
+                    for line, sample in zip(lines, samples, strict=True)]
+                partial.append(written)
+                if options.stream:
+                    sys.stdout.buffer.writelines(map(json_line, written))
+                    sys.stdout.buffer.flush()
 
 
 def _finished(partial: PartialJsonl | None, topology: Topology) -> int:
@@ -122,13 +164,43 @@ def _advance(advance: Callable[..., None], finished: int, tokens: int, done: int
     advance(finished + done, tokens + new)
 
 
-def _line(model: OpenModel, record: PromptRecord, sample: Sample) -> dict[str, Any]:
-    return record.record | {
-        "response": model.tokenizer.decode(sample.token_ids),
+def _line(
+    options: argparse.Namespace, model: OpenModel, record: PromptRecord, prompt: np.ndarray,
+    sample: Sample, number: int,
+) -> dict[str, Any]:
+    # Such a text that ``score``, given it with the prompt, sees these very ids.
+    decode = functools.partial(
+        model.tokenizer.response_text, prompt, plain=record.conversation.plain)
+    response, sample = _cut(sample, options.stop, decode) if options.stop else (
+        decode(sample.token_ids), sample)
+    numbered = {"sample": number} if options.num_samples > 1 else {}
+    return record.output() | numbered | {
+        "response": response,
         "token_ids": sample.token_ids.tolist(),
         "logprobs": sample.logprobs.astype(float).tolist(),
         "finish_reason": sample.finish_reason,
     }
+
+
+def _cut(
+    sample: Sample, stop: Sequence[str], decode: Callable[[np.ndarray], str]
+) -> tuple[str, Sample]:
+    """The text before the first of the strings, and the tokens up to the one that completes it."""
+    text = decode(sample.token_ids)
+    if not any(each in text for each in stop):
+        return text, sample
+    # The fewest tokens whose text has one of the strings: having one, more tokens keep it.
+    fewest, most = 1, len(sample.token_ids)
+    while fewest < most:
+        middle = (fewest + most) // 2
+        text = decode(sample.token_ids[:middle])
+        if any(each in text for each in stop):
+            most = middle
+        else:
+            fewest = middle + 1
+    text = decode(sample.token_ids[:most])
+    end = min(text.index(each) for each in stop if each in text)
+    return text[:end], Sample(sample.token_ids[:most], sample.logprobs[:most], "stop")
 
 
 def _settings(
@@ -138,10 +210,12 @@ def _settings(
     """What a line depends on; the ids are in it since the chat template may have changed."""
     digest = hashlib.sha256()
     for record, prompt in zip(records, prompts, strict=True):
-        digest.update(json_line(record.record))
+        digest.update(json_line(record.output()))
         digest.update(prompt.tobytes())
     return {
         "model": str(options.model.resolve()), "weights": model.weights,
         "precision": model.precision, "prompts": digest.hexdigest()[:16],
         **dataclasses.asdict(sampling),
+        **({"stop": options.stop} if options.stop else {}),
+        **({"num_samples": options.num_samples} if options.num_samples > 1 else {}),
     }

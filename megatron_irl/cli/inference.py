@@ -3,12 +3,10 @@
 import argparse
 import hashlib
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -16,13 +14,16 @@ import torch
 from megatron_irl import hardware
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.algorithms.rules import RewardKind
+from megatron_irl.cli.encoding import scored_sequences
+from megatron_irl.cli.outputs import check_out, reading_of, say_what_was_read, write_records
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
-from megatron_irl.config import ParallelConfig, Recipe, load_recipe
+from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recipe
+from megatron_irl.console import Console
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
-from megatron_irl.data.demonstrations import load_score_records
-from megatron_irl.data.records import RecordError
+from megatron_irl.data.prompts import ScoreRecord, load_score_records
+from megatron_irl.data.sources import Reading
 from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
@@ -30,9 +31,9 @@ from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.provenance import check_weights, date_of, start_of
 from megatron_irl.policy.scoring import summed
 from megatron_irl.storage.checkpoint import Checkpointer
-from megatron_irl.storage.commit import write_jsonl_atomically
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ def find_source(folder: Path) -> Source:
     Raises:
         UserError: It is neither, or a run that has no weights yet.
     """
+    folder = hub_snapshot(folder)
     if (folder / "recipe.yaml").exists():
         recipe = load_recipe(folder / "recipe.yaml", check_files=False)  # the data may be gone
         tokenizer = Path(recipe.data.tokenizer or recipe.model.hf)
@@ -128,7 +130,12 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     config = build_config(arch, parallel, precision=precision, overrides=overrides)
     validate_hf_folder(source.hf_dir, arch)
     template = options.chat_template or source.chat_template
-    tokenizer = load_tokenizer(source.tokenizer_dir, template)
+    recipe = source.recipe
+    tokenizer = load_tokenizer(
+        source.tokenizer_dir, template, model=source.hf_dir,
+        arguments=recipe.data.chat_template_args if recipe else None,
+        date=date_of(start_of(options.model)) if recipe else None,
+    )
     check_vocabulary(tokenizer, arch.vocab_size)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
@@ -173,21 +180,23 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     Explicit for a run that learns a reward head; beta * (log pi - log pi_ref) otherwise, per token
     for a run that trained so (``algorithm.length_normalize``).
     """
-    records = load_score_records(options.pairs)
+    check_out(options.out, options.overwrite)
+    reading = reading_of(options, "--pairs", options.pairs)
+    records = load_score_records(reading)
     source = find_source(options.model)
     if source.reward == "explicit":
         _check_explicit(options, source)
-        return with_ranks(options, argv, lambda: _score_explicit(options, records))
+        return with_ranks(options, argv, lambda: _score_explicit(options, reading, records))
     reference, beta = _reward_terms(options, source)
+    reference = hub_snapshot(reference)
     if not (reference / "config.json").exists():
-        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
-    return with_ranks(options, argv, lambda: _score(options, records, reference, beta))
+        _refuse_reference(options, reference)
+    return with_ranks(options, argv, lambda: _score(options, reading, records, reference, beta))
 
 
 def with_ranks(
     options: argparse.Namespace, argv: list[str], run: Callable[[], None]
 ) -> int:
-    _check_out(options.out)
     sizes = (
         options.tensor_model_parallel_size, options.pipeline_model_parallel_size,
         options.data_parallel_size,
@@ -205,6 +214,8 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     recipe = source.recipe
     if recipe is not None and source.reward == "implicit":
         reference = options.reference or Path(recipe.model.hf)
+        if options.reference is None and (reference / "config.json").exists():
+            check_weights(options.model, reference)
         return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
     if options.reference is None:
         what = "an HF folder" if recipe is None else f"an {recipe.algorithm.name} run"
@@ -213,6 +224,16 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
             "reference policy. Give a run of irft or spin, or set --reference to an HF folder."
         )
     return options.reference, options.beta if options.beta is not None else 1.0
+
+
+def _refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
+    if options.reference is not None:
+        raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
+    recipe = options.model / "recipe.yaml"
+    there = "has no config.json" if reference.is_dir() else "does not exist"
+    raise UserError(f"model.hf={reference} in {recipe}, the reference policy of the run, {there}; "
+                    f"the working directory is {Path.cwd()}. Start the command where the run was "
+                    "started, or give the folder as --reference.")
 
 
 def _check_explicit(options: argparse.Namespace, source: Source) -> None:
@@ -229,19 +250,28 @@ def _check_explicit(options: argparse.Namespace, source: Source) -> None:
         )
 
 
-def _score_explicit(options: argparse.Namespace, records: list[Any]) -> None:
+def _score_explicit(
+    options: argparse.Namespace, reading: Reading, records: list[ScoreRecord]
+) -> None:
     model = open_model(options, with_reward_head=True)
-    sequences = _sequences(model, records)
+    progress = Console(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
+    sequences = scored_sequences(
+        model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     rewards = model.policy.score_rewards(sequences)
     _write_rewards(options, model, records, rewards)
 
 
 def _score(
-    options: argparse.Namespace, records: list[Any], reference: Path, beta: float
+    options: argparse.Namespace, reading: Reading, records: list[ScoreRecord], reference: Path,
+    beta: float,
 ) -> None:
     model = open_model(options)
+    progress = Console(enabled=model.topology.is_main)
+    say_what_was_read(progress, reading, model.tokenizer, records)
     _check_reference(reference, model.architecture)
-    sequences = _sequences(model, records)
+    sequences = scored_sequences(
+        model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     policy = model.policy
     logps = np.array(summed(policy.score(sequences)))
     policy.load_weights(reference)
@@ -253,28 +283,12 @@ def _score(
     _write_rewards(options, model, records, rewards.tolist())
 
 
-def _sequences(model: OpenModel, records: list[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
-    sequences = []
-    for record in records:
-        prompt = token_ids(record, model.tokenizer.render_prompt, record.prompt)
-        for text in record.responses:
-            response = token_ids(record, model.tokenizer.response_ids, text)
-            total, limit = len(prompt) + len(response), model.architecture.max_sequence_length
-            if total > limit:
-                raise UserError(
-                    f"{record.source}: prompt and response have {total} tokens, more than the "
-                    f"model's {limit} positions. Shorten them."
-                )
-            sequences.append((prompt, response))
-    return sequences
-
-
 def _write_rewards(
-    options: argparse.Namespace, model: OpenModel, records: list[Any], rewards: list[float]
+    options: argparse.Namespace, model: OpenModel, records: list[ScoreRecord], rewards: list[float]
 ) -> None:
     if model.topology.is_main:
         left = iter(rewards)
-        write_jsonl_atomically(options.out, (
+        write_records(options.out, (
             record.record | {"rewards": [next(left) for _ in record.responses]}
             for record in records
         ))
@@ -288,20 +302,3 @@ def _check_reference(reference: Path, arch: Architecture) -> None:
             "same model with other weights. Give the model the run started from."
         )
     validate_hf_folder(reference, arch)
-
-
-def token_ids(record: Any, encode: Callable[[Any], list[int]], text: Any) -> np.ndarray:
-    """Token ids int32, none empty; an error names the record's file and line."""
-    try:
-        ids = encode(text)
-    except RecordError as error:
-        raise UserError(f"{record.source}: {error}") from error
-    if not ids:
-        raise UserError(f"{record.source}: the prompt has no tokens.")
-    return np.asarray(ids, dtype=np.int32)
-
-
-def _check_out(out: Path) -> None:
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: give a file in a writable folder.")
-    sys.stderr.flush()

@@ -1,18 +1,24 @@
 """``megatron-irl plan``: what a recipe would do, and the memory of its weights, before it runs."""
 
 from megatron_irl.config import Recipe, check_layout
-from megatron_irl.convert.families import rows
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.data.demonstrations import Limits
+from megatron_irl.data.inspection import describe_lengths, show_records
+from megatron_irl.families.table import rows
 from megatron_irl.run.inputs import Inputs, read_inputs
 from megatron_irl.train.optimizer import shards_optimizer
 
 GIB = 1024**3
 
 
-def describe_plan(recipe: Recipe) -> str:
+def describe_plan(recipe: Recipe, show: int | None = None) -> str:
     """Check what ``train`` checks, then describe rounds, batches and memory as text.
 
     Not checked is whether this machine can run it: a plan is made on a login node too.
+
+    Args:
+        recipe: As loaded.
+        show: Show so many demonstrations as the model sees them, and the lengths of all.
 
     Raises:
         UserError: As ``train`` would.
@@ -23,7 +29,19 @@ def describe_plan(recipe: Recipe) -> str:
     if recipe.precision == "fp8":
         lines.append("the hardware was not checked: precision=fp8 needs GPUs of compute capability "
                      "8.9 or newer (Blackwell for mxfp8) and Transformer Engine")
+    if show is not None:
+        lines += _demonstrations(inputs, show)
     return "\n".join(lines) + "\n"
+
+
+def _demonstrations(inputs: Inputs, show: int) -> list[str]:
+    options, data = inputs.recipe.data, inputs.data
+    limits = Limits(options.max_prompt_length, options.max_response_length, options.overlong)
+    return [
+        *show_records(data.demonstrations, inputs.tokenizer, show),
+        *describe_lengths(data.report, limits, data.demonstrations,
+                          inputs.architecture.max_sequence_length),
+    ]
 
 
 def count_parameters(arch: Architecture) -> int:

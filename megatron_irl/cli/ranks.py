@@ -8,12 +8,20 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 
 from megatron_irl.errors import UserError
 from megatron_irl.storage.processes import end_with_parent
 
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+# Slurm's names, the first that is set. A shell in an allocation of four tasks has SLURM_NTASKS=4
+# though its own step has one, so what is said of the step comes first.
+_SLURM = {
+    "RANK": ("SLURM_PROCID",),
+    "WORLD_SIZE": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
+    "LOCAL_RANK": ("SLURM_LOCALID",),
+}
+_FIRST_PORT, _NUM_PORTS = 20000, 12000  # below Linux's ephemeral range, which begins at 32768
 
 
 _LAUNCHER = "MEGATRON_IRL_LAUNCHER"  # process id, given to the ranks
@@ -30,13 +38,35 @@ def adopt_environment() -> int | None:
         return _world_size()
     # A batch script has SLURM_PROCID too; only tasks started by srun have a step.
     if "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ:
-        for name, source in _SLURM.items():
-            os.environ[name] = os.environ[source]
-        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-        job = int(os.environ.get("SLURM_JOB_ID", "0"))
-        os.environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+        found = {name: _slurm_value(sources) for name, sources in _SLURM.items()}
+        if "MASTER_ADDR" not in os.environ:
+            # One task meets nobody, and an interactive shell may have no scontrol.
+            found["MASTER_ADDR"] = "127.0.0.1" if found["WORLD_SIZE"] == "1" else (
+                _first_slurm_host())
+        os.environ.update(found)
+        os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
         return _world_size()
     return None
+
+
+def _slurm_value(sources: Sequence[str]) -> str:
+    value = next((os.environ[name] for name in sources if os.environ.get(name)), None)
+    if value is None:
+        raise UserError(f"this is a task of a Slurm step (SLURM_STEP_ID="
+                        f"{os.environ['SLURM_STEP_ID']}), but {' and '.join(sources)} "
+                        f"{'is' if len(sources) == 1 else 'are'} not set. Start with srun, or set "
+                        "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.")
+    return value
+
+
+def _slurm_port() -> int:
+    """A port that the ranks of a step agree on and that another step on its node does not have.
+
+    Steps of one job have ports of their own; jobs are spread, so that they rarely meet.
+    """
+    job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ["SLURM_STEP_ID"]
+    number = int(step) if step.isdecimal() else zlib.crc32(step.encode())
+    return _FIRST_PORT + (zlib.crc32(job.encode()) + number) % _NUM_PORTS
 
 
 def _world_size() -> int:
@@ -55,7 +85,16 @@ def _first_slurm_host() -> str:
             f"{nodes!r}. Export MASTER_ADDR in the job script."
         )
     command = ["scontrol", "show", "hostnames", nodes]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        reason = done.stderr.strip() or f"exit code {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        done, reason = None, str(error)
+    if done is None or done.returncode or not done.stdout.split():
+        raise UserError(
+            f"MASTER_ADDR is not set and `{' '.join(command)}` did not name the first node: "
+            f"{reason}. Export MASTER_ADDR in the job script."
+        )
     return done.stdout.split()[0]
 
 

@@ -64,11 +64,15 @@ def read_sequences(
     Raises:
         UserError: A line of the file is no prompt.
     """
-    from megatron_irl.data.demonstrations import load_prompts
+    from megatron_irl.cli.encoding import prompt_ids
+    from megatron_irl.data.conversation import Conversation
+    from megatron_irl.data.prompts import PromptRecord, load_prompts
 
     tokenizer = load_tokenizer(hf_dir)
-    texts = [r.prompt for r in load_prompts(str(prompts))] if prompts else list(TEXTS)
-    ids = [list(tokenizer.render_prompt(text)) for text in texts]
+    plain = [[{"role": "user", "content": text}] for text in TEXTS]
+    records = load_prompts(str(prompts)) if prompts else [
+        PromptRecord(Conversation(messages, "", plain=True), {}) for messages in plain]
+    ids = [each.tolist() for each in prompt_ids(tokenizer, records)]
     if prompts is None:
         rng = np.random.default_rng(0)
         noise = rng.integers(0, arch.vocab_size, (RANDOM_SEQUENCES, RANDOM_TOKENS))

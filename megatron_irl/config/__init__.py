@@ -3,6 +3,7 @@
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import check_field_names, recipe_from_mapping
 from megatron_irl.config.fingerprint import differences, fingerprint
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.layout import (
     check_layout,
     check_layout_against_model,
@@ -14,6 +15,7 @@ from megatron_irl.config.schema import (
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
+    DataSource,
     EvaluationConfig,
     GenerationConfig,
     LoggingConfig,
@@ -22,6 +24,7 @@ from megatron_irl.config.schema import (
     Precision,
     Recipe,
     ScheduleConfig,
+    SplitConfig,
     TrainConfig,
 )
 
@@ -29,6 +32,7 @@ __all__ = [
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DataSource",
     "EvaluationConfig",
     "GenerationConfig",
     "LoggingConfig",
@@ -37,6 +41,7 @@ __all__ = [
     "Precision",
     "Recipe",
     "ScheduleConfig",
+    "SplitConfig",
     "TrainConfig",
     "check_field_names",
     "check_layout",
@@ -44,6 +49,7 @@ __all__ = [
     "check_recipe",
     "differences",
     "fingerprint",
+    "hub_snapshot",
     "load_recipe",
     "padded_vocab_size",
     "recipe_from_mapping",

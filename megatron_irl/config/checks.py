@@ -11,8 +11,9 @@ from megatron_irl.config.bounds import (
     check_range,
     value_at,
 )
+from megatron_irl.config.files import paths_of
 from megatron_irl.config.layout import check_layout
-from megatron_irl.config.schema import AlgorithmConfig, ParallelConfig, Recipe
+from megatron_irl.config.schema import AlgorithmConfig, DataSource, ParallelConfig, Recipe
 from megatron_irl.errors import UserError
 
 _OWNED_ELSEWHERE = {
@@ -42,10 +43,15 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: For the first problem found.
     """
     _check_bounds(recipe)
+    _check_sources(recipe)
     check_idle_keys(recipe)
     _check_algorithm(recipe.algorithm)
     rules = rules_of(recipe.algorithm.name)
     rules.check(recipe)
+    if recipe.data.turns == "all" and rules.reward != "none":
+        raise UserError(f"data.turns=all conflicts with algorithm.name={recipe.algorithm.name}; "
+                        "samples answer one turn, so each must be a record of its own. Set "
+                        "data.turns to each or last, or algorithm.name to sft.")
     _check_preferences(recipe, rules.preferences)
     for section, names in (("model", recipe.model.overrides), ("optimizer", recipe.optimizer)):
         _check_owned_elsewhere(section, names)
@@ -67,6 +73,34 @@ def _check_bounds(recipe: Recipe) -> None:
                  0 <= recipe.schedule.min_lr_ratio <= 1)
 
 
+def _check_sources(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.overlong == "error" and data.bad_records == "drop":
+        raise UserError("data.overlong=error conflicts with data.bad_records=drop; the one "
+                        "refuses over-long records, the other leaves out what is refused. Set "
+                        "data.overlong to drop, or remove data.bad_records.")
+    if data.split is not None:
+        check_range("data.split.eval", data.split.eval, "(0, 1)", 0 < data.split.eval < 1)
+        if data.eval:
+            raise UserError("data.split conflicts with data.eval; either evaluates on a share of "
+                            "data.train, or on files of its own. Remove one of them.")
+    keys = ["data.train", "data.eval", "data.eval_preferences"]
+    if rules_of(recipe.algorithm.name).preferences:
+        keys.append(str(rules_of(recipe.algorithm.name).preferences))
+    for key in keys:
+        sources = value_at(recipe, key)
+        for each in sources:
+            if not isinstance(each, DataSource):
+                continue
+            check_range(f"{key}: weight", each.weight, "(0, inf)", each.weight > 0)
+            if each.limit is not None and each.limit < 1:
+                raise UserError(f"{key}: limit={each.limit} of {each} is below 1; it counts "
+                                "records. Set it to 1 or more, or remove the source.")
+            if key != "data.train" and each.weight != 1:
+                raise UserError(f"{key}: weight={each.weight} of {each}; only data.train has "
+                                "weights. Remove it.")
+
+
 def _check_algorithm(algorithm: AlgorithmConfig) -> None:
     for beta in algorithm.beta:
         if beta <= 0:
@@ -82,7 +116,8 @@ def _check_preferences(recipe: Recipe, trained_on: str | None) -> None:
     """Refuse a preference file that is trained on and judged by."""
     if trained_on is None:
         return
-    both = sorted(set(value_at(recipe, trained_on)) & set(recipe.data.eval_preferences))
+    both = sorted(set(paths_of(value_at(recipe, trained_on)))
+                  & set(paths_of(recipe.data.eval_preferences)))
     if both:
         raise UserError(f"{both[0]} stands in {trained_on} and in data.eval_preferences; the "
                         "second is for files the run never trains on. Remove it from one of them.")

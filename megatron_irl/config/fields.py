@@ -15,6 +15,7 @@ from megatron_irl.config.algorithm_keys import (
     own_section_keys,
     own_sections,
 )
+from megatron_irl.config.aliases import ALIASES
 from megatron_irl.config.schema import AlgorithmConfig, ModelConfig, Recipe
 from megatron_irl.errors import UserError
 
@@ -45,7 +46,6 @@ def section_keys() -> dict[str, tuple[str, ...]]:
     }
     keys["algorithm"] += tuple(own_keys())
     return keys | {name: own_section_keys(name) for name in own_sections()}
-
 
 def recipe_from_mapping(mapping: Mapping[str, Any]) -> Recipe:
     """Build a recipe from the nested mapping a YAML file holds; no cross-field checks, no files.
@@ -108,15 +108,31 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
-        if value is None:
+        if value is None and type(None) in args:
             return None
-        (inner,) = [arg for arg in args if arg is not type(None)]
-        return coerce(value, inner, path)
+        inner = [arg for arg in args if arg is not type(None)]
+        # Of a value and a mapping of keys, what is written decides.
+        nested = [arg for arg in inner if dataclasses.is_dataclass(arg)]
+        plain = [arg for arg in inner if arg not in nested]
+        is_nested = isinstance(value, Mapping) or dataclasses.is_dataclass(value) or not plain
+        return coerce(value, nested[0] if nested and is_nested else plain[0], path)
     if origin is tuple:
-        if value is None and args[0] is str:
+        if value is None and args[0] is not float:
             return ()
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(coerce(item, args[0], path) for item in items)
+    if origin is dict:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}={value!r} is {_describe(value)}; {path} takes a mapping, as "
+                            f"in {path}={{key: value}}.")
+        return {coerce(key, args[0], path): coerce(item, args[1], f"{path}.{key}")
+                for key, item in value.items()}
+    if annotation is Any:
+        return value
+    if dataclasses.is_dataclass(annotation):
+        return _to_dataclass(value, annotation, path)
     if origin is Literal:
         if value in args:
             return value
@@ -127,6 +143,25 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
         raise _wrong_type(path, value, annotation)
     return value
+
+
+def _to_dataclass(value: Any, cls: Any, path: str) -> Any:
+    """A mapping inside a section, such as an entry of ``data.train``."""
+    if isinstance(value, cls):
+        return value
+    keys = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}={value!r} is {_describe(value)}; {path} takes a mapping with "
+                        f"{', '.join(keys)}.")
+    check_field_names(path, list(value), list(keys))
+    hints = get_type_hints(cls)
+    known = {key: coerce(item, hints[key], f"{path}.{key}") for key, item in value.items()}
+    for name, each in keys.items():
+        required = (each.default is dataclasses.MISSING
+                    and each.default_factory is dataclasses.MISSING)
+        if required and not known.get(name):
+            raise UserError(f"{path} has no {name}; every entry needs one. Set {path}.{name}.")
+    return cls(**known)
 
 
 def _to_float(value: Any, path: str) -> float:
@@ -190,6 +225,9 @@ def _check_required(mapping: Mapping[str, Any]) -> None:
 def _hint(section: str, name: str, allowed: Collection[str]) -> str:
     """End an unknown-key message: the nearest key, the same key elsewhere, or all there are."""
     prefix = f"{section}." if section else ""
+    alias = ALIASES.get(f"{prefix}{name}") or ALIASES.get(name)
+    if alias and alias != f"{prefix}{name}":
+        return f"; did you mean {alias}?"
     elsewhere = [f"{other}.{name}" for other, keys in section_keys().items()
                  if name in keys and other != section]
     if name in top_level():
@@ -199,6 +237,10 @@ def _hint(section: str, name: str, allowed: Collection[str]) -> str:
     near = difflib.get_close_matches(name, [str(a) for a in allowed], n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
+    keys = {key: other for other, keys in section_keys().items() for key in keys}
+    near = difflib.get_close_matches(name, keys, n=1, cutoff=0.8)
+    if near:
+        return f"; did you mean {keys[near[0]]}.{near[0]}?"
     if len(allowed) <= 20:
         return f"; known keys are {', '.join(prefix + str(a) for a in sorted(allowed))}."
     return f"; nothing near it among the {len(allowed)} known keys."

@@ -1,8 +1,6 @@
 """Read a recipe: YAML file, dotted overrides, file patterns."""
 
 import dataclasses
-import glob
-import os
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +8,6 @@ from typing import Any
 
 import yaml
 
-from megatron_irl.algorithms.registry import rules_of
-from megatron_irl.config.bounds import value_at
 from megatron_irl.config.checks import check_recipe
 from megatron_irl.config.fields import (
     check_field_names,
@@ -19,6 +15,8 @@ from megatron_irl.config.fields import (
     recipe_from_mapping,
     top_level,
 )
+from megatron_irl.config.files import expand_files, expand_home
+from megatron_irl.config.hub_cache import hub_snapshot
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -47,27 +45,25 @@ def load_recipe(
     mapping.pop("environment", None)
     for override in overrides:
         _apply_override(mapping, override)
-    recipe = recipe_from_mapping(mapping)
+    recipe = _in_hub_cache(expand_home(recipe_from_mapping(mapping)))
     if check_files:
-        recipe = _with_files(recipe)
+        recipe = expand_files(recipe)
     check_recipe(recipe)  # after the files: two patterns may have met in one of them
     return recipe
 
 
-def _with_files(recipe: Recipe) -> Recipe:
-    """The recipe with every pattern expanded."""
-    data = dataclasses.replace(
-        recipe.data, train=_expand("data.train", recipe.data.train),
-        eval=_expand("data.eval", recipe.data.eval),
-        eval_preferences=_expand("data.eval_preferences", recipe.data.eval_preferences))
-    recipe = dataclasses.replace(recipe, data=data)
-    trained_on = rules_of(recipe.algorithm.name).preferences
-    if trained_on is None:
-        return recipe
-    name, _, key = trained_on.partition(".")
-    files = _expand(trained_on, value_at(recipe, trained_on))
-    section = dataclasses.replace(recipe.sections[name], **{key: files})
-    return dataclasses.replace(recipe, sections=recipe.sections | {name: section})
+def _in_hub_cache(recipe: Recipe) -> Recipe:
+    """Name the snapshot where a repository of the Hugging Face cache is given: it stays the same
+    though a newer revision be fetched while a run goes on.
+    """
+    tokenizer = recipe.data.tokenizer
+    return dataclasses.replace(
+        recipe,
+        model=dataclasses.replace(recipe.model, hf=str(hub_snapshot(recipe.model.hf))),
+        data=dataclasses.replace(
+            recipe.data, tokenizer=str(hub_snapshot(tokenizer)) if tokenizer else tokenizer
+        ),
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,24 +132,13 @@ def _apply_override(mapping: dict[str, Any], override: str) -> None:
     if current is not None and not isinstance(current, Mapping):
         raise UserError(f"{section}={current!r} is not a mapping; override {override!r} needs the "
                         f"section {section}. Write it as a section in the recipe.")
-    mapping[section] = {**(current or {}), key: value}
+    mapping[section] = _with_key(current or {}, key, value)
 
 
-def _expand(path: str, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Expand globs; a name that exists is taken literally, whatever characters it has."""
-    files: list[str] = []
-    for pattern in patterns:
-        if os.path.isfile(pattern):
-            found = [pattern]
-        else:
-            found = sorted(f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f))
-        if not found:
-            kind = "is a folder" if os.path.isdir(pattern) else "matches no file"
-            raise UserError(f"{path}={pattern} {kind}; the working directory is {os.getcwd()}. "
-                            f"Set {path} to JSONL or Parquet files.")
-        files += found
-    repeated = sorted({f for f in files if files.count(f) > 1})
-    if repeated:
-        raise UserError(f"{path} names {repeated[0]} twice; its records would count twice. "
-                        "List every file once.")
-    return tuple(files)
+def _with_key(mapping: Mapping[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """The mapping with a key set; a key with dots goes into mappings inside it."""
+    key, dot, rest = dotted.partition(".")
+    if dot:
+        inner = mapping.get(key)
+        value = _with_key(inner if isinstance(inner, Mapping) else {}, rest, value)
+    return {**mapping, key: value}

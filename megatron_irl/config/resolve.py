@@ -1,13 +1,15 @@
 """Derived values, and the recipe as YAML again."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import yaml
 
 from megatron_irl.algorithms.registry import rules_of
-from megatron_irl.config.schema import Recipe
+from megatron_irl.config.bounds import value_at
+from megatron_irl.config.schema import DataSource, Recipe
 from megatron_irl.errors import UserError
 
 
@@ -28,8 +30,9 @@ def resolve(recipe: Recipe, num_demonstrations: int) -> Recipe:
         UserError: No demonstrations, or a spin recipe that sets another round length.
     """
     if num_demonstrations < 1:
-        raise UserError(f"data.train={', '.join(recipe.data.train)} has no usable demonstration; "
-                        "at least 1 is needed. Set data.train to a file that has some.")
+        files = ", ".join(map(str, recipe.data.train))
+        raise UserError(f"data.train={files} has no usable demonstration; at least 1 is needed. "
+                        "Set data.train to a file that has some.")
     recipe = rules_of(recipe.algorithm.name).resolve(recipe, num_demonstrations)
     max_new_tokens = recipe.generation.max_new_tokens or recipe.data.max_response_length
     return replace(recipe, generation=replace(recipe.generation, max_new_tokens=max_new_tokens))
@@ -47,9 +50,24 @@ def to_mapping(recipe: Recipe) -> dict[str, Any]:
     mapping["model"] = {"hf": recipe.model.hf, **recipe.model.overrides}
     mapping["algorithm"] |= mapping["algorithm"].pop("options") or {}
     mapping |= mapping.pop("sections")
+    for path in ("data.train", "data.eval", "data.eval_preferences", rules.preferences):
+        if path is not None:
+            section, _, key = path.partition(".")
+            mapping[section][key] = _written(value_at(recipe, path))
     for key in rules.unread:
         del mapping["algorithm"][key]
     return _plain(mapping)
+
+
+def _written(sources: Sequence[str | DataSource]) -> list[Any]:
+    """Sources as the recipe has them: a path, or a mapping of the keys that are set."""
+    return [
+        each if isinstance(each, str) else
+        {"path": list(each.path)} | {
+            f.name: getattr(each, f.name) for f in dataclasses.fields(each)
+            if f.name != "path" and getattr(each, f.name) not in (f.default, {})}
+        for each in sources
+    ]
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,11 @@ Relative paths are relative to the working directory the command is started in, 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_irl.config.data_schema import DataConfig as DataConfig
+from megatron_irl.config.data_schema import DataSource as DataSource
+from megatron_irl.config.data_schema import FormatName as FormatName
+from megatron_irl.config.data_schema import SplitConfig as SplitConfig
+
 LossName = Literal["sigmoid", "hinge", "linear"]
 ReferenceName = Literal["round_start", "initial"]
 Precision = Literal["fp32", "bf16", "fp8"]
@@ -27,33 +32,6 @@ class ModelConfig:
     """Every other key of the section: any Megatron ``TransformerConfig`` field, by its name
     (``model.recompute_granularity``, ``model.fp8_recipe``, ...). The architecture itself comes
     from the Hugging Face config."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Demonstrations and how long they may be."""
-
-    train: tuple[str, ...]
-    """One JSONL or Parquet file, or a list; globs are allowed and are expanded in sorted order."""
-    eval: tuple[str, ...] = ()
-    """Held-out demonstrations for evaluation, in the same form."""
-    max_prompt_length: int = 512
-    """Longest prompt in tokens, chat header included."""
-    max_response_length: int = 512
-    """Longest demonstration response in tokens, EOS included."""
-    tokenizer: str | None = None
-    """Tokenizer folder; none: the one in ``model.hf``."""
-    chat_template: str | None = None
-    """Jinja chat template, or a file holding one; none: the tokenizer's."""
-    overlong: Literal["drop", "error", "truncate_prompt"] = "drop"
-    """What to do with a record over a limit, of demonstrations or preferences: drop and count it,
-    stop, or keep the prompt's end. A response is never cut, since that would teach the model to
-    stop nowhere; one over its limit is dropped under ``truncate_prompt`` too."""
-    eval_limit: int | None = None
-    """Use the first so many records of ``data.eval``; none: all of them."""
-    eval_preferences: tuple[str, ...] = ()
-    """Held-out preference files ({"prompt", "chosen", "rejected"} records) the run never trains
-    on; each round reports how often the reward prefers ``chosen``. Not for sft."""
 
 
 @dataclass(frozen=True)

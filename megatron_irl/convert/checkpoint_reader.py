@@ -16,7 +16,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_irl.convert.families import (
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.safe_metadata import read_metadata
+from megatron_irl.errors import UserError
+from megatron_irl.families.table import (
     EMBEDDING,
     HEAD,
     REWARD_ROW,
@@ -25,9 +28,6 @@ from megatron_irl.convert.families import (
     rows,
     stored_name,
 )
-from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.convert.safe_metadata import read_metadata
-from megatron_irl.errors import UserError
 
 PREFIXES = ("", "module.")  # bare, and as saved from inside the data-parallel wrapper
 FINAL_NORM = "decoder.final_layernorm.weight"

@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from megatron_irl.convert.families import Row, row_groups, stored_name
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.families.table import Row, row_groups, stored_name
 from megatron_irl.storage.commit import write_file
 
 COMMON = "common_state/shard_0_1"  # Megatron's place for what is no tensor

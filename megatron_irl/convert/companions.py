@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,29 @@ def copy_companions(
             shutil.copyfile(path, target)
     if chat_template is not None:  # this file wins over the one in tokenizer_config.json
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def write_stop_ids(folder: Path, hf_config: dict[str, Any], stop_ids: Sequence[int]) -> None:
+    """Have ``generation_config.json`` list every id at which the model's answers end.
+
+    transformers stops at the ids of that file, or of ``config.json`` where there is none, and asks
+    the tokenizer nothing: a model that learnt to end with another would never stop.
+    """
+    file = folder / "generation_config.json"
+    if file.is_file():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        listed = settings.get("eos_token_id")
+    else:
+        names = ("bos_token_id", "pad_token_id")
+        settings = {name: hf_config[name] for name in names if hf_config.get(name) is not None}
+        listed = hf_config.get("eos_token_id")
+    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if set(stop_ids) <= set(known):
+        return
+    ids = list(dict.fromkeys([*stop_ids, *known]))
+    settings["eos_token_id"] = ids if len(ids) > 1 else ids[0]
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
 
 
 def write_config(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_irl.convert.companions import copy_companions, write_config
-from megatron_irl.convert.families import Row, hf_tensors, rows
+from megatron_irl.convert.companions import copy_companions, write_config, write_stop_ids
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import Row, hf_tensors, rows
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import replacing_folder
 
@@ -31,6 +31,7 @@ def export_hf(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer_path: Path | None = None,
     chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write weights, config, tokenizer and chat template; the folder appears whole or not at all.
 
@@ -49,6 +50,8 @@ def export_hf(
         max_shard_bytes: A new file is begun when the next tensor would exceed this.
         tokenizer_path: Folder (or SentencePiece file) of the tokenizer, if not ``source_dir``.
         chat_template: Jinja text that replaces the tokenizer's.
+        stop_ids: Ids that end a turn, the one that training wrote first; the folder's generation
+            settings will list them all.
 
     Collectives: every rank must call; data-parallel replicas other than the first only wait.
 
@@ -60,6 +63,7 @@ def export_hf(
 
     def complete(folder: Path) -> None:
         copy_companions(folder, Path(source_dir), tokenizer_path, chat_template)
+        write_stop_ids(folder, hf_config, stop_ids)
         write_config(folder, hf_config, written)
 
     export_rows(

@@ -7,9 +7,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_irl.convert.families import BUFFERS, HfTensor, hf_head, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import BUFFERS, HfTensor, hf_head, rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_irl.convert.families import (
+from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
+from megatron_irl.errors import UserError
+from megatron_irl.families.table import (
     EMBEDDING,
     HEAD,
     REWARD_HEAD,
@@ -18,9 +21,6 @@ from megatron_irl.convert.families import (
     hf_head,
     rows,
 )
-from megatron_irl.convert.hf_config import Architecture
-from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
-from megatron_irl.errors import UserError
 from megatron_irl.parallel.main_rank import everywhere
 from megatron_irl.parallel.topology import Topology
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_irl.convert.companions import copy_companions
+from megatron_irl.convert.companions import copy_companions, write_stop_ids
 from megatron_irl.convert.export import export_rows
-from megatron_irl.convert.families import REWARD_ROW, cast_to, rows
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.reward_folder import complete_reward_folder
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import REWARD_ROW, cast_to, rows
 from megatron_irl.parallel.topology import Topology
 
 
@@ -35,6 +35,7 @@ def export_hf_reward(
     max_shard_bytes: int = 5 * 10**9,
     tokenizer_path: Path | None = None,
     chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> None:
     """Write backbone and reward head as ``<Family>ForSequenceClassification`` with one label.
 
@@ -48,7 +49,7 @@ def export_hf_reward(
 
     Args:
         chunks, arch, hf_config, out_dir, source_dir, topology, dtype, max_shard_bytes,
-            tokenizer_path, chat_template: As of ``export_hf``.
+            tokenizer_path, chat_template, stop_ids: As of ``export_hf``.
         head_weight: [1, H] on the last pipeline stage, equal on its ranks; None elsewhere.
 
     Collectives: every rank must call.
@@ -67,6 +68,7 @@ def export_hf_reward(
 
     def complete(folder: Path) -> None:
         copy_companions(folder, Path(source_dir), tokenizer_path, chat_template)
+        write_stop_ids(folder, hf_config, stop_ids)
         complete_reward_folder(folder, hf_config, arch, written)
 
     reward = dataclasses.replace(arch, reward=True)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_irl.convert.companions import write_config
-from megatron_irl.convert.families import REWARD_ROW
-from megatron_irl.convert.hf_config import CAUSAL, CLASSIFIER, Architecture
+from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.hf_folder import HfWeights
 from megatron_irl.errors import UserError
+from megatron_irl.families.registry import FAMILIES, class_name
+from megatron_irl.families.table import REWARD_ROW
 
 (SCORE,) = (tensor.name for tensor in REWARD_ROW.hf)
 
@@ -26,9 +27,9 @@ def complete_reward_folder(
 
 def reward_config(hf_config: dict[str, Any]) -> dict[str, Any]:
     """The config of a language model as that of a reward model on its backbone."""
-    family = hf_config["architectures"][0]
+    family = FAMILIES[class_name(hf_config) or ""]
     return hf_config | {
-        "architectures": [family.removesuffix(CAUSAL) + CLASSIFIER],
+        "architectures": [family.classifier_name],
         "id2label": {"0": "reward"},
         "label2id": {"reward": 0},
         "problem_type": "regression",  # so that pipelines leave the score as it is

@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 import megatron_irl
+from megatron_irl.config import hub_snapshot
 from megatron_irl.convert.certificate import NOTE
 from megatron_irl.convert.checkpoint_reader import CheckpointReader
 from megatron_irl.convert.checkpoint_writer import CheckpointWriter
 from megatron_irl.convert.companions import copy_companions, write_config
-from megatron_irl.convert.families import (
+from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
+from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
+from megatron_irl.convert.load import check_tied_head, refuse_not_finite
+from megatron_irl.convert.locate import HF_PART, RELEASE, TRACKER
+from megatron_irl.convert.reward_folder import complete_reward_folder
+from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
+from megatron_irl.convert.staging import Staging, file_stamps
+from megatron_irl.errors import UserError
+from megatron_irl.families.table import (
     EMBEDDING,
     Row,
     cast_to,
@@ -30,14 +39,6 @@ from megatron_irl.convert.families import (
     row_groups,
     rows,
 )
-from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
-from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
-from megatron_irl.convert.load import check_tied_head, refuse_not_finite
-from megatron_irl.convert.locate import HF_PART, RELEASE, TRACKER
-from megatron_irl.convert.reward_folder import complete_reward_folder
-from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
-from megatron_irl.convert.staging import Staging, file_stamps
-from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_file
 
 OnProgress = Callable[[str, int], None]
@@ -68,6 +69,7 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: torch.dtype | None = N
         UserError: The folder is damaged or of an architecture that is not supported; ``out_dir``
             exists or would not fit. Running also refuses NaN and infinite weights.
     """
+    hf_dir = hub_snapshot(hf_dir)
     hf_config = read_hf_config(hf_dir)
     arch = architecture(hf_config, reward_model=True)
     validate_hf_folder(hf_dir, arch)
@@ -121,6 +123,7 @@ def megatron_to_hf(
         UserError: The checkpoint is damaged or of another model; ``out_dir`` exists or would not
             fit. Running also refuses damaged files, and NaN and infinite weights.
     """
+    hf_dir = hub_snapshot(hf_dir)
     hf_config = read_hf_config(hf_dir)
     source = architecture(hf_config, reward_model=True)
     arch = dataclasses.replace(source, reward=reward or source.reward)

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_irl.config import Recipe
-from megatron_irl.data.demonstrations import load_demonstrations
+from megatron_irl.config import DataSource, Recipe
+from megatron_irl.data.demonstrations import LoadReport, load_demonstrations
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.preferences import Preference, load_preferences
+from megatron_irl.data.sources import Reading, evaluation_reading, training_reading
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.types import Demonstration
@@ -23,6 +24,7 @@ class Corpus:
         heldout_preferences: Of ``data.eval_preferences``.
         digest: Of what is trained on. Order and ordinals of records are a run's coordinates.
         notes: Lines for the user: how many were kept, dropped, cut.
+        report: What became of the records of ``data.train``.
     """
 
     demonstrations: list[Demonstration]
@@ -31,10 +33,12 @@ class Corpus:
     heldout_preferences: Sequence[Preference] = ()
     digest: str = ""
     notes: tuple[str, ...] = ()
+    report: LoadReport = field(default_factory=LoadReport)
 
 
 def read_corpus(
-    recipe: Recipe, tokenizer: Tokenizer, *, preferences: tuple[str, Sequence[str]] | None = None
+    recipe: Recipe, tokenizer: Tokenizer, *,
+    preferences: tuple[str, Sequence[str | DataSource]] | None = None,
 ) -> Corpus:
     """Read and encode every file of a recipe.
 
@@ -49,12 +53,20 @@ def read_corpus(
         "max_response_length": recipe.data.max_response_length,
         "overlong": recipe.data.overlong,
     }
-    demonstrations, report = load_demonstrations(recipe.data.train, tokenizer, **limits)
-    notes = [f"data.train: {report.summary()}"]
+    turns = recipe.data.turns
+    notes = list(tokenizer.notes)
+    demonstrations, report = load_demonstrations(
+        training_reading(recipe.data, notes), tokenizer, turns=turns, **limits
+    )
+    notes.append(f"data.train: {report.summary()}")
     heldout: list[Demonstration] = []
-    if recipe.data.eval:
+    held_out = evaluation_reading(recipe.data, notes)
+    if held_out is not None:
         heldout, eval_report = load_demonstrations(
-            recipe.data.eval, tokenizer, limit=recipe.data.eval_limit, **limits
+            # One sequence of all turns cannot be generated for; each turn alone has the same
+            # tokens to be likely.
+            held_out, tokenizer, turns="each" if turns == "all" else turns,
+            limit=recipe.data.eval_limit, **limits,
         )
         notes.append(f"data.eval: {eval_report.summary()}")
     trained_on = _read_preferences(*preferences, recipe, tokenizer, notes) if preferences else []
@@ -64,23 +76,25 @@ def read_corpus(
     digest = digest_of([
         *((d.prompt_ids, d.response_ids) for d in demonstrations),
         *((p.prompt_ids, ids) for p in trained_on for ids in (p.chosen_ids, p.rejected_ids)),
-    ])
+    ], (d.loss_mask for d in demonstrations))
     return Corpus(
-        demonstrations, heldout, trained_on, heldout_preferences, digest, tuple(notes)
+        demonstrations, heldout, trained_on, heldout_preferences, digest, tuple(notes), report
     )
 
 
 def _read_preferences(
-    key: str, paths: Sequence[str], recipe: Recipe, tokenizer: Tokenizer, notes: list[str]
+    key: str, sources: Sequence[str | DataSource], recipe: Recipe, tokenizer: Tokenizer,
+    notes: list[str],
 ) -> Sequence[Preference]:
-    if not paths:
+    if not sources:
         return []
+    reading = Reading(tuple(sources), bad_records=recipe.data.bad_records, notes=notes)
     preferences = load_preferences(
-        paths, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
+        reading, tokenizer, max_prompt_length=recipe.data.max_prompt_length,
         max_response_length=recipe.data.max_response_length, overlong=recipe.data.overlong,
     )
     if not preferences:
-        raise UserError(f"{key}={', '.join(paths)} has no usable preference. Set {key} to files "
+        raise UserError(f"{key}={reading} has no usable preference. Set {key} to files "
                         "that have some, or raise data.max_prompt_length and "
                         "data.max_response_length.")
     notes.append(f"{key}: {preferences.summary()}")

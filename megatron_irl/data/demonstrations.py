@@ -1,31 +1,72 @@
-"""Demonstrations, prompts and responses to score: records in, token ids and counts out."""
+"""Demonstrations: conversations in, token ids and counts out."""
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from megatron_irl.data.records import (
-    Messages,
-    RecordError,
-    awaiting_assistant,
-    checked_messages,
-    checked_prompt,
-    checked_text,
-    checked_texts,
-    collect,
-    collect_in_batches,
-)
+from megatron_irl.data.conversation import Conversation
+from megatron_irl.data.formats import prompt_of
+from megatron_irl.data.readers import RecordError
+from megatron_irl.data.records import collect_in_batches
+from megatron_irl.data.rendering import REMARKS, Encoded
+from megatron_irl.data.sources import Paths, Reading
 from megatron_irl.data.tokenizer import Tokenizer
+from megatron_irl.data.turns import TURNS_REMARKS, Turned, Turns, encode_turns
 from megatron_irl.errors import UserError
-from megatron_irl.storage.commit import write_jsonl_atomically as write_jsonl_atomically
 from megatron_irl.types import Demonstration
 
 Overlong = Literal["drop", "error", "truncate_prompt"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long prompt and response may be, in tokens, and what becomes of longer ones.
+
+    Attributes:
+        max_prompt_length: Of the rendered prompt, the assistant's header included.
+        max_response_length: Of the response, its end included. Under ``data.turns: all`` that is
+            everything from the first answer on.
+        overlong: As ``data.overlong``.
+    """
+
+    max_prompt_length: int
+    max_response_length: int
+    overlong: Overlong = "drop"
+
+    def reason_to_drop(self, prompt: int, response: int) -> str | None:
+        """Return the count to raise if a record of these lengths is to be left out, else None.
+
+        Raises:
+            RecordError: It is over a limit, and ``overlong`` is ``error``.
+        """
+        cuts = self.overlong == "truncate_prompt"
+        too_long = [
+            (f"{what} has {length} tokens, data.max_{what}_length={limit}", f"dropped_{what}")
+            for what, length, limit in (("prompt", prompt, self.max_prompt_length),
+                                        ("response", response, self.max_response_length))
+            if length > limit and not (what == "prompt" and cuts)
+        ]  # fmt: skip
+        if too_long and self.overlong == "error":
+            raise RecordError("; ".join(text for text, _ in too_long)
+                              + "; data.overlong=error refuses it. Raise the limit or set "
+                              "data.overlong to drop or truncate_prompt.")
+        return too_long[0][1] if too_long else None
+
+    def cut(self, prompt_ids: list[int], bos_id: int | None) -> list[int]:
+        """Return the prompt without as much of its beginning as is over the limit.
+
+        A BOS stays where it is: models have not seen a sequence without one.
+        """
+        limit = self.max_prompt_length
+        if len(prompt_ids) <= limit:
+            return prompt_ids
+        if prompt_ids[0] == bos_id and limit > 1:
+            return [prompt_ids[0], *prompt_ids[1 - limit :]]
+        return prompt_ids[-limit:]
 
 
 @dataclass(frozen=True)
@@ -34,22 +75,27 @@ class LoadReport:
 
     Attributes:
         kept: Demonstrations loaded.
-        dropped_prompt: Records left out because the prompt is over-long.
-        dropped_response: Records left out because the response, EOS included, is over-long.
+        dropped_prompt: Those left out because the prompt is over-long.
+        dropped_response: Those left out because the response, EOS included, is over-long.
         truncated_prompts: Demonstrations kept whose prompt lost its beginning.
         prompt_tokens, response_tokens: Totals over the demonstrations kept.
+        prompt_lengths, response_lengths: Tokens of each demonstration, those left out included.
+        remarks: What the records show of the chat template: how many, and the first of them.
     """
 
-    kept: int
-    dropped_prompt: int
-    dropped_response: int
-    truncated_prompts: int
-    prompt_tokens: int
-    response_tokens: int
+    kept: int = 0
+    dropped_prompt: int = 0
+    dropped_response: int = 0
+    truncated_prompts: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
+    response_lengths: array[int] = field(default_factory=lambda: array("i"))
+    remarks: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def dropped(self) -> int:
-        """Records left out, for whatever reason."""
+        """Demonstrations left out, for whatever reason."""
         return self.dropped_prompt + self.dropped_response
 
     def summary(self) -> str:
@@ -61,167 +107,125 @@ class LoadReport:
                          f"{self.dropped_response} by the response)")
         if self.truncated_prompts:
             parts.append(f"cut the beginning of {self.truncated_prompts} prompts")
-        return "; ".join(parts)
+        return "; ".join([*parts, *remark_texts(self.remarks)])
 
 
-@dataclass(frozen=True)
-class PromptRecord:
-    """A prompt to generate from; ``record`` is the input object, for the output line."""
+class Remarks(dict[str, tuple[int, str]]):
+    """How many records show something of the chat template, and the first of them."""
 
-    prompt: str | Messages
-    record: dict[str, Any]
-    source: str
-
-
-@dataclass(frozen=True)
-class ScoreRecord:
-    """A prompt and responses to score; ``record`` is the input object, for the output line."""
-
-    prompt: str | Messages
-    responses: list[str]
-    record: dict[str, Any]
-    source: str
+    def add(self, names: Sequence[str], source: str) -> None:
+        """Count a record."""
+        for name in names:
+            count, first = self.get(name, (0, source))
+            self[name] = count + 1, first
 
 
-class _Texts(NamedTuple):
-    """A record on its way to a demonstration: what it says, and its prompt as it is encoded."""
-
-    record: dict[str, Any]
-    source: str
-    prompt: str | Messages
-    rendered: str
-    response: str
+def remark_texts(remarks: dict[str, tuple[int, str]]) -> list[str]:
+    """What the remarks say, for the log."""
+    texts = REMARKS | TURNS_REMARKS
+    return [f"{count} {texts[name]} (the first: {first})"
+            for name, (count, first) in remarks.items()]
 
 
 def load_demonstrations(
-    paths: str | Path | Iterable[str | Path],
+    paths: Paths | Reading,
     tokenizer: Tokenizer,
     *,
     max_prompt_length: int,
     max_response_length: int,
     overlong: Overlong = "drop",
+    turns: Turns = "last",
     limit: int | None = None,
 ) -> tuple[list[Demonstration], LoadReport]:
-    """Read demonstrations from JSONL (``.jsonl``, ``.jsonl.gz``) or Parquet files, in order.
+    """Read demonstrations from files, in order.
 
-    A record holds ``messages``, the last of them the assistant's, or else ``prompt`` (a string or
-    messages) and ``response``; ``answer`` is optional. Other fields are ignored.
+    A record is a conversation whose last turn is the assistant's, in any form that ``formats``
+    knows; fields that the form has no use for are ignored.
 
     Args:
-        paths: One file or several.
+        paths: One file or several, or how they are to be read.
         tokenizer: The model's.
         max_prompt_length: Tokens of the rendered prompt.
         max_response_length: Tokens of the response, EOS included.
         overlong: ``drop`` leaves over-long records out and counts them; ``error`` refuses them;
-            ``truncate_prompt`` keeps a prompt's last tokens. A response is never cut, since a cut
-            one has no EOS to learn from: ``truncate_prompt`` leaves those records out.
-        limit: Stop once this many demonstrations are loaded; what follows is not even checked.
+            ``truncate_prompt`` keeps a prompt's last tokens, and its BOS. A response is never cut,
+            since a cut one has no EOS to learn from: ``truncate_prompt`` leaves those out.
+        turns: Which of the assistant's turns are learnt, see ``turns.encode_turns``.
+        limit: Stop once this many records are loaded; what follows is not even checked.
 
     Raises:
         UserError: Malformed records, named by file and line; a file that is missing or empty;
             nothing left to train on.
     """
-    counts: Counter[str] = Counter()
+    builder = _Builder(tokenizer, Limits(max_prompt_length, max_response_length, overlong))
 
-    def prepare(record: dict[str, Any], source: str) -> _Texts:
-        prompt, response = conversation(record)
-        return _Texts(record, source, prompt, tokenizer.prompt_text(prompt), response)
+    def share(batch: list[Conversation]) -> list[Turned | RecordError]:
+        return encode_turns(tokenizer, batch, turns)
 
-    def build(texts: _Texts, ids: tuple[list[int], list[int]]) -> Demonstration | None:
-        prompt_ids = tokenizer.prompt_ids(texts.prompt, ids[0])
-        response_ids = tokenizer.ended(ids[1])
-        if not prompt_ids or len(response_ids) == 1:
-            raise RecordError(f"the {'response' if prompt_ids else 'prompt'} has no tokens")
-        reason = overlong_count(len(prompt_ids), len(response_ids), max_prompt_length,
-                                max_response_length, overlong)
-        if reason is not None:
-            counts[reason] += 1
-            return None
-        if len(prompt_ids) > max_prompt_length:
-            counts["truncated_prompts"] += 1
-            prompt_ids = prompt_ids[-max_prompt_length:]
-        counts.update(kept=1, prompt_tokens=len(prompt_ids), response_tokens=len(response_ids))
-        return Demonstration(
-            counts["kept"] - 1, np.array(prompt_ids, np.int32), np.array(response_ids, np.int32),
-            texts.prompt, texts.response, _answer(texts.record), texts.source)
-
-    demonstrations = collect_in_batches(paths, prepare, partial(_encode, tokenizer), build, limit)
-    report = LoadReport(**{name: counts[name] for name in LoadReport.__dataclass_fields__})
+    records = collect_in_batches(
+        paths, lambda conversation: conversation, share, builder.build, limit)
+    demonstrations = [demonstration for built in records for demonstration in built]
+    report = builder.report()
     if not demonstrations:
-        raise UserError(f"no demonstration is left in {_names(paths)}: {report.summary()}. "
+        raise UserError(f"no demonstration is left in {Reading.of(paths)}: {report.summary()}. "
                         f"Raise data.max_prompt_length={max_prompt_length} or "
                         f"data.max_response_length={max_response_length}.")
     return demonstrations, report
 
 
-def _encode(tokenizer: Tokenizer, batch: list[_Texts]) -> list[tuple[list[int], list[int]]]:
-    """The ids of each prompt and response."""
-    ids = tokenizer.encode_batch([t for texts in batch for t in (texts.rendered, texts.response)])
-    return list(zip(ids[0::2], ids[1::2], strict=True))
+class _Builder:
+    """Makes demonstrations of encoded records, and counts."""
+
+    def __init__(self, tokenizer: Tokenizer, limits: Limits) -> None:
+        self._tokenizer, self._limits = tokenizer, limits
+        self._counts: Counter[str] = Counter()
+        self._remarks = Remarks()
+        self._prompt_lengths, self._response_lengths = array("i"), array("i")
+
+    def build(
+        self, record: Conversation, found: Turned | RecordError
+    ) -> list[Demonstration] | None:
+        """The demonstrations of a record that are within the limits; None if none is."""
+        del record
+        if isinstance(found, RecordError):
+            raise found
+        built = [self._demonstration(*turn) for turn in found]
+        return [demonstration for demonstration in built if demonstration is not None] or None
+
+    def _demonstration(
+        self, conversation: Conversation, encoded: Encoded
+    ) -> Demonstration | None:
+        prompt_ids, response_ids = encoded.prompt_ids, encoded.response_ids
+        self._remarks.add(encoded.remarks, conversation.source)
+        self._prompt_lengths.append(len(prompt_ids))
+        self._response_lengths.append(len(response_ids))
+        reason = self._limits.reason_to_drop(len(prompt_ids), len(response_ids))
+        if reason is not None:
+            self._counts[reason] += 1
+            return None
+        cut = self._limits.cut(prompt_ids, self._tokenizer.bos_id)
+        counts = self._counts
+        counts["truncated_prompts"] += len(cut) < len(prompt_ids)
+        counts.update(kept=1, prompt_tokens=len(cut), response_tokens=len(response_ids))
+        return Demonstration(
+            counts["kept"] - 1, np.array(cut, np.int32), np.array(response_ids, np.int32),
+            prompt_of(conversation), conversation.messages[-1]["content"], conversation.answer,
+            conversation.source, _mask(encoded))
+
+    def report(self) -> LoadReport:
+        """What became of the records so far."""
+        names = ("kept", "dropped_prompt", "dropped_response", "truncated_prompts",
+                 "prompt_tokens", "response_tokens")
+        return LoadReport(**{name: self._counts[name] for name in names},
+                          prompt_lengths=self._prompt_lengths,
+                          response_lengths=self._response_lengths, remarks=self._remarks)
 
 
-def load_prompts(path: str | Path) -> list[PromptRecord]:
-    """Read ``{"prompt": string or messages}`` records.
-
-    Raises:
-        UserError: Malformed records, named by file and line; a missing or empty file.
-    """
-    return collect(path, lambda record, source: PromptRecord(
-        checked_prompt(record), record, source))
-
-
-def load_score_records(path: str | Path) -> list[ScoreRecord]:
-    """Read ``{"prompt": string or messages, "responses": [string, ...]}`` records.
-
-    Raises:
-        UserError: Malformed records, named by file and line; a missing or empty file.
-    """
-    return collect(path, lambda record, source: ScoreRecord(
-        checked_prompt(record), checked_texts(record, "responses"), record, source))
-
-
-def conversation(record: dict[str, Any]) -> tuple[str | Messages, str]:
-    """Return the prompt and the response of a demonstration record, or raise RecordError."""
-    if record.get("messages") is None:
-        if record.get("prompt") is None and record.get("response") is None:
-            raise RecordError('neither "messages" nor "prompt" and "response"')
-        return checked_prompt(record), checked_text(record, "response")
-    messages = checked_messages(record["messages"], "messages")
-    if not messages:
-        raise RecordError('"messages" is empty')
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(f'the last message is from {messages[-1]["role"]!r}; it must be the '
-                          "assistant's")
-    prompt = awaiting_assistant(messages[:-1])
-    return prompt, checked_text(messages[-1], "content")
-
-
-def _answer(record: dict[str, Any]) -> str | None:
-    answer = record.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float | None):
-        raise RecordError('"answer" must be a string or a number')
-    return None if answer is None else str(answer)
-
-
-def overlong_count(prompt: int, response: int, max_prompt: int, max_response: int,
-                   overlong: Overlong) -> str | None:
-    """Return the count to raise if a record of these lengths is to be left out, else None.
-
-    Raises:
-        RecordError: It is over a limit, and ``overlong`` is ``error``.
-    """
-    too_long = [
-        (f"{what} has {length} tokens, data.max_{what}_length={limit}", f"dropped_{what}")
-        for what, length, limit in (("prompt", prompt, max_prompt),
-                                    ("response", response, max_response))
-        if length > limit and not (what == "prompt" and overlong == "truncate_prompt")
-    ]  # fmt: skip
-    if too_long and overlong == "error":
-        raise RecordError("; ".join(text for text, _ in too_long)
-                          + "; data.overlong=error refuses it. Raise the limit or set "
-                          "data.overlong to drop or truncate_prompt.")
-    return too_long[0][1] if too_long else None
-
-
-def _names(paths: str | Path | Iterable[str | Path]) -> str:
-    return str(paths) if isinstance(paths, str | Path) else ", ".join(map(str, paths))
+def _mask(encoded: Encoded) -> np.ndarray | None:
+    """Which of the response's tokens are learnt; None: all of them."""
+    if len(encoded.spans) == 1:
+        return None
+    mask = np.zeros(len(encoded.ids), dtype=bool)
+    for start, end in encoded.spans:
+        mask[start:end] = True
+    return mask[encoded.spans[0][0] :]

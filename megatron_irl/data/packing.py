@@ -24,13 +24,15 @@ def pack(
     pad_id: int = 0,
     sampled_logprobs: Sequence[np.ndarray] | None = None,
     advantages: Sequence[float] | None = None,
+    loss_masks: Sequence[np.ndarray | None] | None = None,
     is_preference: bool = False,
 ) -> PackedBatch:
     """Lay (prompt ids, response ids) sequences end to end in one row.
 
     For a sequence that starts at o with a prompt of p tokens, response token j is predicted from
     row o + p + j - 1: exactly the response is counted, EOS included, and nothing of the prompt.
-    Masking is by length; token ids play no part, so pad and EOS may be the same id.
+    Masking is by length; token ids play no part, so pad and EOS may be the same id. Where a
+    response has a mask, only the tokens it marks have a row.
 
     Args:
         sequences: [S] (prompt ids, response ids).
@@ -40,11 +42,13 @@ def pack(
         pad_id: What that segment is filled with.
         sampled_logprobs: [S] float32 arrays as long as the responses, and
         advantages: [S]; for policy steps only.
+        loss_masks: [S] bool arrays as long as the responses, or None for all of a response; not
+            together with ``sampled_logprobs``.
         is_preference: Passed on to the batch.
 
     Raises:
         ValueError: No sequence, an empty prompt (nothing would predict the first response
-            token), an empty response, or ref_logps of another length.
+            token), an empty response or one with nothing marked, or ref_logps of another length.
     """
     prompt_S = np.array([len(prompt) for prompt, _ in sequences], dtype=np.int64)
     response_S = np.array([len(response) for _, response in sequences], dtype=np.int64)
@@ -67,6 +71,11 @@ def pack(
     cu_seqlens = np.concatenate([[0], np.cumsum(segment_lengths)])
     starts = cu_seqlens[:-1]
     rows_R = _ranges(starts[: len(sequences)] + prompt_S - 1, response_S)
+    segment_R, counted_S = np.repeat(np.arange(len(sequences)), response_S), response_S
+    if loss_masks is not None and any(mask is not None for mask in loss_masks):
+        mask_R = _joined_masks(loss_masks, response_S)
+        rows_R, segment_R = rows_R[mask_R], segment_R[mask_R]
+        counted_S = np.bincount(segment_R, minlength=len(sequences))
     ref = np.zeros(len(sequences)) if ref_logps is None else np.asarray(ref_logps)
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens_T)[None],
@@ -75,9 +84,9 @@ def pack(
         max_seqlen=int(segment_lengths.max()),
         rows_R=torch.from_numpy(rows_R),
         targets_R=torch.from_numpy(tokens_T[rows_R + 1]),
-        segment_R=torch.from_numpy(np.repeat(np.arange(len(sequences)), response_S)),
+        segment_R=torch.from_numpy(segment_R),
         num_sequences=len(sequences),
-        lengths_S=torch.from_numpy(response_S),
+        lengths_S=torch.from_numpy(counted_S),
         ref_logps_S=torch.from_numpy(ref.astype(np.float32)),
         final_S=torch.from_numpy(starts[: len(sequences)] + prompt_S + response_S - 1),
         sampled_logprobs_R=None if sampled_logprobs is None else torch.from_numpy(
@@ -86,6 +95,17 @@ def pack(
             advantages, dtype=torch.float32),
         is_preference=is_preference,
     )
+
+
+def _joined_masks(masks: Sequence[np.ndarray | None], response_S: np.ndarray) -> np.ndarray:
+    """Bool [sum of response_S], True for the tokens that are learnt."""
+    parts = [np.ones(length, bool) if mask is None else np.asarray(mask, bool)
+             for mask, length in zip(masks, response_S, strict=True)]
+    if [len(part) for part in parts] != response_S.tolist() or not all(p.any() for p in parts):
+        raise ValueError(f"loss_masks of {[len(part) for part in parts]} tokens, "
+                         f"{[int(part.sum()) for part in parts]} of them marked, for responses of "
+                         f"{response_S.tolist()} tokens")
+    return np.concatenate(parts)
 
 
 def lengthen(batch: PackedBatch, num_tokens: int, *, pad_id: int = 0) -> PackedBatch:

@@ -1,23 +1,15 @@
 """Preference pairs: records of a prompt with a chosen and a rejected answer → token ids."""
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from megatron_irl.data.demonstrations import Overlong, overlong_count
-from megatron_irl.data.records import (
-    Messages,
-    RecordError,
-    awaiting_assistant,
-    checked_messages,
-    checked_prompt,
-    checked_text,
-    collect,
-)
+from megatron_irl.data.conversation import Conversation
+from megatron_irl.data.demonstrations import Limits, Overlong, Remarks, remark_texts
+from megatron_irl.data.readers import RecordError
+from megatron_irl.data.records import collect_in_batches
+from megatron_irl.data.rendering import Encoded, encode_conversations
+from megatron_irl.data.sources import Paths, Reading
 from megatron_irl.data.tokenizer import Tokenizer
 
 
@@ -44,9 +36,14 @@ class Preferences(list[Preference]):
         dropped_prompt, dropped_response: Records with an over-long prompt, or answer.
         equal: Records whose answers are the same tokens.
         truncated_prompts: Preferences kept whose prompt lost its beginning.
+        remarks: As in ``LoadReport``; both answers of a record count.
     """
 
     dropped_prompt = dropped_response = equal = truncated_prompts = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remarks = Remarks()
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -59,23 +56,21 @@ class Preferences(list[Preference]):
             parts.append(f"dropped {self.equal} with equal answers")
         if self.truncated_prompts:
             parts.append(f"cut the beginning of {self.truncated_prompts} prompts")
-        return "; ".join(parts)
+        return "; ".join([*parts, *remark_texts(self.remarks)])
 
 
 def load_preferences(
-    paths: str | Path | Iterable[str | Path],
+    paths: Paths | Reading,
     tokenizer: Tokenizer,
     *,
     max_prompt_length: int,
     max_response_length: int,
     overlong: Overlong = "drop",
 ) -> Preferences:
-    """Read ``{"prompt", "chosen", "rejected"}`` records from JSONL or Parquet files, in order.
+    """Read ``{"prompt", "chosen", "rejected"}`` records from files, in order.
 
-    ``prompt`` is a string or messages; ``chosen`` and ``rejected`` are strings, or messages of
-    which the last is the assistant's. Messages may repeat the conversation before the answer, as
-    files of the HH kind do; ``prompt`` may then be left out, or be the text of its last message.
-    Other fields are ignored.
+    The two are strings, or messages of which the last is the assistant's; these may repeat the
+    conversation before the answer, as files of the HH kind do, and ``prompt`` may then be left out.
 
     Args:
         paths: One file or several.
@@ -92,76 +87,67 @@ def load_preferences(
             ``overlong="error"``), named by file and line; a file that is missing or empty;
             messages, but no chat template.
     """
-    counts: Counter[str] = Counter()
+    limits = Limits(max_prompt_length, max_response_length, overlong)
+    found = Preferences()
 
-    def build(record: dict[str, Any], source: str) -> Preference | None:
-        prompt, *texts = _sides(record)
-        if not isinstance(prompt, str):
-            tokenizer.require_chat_template()
-        prompt_ids = tokenizer.render_prompt(prompt)
-        answers = [_answer_ids(tokenizer, key, text)
-                   for key, text in zip(("chosen", "rejected"), texts, strict=True)]
-        if not prompt_ids:
-            raise RecordError("the prompt has no tokens")
-        reason = overlong_count(len(prompt_ids), max(map(len, answers)), max_prompt_length,
-                                max_response_length, overlong)
-        if reason is None and answers[0] == answers[1]:
-            reason = "equal"
-        if reason is not None:
-            counts[reason] += 1
-            return None
-        if len(prompt_ids) > max_prompt_length:
-            counts["truncated_prompts"] += 1
-            prompt_ids = prompt_ids[-max_prompt_length:]
-        ids = [np.array(each, np.int32) for each in (prompt_ids, *answers)]
-        return Preference(ids[0], ids[1], ids[2], source)
+    def share(batch: list[Conversation]) -> list[tuple[Encoded, Encoded] | RecordError]:
+        sides = [side for conversation in batch for side in _sides(conversation)]
+        encoded = encode_conversations(tokenizer, sides)
+        return [_both(*pair) for pair in zip(encoded[0::2], encoded[1::2], strict=True)]
 
-    preferences = Preferences(collect(paths, build))
-    for name, count in counts.items():
-        setattr(preferences, name, count)
-    return preferences
+    def build(
+        conversation: Conversation, sides: tuple[Encoded, Encoded] | RecordError
+    ) -> Preference | None:
+        if isinstance(sides, RecordError):
+            raise sides
+        return _preference(found, tokenizer, limits, conversation.source, sides)
+
+    found += collect_in_batches(
+        paths, lambda conversation: conversation, share, build, purpose="preference")
+    return found
 
 
-def _sides(record: dict[str, Any]) -> tuple[str | Messages, str, str]:
-    """The prompt and the two answers; the conversations before both must be one."""
-    missing = [f'"{key}"' for key in ("chosen", "rejected") if record.get(key) is None]
-    if missing:
-        raise RecordError(f"no {' and no '.join(missing)}")
-    (before, chosen), (other, rejected) = (_side(record, key) for key in ("chosen", "rejected"))
-    if before and other and before != other:
-        raise RecordError('the messages before the answer differ between "chosen" and "rejected"')
-    before = before or other
-    if not before:
-        return checked_prompt(record), chosen, rejected
-    before = awaiting_assistant(before)
-    if record.get("prompt") is not None:
-        prompt = checked_prompt(record)
-        if prompt not in (before, before[-1]["content"]):
-            raise RecordError('"prompt" differs from the messages before the answer')
-    return before, chosen, rejected
+def _preference(
+    counts: Preferences, tokenizer: Tokenizer, limits: Limits, source: str,
+    sides: tuple[Encoded, Encoded],
+) -> Preference | None:
+    """A preference if it is within the limits, and counted if it is not."""
+    prompt_ids = common_prompt(*sides)
+    answers = [each.ids[len(prompt_ids) :] for each in sides]
+    for each in sides:
+        counts.remarks.add(each.remarks, source)
+    reason = limits.reason_to_drop(len(prompt_ids), max(map(len, answers)))
+    if reason is None and answers[0] == answers[1]:
+        reason = "equal"
+    if reason is not None:
+        setattr(counts, reason, getattr(counts, reason) + 1)
+        return None
+    cut = limits.cut(prompt_ids, tokenizer.bos_id)
+    counts.truncated_prompts += len(cut) < len(prompt_ids)
+    return Preference(*(np.array(ids, np.int32) for ids in (cut, *answers)), source=source)
 
 
-def _side(record: dict[str, Any], key: str) -> tuple[Messages, str]:
-    """The conversation before the answer (empty where the record does not repeat it), and it."""
-    if not isinstance(record[key], list):
-        return [], checked_text(record, key)
-    messages = checked_messages(record[key], key)
-    if not messages:
-        raise RecordError(f'"{key}" is empty')
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(f'the last message of "{key}" is from {messages[-1]["role"]!r}; it must '
-                          "be the assistant's")
-    try:
-        return messages[:-1], checked_text(messages[-1], "content")
-    except RecordError as error:
-        raise RecordError(f'the last message of "{key}": {error}') from None
+def common_prompt(first: Encoded, second: Encoded) -> list[int]:
+    """The prompt of two answers to the same: the shorter one, where a token reaches into one."""
+    return min(first.prompt_ids, second.prompt_ids, key=len)
 
 
-def _answer_ids(tokenizer: Tokenizer, key: str, text: str) -> list[int]:
-    try:
-        ids = tokenizer.response_ids(text)
-    except RecordError as error:
-        raise RecordError(f'"{key}": {error}') from None
-    if len(ids) == 1:
-        raise RecordError(f'"{key}" has no tokens')
-    return ids
+def _sides(conversation: Conversation) -> tuple[Conversation, Conversation]:
+    assert conversation.rejected is not None
+    chosen = replace(conversation, rejected=None)
+    return chosen, replace(chosen, messages=conversation.rejected)
+
+
+def _both(
+    chosen: Encoded | RecordError, rejected: Encoded | RecordError
+) -> tuple[Encoded, Encoded] | RecordError:
+    """Both sides as ids, or what is wrong with one of them, named."""
+    if isinstance(chosen, RecordError):
+        return RecordError(f'"chosen": {chosen}')
+    if isinstance(rejected, RecordError):
+        return RecordError(f'"rejected": {rejected}')
+    prompt_ids = common_prompt(chosen, rejected)
+    if any(each.ids[: len(prompt_ids)] != prompt_ids for each in (chosen, rejected)):
+        return RecordError('the chat template renders what comes before "chosen" and "rejected" '
+                           "differently; no prompt would lead to both")
+    return chosen, rejected

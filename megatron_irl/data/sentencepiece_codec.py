@@ -40,9 +40,10 @@ class SentencePieceCodec:
         ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
         return {k: self._model.id_to_piece(i) for k, i in ids.items() if i is not None}
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``; nothing is added."""
-        return self.encode_batch([text])[0]
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids of the control pieces."""
+        return frozenset(self._control.values())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, encoded on all cores."""
@@ -60,6 +61,18 @@ class SentencePieceCodec:
     def decode(self, ids: list[int]) -> str:
         """Return the text of ``ids``, control pieces left out."""
         return self._model.decode([i for i in ids if not self._model.is_control(i)])
+
+    def decode_all(self, ids: list[int]) -> str:
+        """Return the text of ``ids``, control pieces spelt out."""
+        text, stretch = "", []
+        for i in [*ids, -1]:
+            if i < 0 or self._model.is_control(i):
+                text += self._model.decode(stretch) if stretch else ""
+                text += self._model.id_to_piece(i) if i >= 0 else ""
+                stretch = []
+            else:
+                stretch.append(i)
+        return text
 
     @staticmethod
     def _optional(token_id: int) -> int | None:

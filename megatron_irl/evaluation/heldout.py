@@ -11,6 +11,7 @@ import numpy as np
 from megatron_irl.algorithms.rules import AlgorithmRules
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
+from megatron_irl.data.answers import same_answer
 from megatron_irl.data.corpus import Corpus
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.pair_bank import usable_pairs
@@ -212,8 +213,12 @@ class Evaluator:
         prompt = demonstration.prompt
         if not isinstance(prompt, str):
             prompt = "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-        response = self.tokenizer.decode(ids)
+        response = self._response_text(demonstration, ids)
         return {"prompt": prompt, "demonstration": demonstration.response, "response": response}
+
+    def _response_text(self, demonstration: Demonstration, ids: np.ndarray) -> str:
+        return self.tokenizer.response_text(
+            demonstration.prompt_ids, ids, plain=isinstance(demonstration.prompt, str))
 
     def _greedy_ids(self, demonstrations: Sequence[Demonstration]) -> list[np.ndarray]:
         """Token ids of the likeliest responses, some at a time: scratch grows with a call."""
@@ -231,10 +236,9 @@ class Evaluator:
     def _exact_match(
         self, demonstrations: Sequence[Demonstration], ids: Sequence[np.ndarray], name: str
     ) -> dict[str, Any]:
-        """Share of records with an ``answer`` whose decoded response is it, white space apart."""
+        """Share of records with an ``answer`` whose response is that text or number."""
         asked = [(d, i) for d, i in zip(demonstrations, ids, strict=True) if d.answer is not None]
         if not asked:
             return {}
-        decode = self.tokenizer.decode
-        right = sum(decode(i).strip() == str(d.answer).strip() for d, i in asked)
+        right = sum(same_answer(self._response_text(d, i), str(d.answer)) for d, i in asked)
         return {name: right / len(asked), f"{name}_count": right, "num_answers": len(asked)}

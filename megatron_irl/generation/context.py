@@ -23,7 +23,7 @@ class PagedContext(DynamicInferenceContext):
         TOKEN_ROUNDER = 1
         REQUEST_ROUNDER = 1
 
-    _angles: tuple[Tensor, Tensor] | None = None
+    _angles: dict[int, tuple[Tensor, Tensor]] | None = None
     _slots: Tensor | None = None
 
     def map_layers(self, stage_layers: list[Any]) -> None:
@@ -105,13 +105,16 @@ class PagedContext(DynamicInferenceContext):
 
     def _rotate(self, states: Tensor, angles: Tensor, mscale: float) -> Tensor:
         # Upstream looks the angles up and takes their sines anew in each layer, for q and for k.
-        if self._angles is None:
+        # Where layers differ in their frequencies, each kind has its own columns of one table.
+        known = self._angles = {} if self._angles is None else self._angles
+        columns = int(angles.storage_offset())
+        if columns not in known:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
             half = angles[positions][..., : angles.shape[-1] // 2]
-            self._angles = (
+            known[columns] = (
                 (half.cos() * mscale).to(states.dtype), (half.sin() * mscale).to(states.dtype)
             )
-        cos, sin = self._angles
+        cos, sin = known[columns]
         rotated, width = 2 * cos.shape[-1], states.shape[-1]
         first, second = states[..., :rotated].chunk(2, dim=-1)
         parts = [first * cos - second * sin, second * cos + first * sin]

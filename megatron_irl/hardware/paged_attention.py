@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from megatron_irl.hardware.softcap import attend
 
 FULL_ATTENTION = (-1, -1)
 
@@ -85,6 +86,7 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = FULL_ATTENTION,
+    softcap: float = 0.0,
     return_softmax_lse: bool = False,
     num_splits: int = 0,
 ) -> Tensor:
@@ -105,7 +107,7 @@ def flash_attn_with_kvcache(
     if q.shape[1] != 1:
         raise NotImplementedError("speculative decoding needs flash-attn")
     layout = _decode_layout((cache_seqlens, block_table), k_cache.shape[1], q.dtype, window)
-    return _decode(q[:, 0], k_cache, v_cache, layout, softmax_scale)[:, None]
+    return _decode(q[:, 0], k_cache, v_cache, layout, softmax_scale, softcap)[:, None]
 
 
 def flash_attn_varlen_func(
@@ -121,6 +123,7 @@ def flash_attn_varlen_func(
     softmax_scale: float | None = None,
     causal: bool = True,
     window_size: tuple[int, int] = FULL_ATTENTION,
+    softcap: float = 0.0,
     return_attn_probs: bool = False,
 ) -> Tensor:
     """Packed queries (new prompts, continued prompts and single tokens mixed), cached keys.
@@ -143,12 +146,12 @@ def flash_attn_varlen_func(
     out = torch.zeros_like(q)
     if layout.decode is not None:
         tokens, decode = layout.decode
-        out[tokens] = _decode(q[tokens], k_cache, v_cache, decode, softmax_scale)
+        out[tokens] = _decode(q[tokens], k_cache, v_cache, decode, softmax_scale, softcap)
     for group in layout.prefill:
         keys, values = (_gather(c, group.blocks, group.longest) for c in (k_cache, v_cache))
-        part = F.scaled_dot_product_attention(
-            q[group.tokens].transpose(1, 2), keys, values, attn_mask=group.mask,
-            is_causal=group.mask is None, scale=softmax_scale, enable_gqa=True,
+        part = attend(
+            q[group.tokens].transpose(1, 2), keys, values, group.mask, causal=True,
+            scale=softmax_scale, softcap=softcap,
         )
         source, target = group.scatter
         out[target] = part.transpose(1, 2).flatten(0, 1)[source]
@@ -163,7 +166,8 @@ def _window(window_size: tuple[int, int], wants_lse: bool) -> int | None:
 
 
 def _decode(
-    q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, layout: _Decode, scale: float | None
+    q_BND: Tensor, k_cache: Tensor, v_cache: Tensor, layout: _Decode, scale: float | None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """[B, N, D] → [B, N, D]. The G queries that share a key head become G query positions."""
     q = q_BND.unflatten(1, (k_cache.shape[2], -1))
@@ -176,7 +180,7 @@ def _decode(
     else:
         assert layout.blocks is not None
         keys, values = (_gather(c, layout.blocks, layout.longest) for c in (k_cache, v_cache))
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=layout.mask, scale=scale)
+    out = attend(q, keys, values, layout.mask, scale=scale, softcap=softcap)
     if layout.slots is not None:
         out = out.index_select(0, layout.slots)
     return out.flatten(1, 2)

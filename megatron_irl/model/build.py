@@ -16,10 +16,11 @@ from megatron_irl.config import (
     check_layout_against_model,
     padded_vocab_size,
 )
-from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
+from megatron_irl.families.architecture import Architecture
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
+from megatron_irl.model.scales import set_scales
 from megatron_irl.model.specs import SpecName, block_spec, choose_spec
 from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
@@ -88,8 +89,12 @@ def build_config(
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     if check_hardware:
-        spec = choose_spec(fields["params_dtype"], fields.get("fp8"), asked=spec)
-        _check_rope(spec, fields.setdefault("apply_rope_fusion", spec == "transformer_engine"))
+        spec = choose_spec(
+            fields["params_dtype"], fields.get("fp8"), asked=spec,
+            local_only=architecture.local_only,
+        )
+        can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
+        _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
     try:
@@ -116,15 +121,22 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _check_rope(spec: SpecName, fused: bool) -> None:
-    """Refuse the fused RoPE over the local spec's angles.
+def _check_rope(spec: SpecName, architecture: Architecture, fused: bool) -> None:
+    """Refuse the fused RoPE where it would misread the angles or leave out their scale.
 
-    They are one per packed token; the kernel takes angles by position in the sequence.
+    The local spec's are one per packed token; the kernel takes angles by position in the
+    sequence, and takes no scale.
     """
     if fused and spec == "local":
         raise UserError(
             "apply_rope_fusion=true conflicts with the local layer spec, whose rotary angles the "
             "fused kernel would misread. Remove model.apply_rope_fusion."
+        )
+    if fused and architecture.rope_scale != 1:
+        raise UserError(
+            f"apply_rope_fusion=true conflicts with config.json of model.hf, whose rope scales "
+            f"cosines and sines by {architecture.rope_scale:.4g}; the fused kernel has no scale. "
+            "Remove model.apply_rope_fusion."
         )
 
 
@@ -174,8 +186,10 @@ def build_chunks(
     Collectives: under tied embeddings and pipeline parallelism Megatron all-reduces the embedding
     between the first and last stage; every rank must call.
     """
-    name = choose_spec(config.params_dtype, config.fp8, asked=spec)
-    _check_rope(name, config.apply_rope_fusion)
+    name = choose_spec(
+        config.params_dtype, config.fp8, asked=spec, local_only=architecture.local_only
+    )
+    _check_rope(name, architecture, config.apply_rope_fusion)
     if config.params_dtype == torch.float32:
         hardware.keep_float32()
     chunks = []
@@ -186,8 +200,7 @@ def build_chunks(
         chunk = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(
-                config, name, vp_stage=stage, pp_rank=topology.pp_rank,
-                parallel_residual=architecture.parallel_residual,
+                config, name, architecture, vp_stage=stage, pp_rank=topology.pp_rank
             ),
             vocab_size=rows,
             max_sequence_length=architecture.max_sequence_length,
@@ -201,6 +214,7 @@ def build_chunks(
             vp_stage=stage,
         )
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
+        set_scales(chunk, config, architecture)
         chunk = chunk.to(hardware.device())
         if chunk.post_process and rows > architecture.vocab_size:
             tied = chunk.share_embeddings_and_output_weights
@@ -226,6 +240,8 @@ def _set_rotary(
             use_cpu_initialization=config.use_cpu_initialization,
             cp_group=topology.groups.cp,
         )
+        if architecture.local_inv_freq is not None:
+            chunk.rotary_pos_emb.local_inv_freq = architecture.local_inv_freq.to(hardware.device())
     chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(hardware.device(), torch.float32)
 
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_irl.convert.families import REWARD_HEAD
+from megatron_irl.families.table import REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
 from megatron_irl.model.reward_head import RewardHead
+from megatron_irl.model.scales import LOGIT_SOFTCAP
 from megatron_irl.parallel.logprobs import response_logprobs
 from megatron_irl.types import HeadChoice, HeadOutputs, PackedBatch
 
@@ -21,11 +22,12 @@ from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
 
 class HeadRequest(NamedTuple):
-    """What the last stage is asked for: the batch, the heads, and its reward head if it has one."""
+    """What the last stage is asked for: the batch, the heads, and its own part of them."""
 
     batch: PackedBatch
     heads: HeadChoice
     reward_head: RewardHead | None
+    logit_softcap: float | None
 
 
 class HeadProcessor:
@@ -43,23 +45,24 @@ class HeadProcessor:
         context: HeadRequest, config: Any, **_: Any,
     ) -> Tensor | HeadOutputs:
         """Returns float32 [R] log-probabilities in nats, float32 [S] rewards, or both."""
-        batch, heads, head = context
+        batch, heads, head, softcap = context
         parallel = {
             "tp_group": output_layer.tp_group, "sequence_parallel": config.sequence_parallel,
         }
+        scored = {"softcap": softcap, **parallel}
         if heads == "logprobs":
-            return self._logprobs(hidden_states, output_layer, output_weight, batch, parallel)
+            return self._logprobs(hidden_states, output_layer, output_weight, batch, scored)
         assert head is not None, "rewards of a model without a reward head"
         rewards_S = head(hidden_states, batch.final_S, **parallel)
         if heads == "rewards":
             return rewards_S
         return HeadOutputs(
-            self._logprobs(hidden_states, output_layer, output_weight, batch, parallel), rewards_S
+            self._logprobs(hidden_states, output_layer, output_weight, batch, scored), rewards_S
         )
 
     def _logprobs(
         self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
-        batch: PackedBatch, parallel: dict[str, Any],
+        batch: PackedBatch, options: dict[str, Any],
     ) -> Tensor:
         # The head is read without being called. With ddp.overlap_param_gather its hook is what
         # waits for its parameters to arrive from the other data-parallel ranks.
@@ -68,7 +71,7 @@ class HeadProcessor:
         weight = output_layer.weight if output_weight is None else output_weight
         return response_logprobs(
             hidden_states, weight, batch.rows_R, batch.targets_R, chunk_size=self.chunk_size,
-            **parallel,
+            **options,
         )
 
 
@@ -100,5 +103,7 @@ def forward_packed(
         attention_mask=None,
         packed_seq_params=packed,
         output_processor=processor,
-        output_processor_context=HeadRequest(batch, heads, getattr(model, REWARD_HEAD, None)),
+        output_processor_context=HeadRequest(
+            batch, heads, getattr(model, REWARD_HEAD, None), getattr(model, LOGIT_SOFTCAP, None)
+        ),
     )

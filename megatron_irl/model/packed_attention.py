@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.hardware.softcap import attend
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
@@ -24,6 +25,8 @@ SHORT = {torch.float32: 128, torch.bfloat16: 256}
 
 class PackedAttention(nn.Module):
     """Causal self-attention over packed sequences, each within itself.
+
+    With ``softcap`` the scaled scores are capped at it before the softmax.
 
     Sequences are laid out as one right-padded batch: with a causal mask a padded key is only ever
     visible to padded queries, so no mask is built for the padding.
@@ -39,6 +42,8 @@ class PackedAttention(nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        *,
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
         del attn_mask_type, attention_type, cp_comm_type, pg_collection
@@ -47,6 +52,7 @@ class PackedAttention(nn.Module):
         self.window = config.window_size[0] + 1 if windowed and config.window_size else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale
+        self.softcap = softcap
 
     def forward(
         self,
@@ -79,6 +85,11 @@ class PackedAttention(nn.Module):
         """[B, N or K, S, D] → [B, N, S, D]."""
         dropout = self.dropout if self.training else 0.0
         length = q.shape[2]
+        if self.softcap is not None:
+            return attend(
+                q, k, v, self._visible(length, q.device), scale=self.scale, softcap=self.softcap,
+                dropout=dropout,
+            )
         if q.is_cpu and length <= SHORT.get(q.dtype, 0) and dropout == 0.0:
             return _attend_short(q, k, v, self._visible(length, q.device), self.scale)
         mask = None

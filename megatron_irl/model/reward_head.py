@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_irl import hardware
-from megatron_irl.convert.families import REWARD_HEAD
+from megatron_irl.families.table import REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.parallel.logprobs import rows_at
 from megatron_irl.parallel.topology import Topology

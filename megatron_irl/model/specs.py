@@ -1,17 +1,22 @@
 """Layer specs: Transformer Engine's on CUDA, Megatron's local modules elsewhere."""
 
+import dataclasses
 import functools
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 
 from megatron_irl import hardware
 from megatron_irl.errors import UserError
+from megatron_irl.families.architecture import Architecture
+from megatron_irl.model.capped_attention import CappedSelfAttention
 from megatron_irl.model.local_layers import LocalNorm
 from megatron_irl.model.packed_attention import PackedAttention
 from megatron_irl.model.parallel_residual import ParallelResidualLayer
+from megatron_irl.model.sandwich_layer import SandwichLayer
 
 from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
     get_gpt_layer_local_submodules,
@@ -33,12 +38,14 @@ VARIABLE = "MEGATRON_IRL_SPEC"
 
 
 def choose_spec(
-    params_dtype: torch.dtype, fp8: str | None = None, *, asked: str | None = None
+    params_dtype: torch.dtype, fp8: str | None = None, *, asked: str | None = None,
+    local_only: str | None = None,
 ) -> SpecName:
     """The layer spec of a model: ``asked``, else ``MEGATRON_IRL_SPEC``, else what runs best here.
 
     That is Transformer Engine on CUDA where it is installed, and the local modules elsewhere and
-    for fp32, whose products Transformer Engine rounds to TF32.
+    for fp32, whose products Transformer Engine rounds to TF32. ``local_only`` names what of the
+    model Transformer Engine's layers lack; such a model is built of the local ones.
 
     Raises:
         UserError: An unknown name, or a spec that cannot run here or not in this precision.
@@ -47,7 +54,7 @@ def choose_spec(
     name: Any = asked or os.environ.get(VARIABLE)
     if not name:
         name = "local"
-        if hardware.IS_CUDA and params_dtype != torch.float32:
+        if hardware.IS_CUDA and params_dtype != torch.float32 and not local_only:
             name = "local" if _why_no_transformer_engine(warn=not fp8) else "transformer_engine"
         origin = "running without Transformer Engine"
     if name not in (names := get_args(SpecName)):
@@ -61,6 +68,16 @@ def choose_spec(
         raise UserError(
             f"{origin} conflicts with this environment: {reason}. Install transformer-engine "
             f"(NVIDIA's PyTorch container has it), or set {VARIABLE}=local."
+        )
+    if name == "transformer_engine" and local_only:
+        raise UserError(
+            f"{origin} conflicts with a model with {local_only}, which Transformer Engine's layers "
+            f"do not have. Unset {VARIABLE}, or set it to local."
+        )
+    if fp8 and local_only:
+        raise UserError(
+            f"precision=fp8 conflicts with a model with {local_only}; FP8 products are Transformer "
+            "Engine's, whose layers do not have that. Set precision to bf16."
         )
     if name == "local" and fp8:
         raise UserError(
@@ -86,25 +103,57 @@ def _why_no_transformer_engine(*, warn: bool = False) -> str | None:
 
 
 def block_spec(
-    config: TransformerConfig, name: SpecName, *, vp_stage: int | None, pp_rank: int,
-    parallel_residual: bool = False,
+    config: TransformerConfig, name: SpecName, architecture: Architecture, *,
+    vp_stage: int | None, pp_rank: int,
 ) -> Any:
     """The transformer block spec of one pipeline stage.
 
     Args:
         name: What ``choose_spec`` gave.
-        parallel_residual: Attention and MLP of a layer both read the layer's input.
+        architecture: What its layers are like beyond Megatron's own configuration.
     """
     if name == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         layer = _local_layer_spec(config)
-    if parallel_residual:
+    if architecture.parallel_residual:
         layer.module = ParallelResidualLayer
+    if architecture.sandwich_norms:
+        layer.module = SandwichLayer
+        layer.params = {"local_rope_layers": architecture.local_rope_layers}
+    _set_biases(layer.submodules, architecture)
+    _set_softcap(layer.submodules, architecture.attention_softcap)
     if name == "transformer_engine":
         return layer
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalNorm)
+
+
+def _set_biases(layer: Any, architecture: Architecture) -> None:
+    """Give single projections their biases; Megatron's own switch is for all of them at once."""
+    if architecture.proj_bias:
+        attention = layer.self_attention.submodules
+        attention.linear_proj = _with_bias(attention.linear_proj)
+    if architecture.mlp_bias:
+        old = layer.mlp.keywords["submodules"]
+        new = dataclasses.replace(
+            old, linear_fc1=_with_bias(old.linear_fc1), linear_fc2=_with_bias(old.linear_fc2)
+        )
+        layer.mlp = functools.partial(layer.mlp, submodules=new)
+
+
+def _with_bias(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The same linear layer, with a bias whatever the caller asks for."""
+    return lambda *sizes, **options: build(*sizes, **options | {"bias": True})
+
+
+def _set_softcap(layer: Any, softcap: float | None) -> None:
+    """Have attention cap its scores, in training and on the paged cache."""
+    if softcap is not None:
+        attention = layer.self_attention
+        attention.module = CappedSelfAttention
+        attention.params = attention.params | {"softcap": softcap}
+        attention.submodules.core_attention = functools.partial(PackedAttention, softcap=softcap)
 
 
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:

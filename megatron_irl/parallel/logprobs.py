@@ -32,20 +32,22 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor,
-        vocab_start: int, chunk_size: int, group: Any,
+        vocab_start: int, chunk_size: int, group: Any, softcap: float | None,
     ) -> Tensor:
         logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
         probs = None
-        keep = hidden_RH.requires_grad or weight_VpH.requires_grad
+        # The gradient of a soft cap needs the logits; they are made anew with the softmax.
+        keep = (hidden_RH.requires_grad or weight_VpH.requires_grad) and softcap is None
         for start in range(0, hidden_RH.shape[0], chunk_size):
             rows = slice(start, start + chunk_size)
             probs = None  # frees the previous chunk before the next is made
-            logprobs_R[rows], probs = _chunk_forward(
-                hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, keep_probs=keep
+            logprobs_R[rows], probs, _ = _chunk_forward(
+                hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, softcap,
+                keep_probs=keep,
             )
         ctx.save_for_backward(hidden_RH, weight_VpH, targets_R)
-        ctx.last_probs, ctx.vocab_start, ctx.chunk_size, ctx.group = (
-            probs, vocab_start, chunk_size, group,
+        ctx.last_probs, ctx.vocab_start, ctx.chunk_size, ctx.group, ctx.softcap = (
+            probs, vocab_start, chunk_size, group, softcap,
         )
         return logprobs_R
 
@@ -59,10 +61,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for start in reversed(range(0, num_rows, ctx.chunk_size)):
             rows = slice(start, min(start + ctx.chunk_size, num_rows))
             probs, ctx.last_probs = ctx.last_probs, None
+            slope = None
             if probs is None:
-                _, probs = _chunk_forward(
+                _, probs, slope = _chunk_forward(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
-                    keep_probs=True,
+                    ctx.softcap, keep_probs=True,
                 )
             assert probs is not None
             # d logprob[target] / d logits = onehot(target) - softmax
@@ -70,6 +73,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             local, inside = _local_targets(targets_R[rows], ctx.vocab_start, weight_VpH.shape[0])
             index = torch.arange(local.shape[0], device=local.device)
             grad_logits[index, local] += torch.where(inside, grad_R[rows], 0.0)
+            if slope is not None:
+                grad_logits.mul_(slope)
             grad_logits = grad_logits.to(weight_VpH.dtype)
             grad_hidden[rows] = grad_logits @ weight_VpH
             if ctx.needs_input_grad[1]:
@@ -77,7 +82,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_VpH)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _local_targets(targets_R: Tensor, vocab_start: int, shard: int) -> tuple[Tensor, Tensor]:
@@ -88,17 +93,25 @@ def _local_targets(targets_R: Tensor, vocab_start: int, shard: int) -> tuple[Ten
 
 def _chunk_forward(
     hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int, group: Any,
-    *, keep_probs: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """One chunk: returns log-probs [R] and, if asked, the softmax shard [R, Vp] in fp32."""
+    softcap: float | None, *, keep_probs: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One chunk: returns log-probs [R] and, if asked, the softmax shard [R, Vp] in fp32.
+
+    With a soft cap and if asked also its derivative [R, Vp] by the logits under it.
+    """
     # Cast before any reduction: a bf16 all-reduce of log-sum-exp terms loses whole nats.
     logits = (hidden_RH @ weight_VpH.T).float()
+    slope = None
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1 - logits.square() if keep_probs else None
+        logits = logits.mul_(softcap)
     local, inside = _local_targets(targets_R, vocab_start, weight_VpH.shape[0])
     target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
     if group.size() == 1:
         log_z = torch.logsumexp(logits, dim=-1)
         probs = logits.sub_(log_z[:, None]).exp_() if keep_probs else None
-        return target_logit - log_z, probs
+        return target_logit - log_z, probs, slope
     peak = logits.amax(dim=-1)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
     target_logit = target_logit - torch.where(inside, peak, 0.0)
@@ -107,7 +120,7 @@ def _chunk_forward(
     dist.all_reduce(sums, group=group)
     normaliser, target_logit = sums
     probs = exps.div_(normaliser[:, None]) if keep_probs else None
-    return target_logit - normaliser.log(), probs
+    return target_logit - normaliser.log(), probs, slope
 
 
 def mark_vocabulary_end(weight_VpH: Tensor, vocab_size: int, tp_rank: int) -> None:
@@ -128,6 +141,7 @@ def response_logprobs(
     tp_group: Any,
     sequence_parallel: bool,
     chunk_size: int,
+    softcap: float | None = None,
 ) -> Tensor:
     """Log-probabilities in nats of ``targets_R`` given the hidden states at ``rows_R``.
 
@@ -137,6 +151,7 @@ def response_logprobs(
         weight_VpH: [Vp, H], this rank's rows of the output embedding, padding included.
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
         chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time.
+        softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
 
     Returns:
         float32 [R], equal on every tensor-parallel rank.
@@ -158,7 +173,7 @@ def response_logprobs(
     if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
         weight_VpH = weight_VpH[:num_real]
     return _ChunkedLogprobs.apply(
-        hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group
+        hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group, softcap
     )
 
 

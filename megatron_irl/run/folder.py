@@ -20,6 +20,7 @@ from megatron_irl.config import (
     to_yaml,
 )
 from megatron_irl.errors import UserError
+from megatron_irl.policy.provenance import date_of
 from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
 from megatron_irl.storage.lease import LEASE_PATTERN
 
@@ -31,8 +32,8 @@ PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transform
 class RunFolder:
     """Paths and identity of one run; only the main rank writes.
 
-    ``run.json`` holds the recipe's fingerprint and whether the run is finished; all but the latter
-    is in ``recipe.yaml`` too, from which it is restored.
+    ``run.json`` holds the recipe's fingerprint, what the run began with, and whether it ended; all
+    but the latter is in ``recipe.yaml`` too, from which it is restored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +65,14 @@ class RunFolder:
                     "output_dir to a new or empty folder."
                 )
 
-    def check(self, recipe: Recipe, data: str, num_demonstrations: int) -> None:
+    @property
+    def date(self) -> datetime | None:
+        """The date that chat templates print in this run; None before it has begun."""
+        return date_of(self._start())
+
+    def check(
+        self, recipe: Recipe, data: str, num_demonstrations: int, start: dict[str, str]
+    ) -> None:
         """Raise UserError if the folder belongs to another recipe or to other data.
 
         Args:
@@ -72,12 +80,20 @@ class RunFolder:
             data: Digest of what is trained on. Order and ordinals of records are a run's
                 coordinates: after a change they would mean other records.
             num_demonstrations: What ``recipe`` was resolved with.
+            start: What the run would begin with now, see ``provenance.describe_start``.
         """
         self.check_place()
         known = self._read()
         if not known:
             return
         self._check_recipe(recipe, num_demonstrations, known)
+        for name, began in self._start().items():
+            if start.get(name, began) != began:
+                raise UserError(
+                    f"output_dir={self.path} was begun with another {name}: its digest was {began} "
+                    f"and is {start[name]}. Put the files back to resume, or set output_dir to a "
+                    "new folder."
+                )
         if known.get("data", data) != data:
             raise UserError(
                 f"output_dir={self.path} was begun with other records of data.train or "
@@ -85,7 +101,9 @@ class RunFolder:
                 f"is {data}. Restore the files to resume, or set output_dir to a new folder."
             )
 
-    def claim(self, recipe: Recipe, data: str, argv: list[str]) -> None:
+    def claim(
+        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str]
+    ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
         In this order, so that a folder with anything in it is known as a run's.
@@ -93,7 +111,8 @@ class RunFolder:
         # What the folder was begun with stays: how samples are drawn must not change on the way.
         known = self._read()
         sampling = known.get("sampling", 1) if known else SAMPLING
-        identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling}
+        identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling,
+                    "start": start}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
         self._write(identity | {"finished": False})
@@ -102,6 +121,10 @@ class RunFolder:
     def finish(self) -> None:
         """Mark the run finished; nothing is done on it again."""
         self._write(self._read() | {"finished": True})
+
+    def _start(self) -> dict[str, str]:
+        """What the run began with; empty before it has, and for runs of earlier versions."""
+        return dict(self._read().get("start") or {})
 
     @property
     def sampling(self) -> int:

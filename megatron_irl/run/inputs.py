@@ -18,6 +18,7 @@ from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokeni
 from megatron_irl.errors import UserError
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
 from megatron_irl.model.build import build_config, build_ddp_config
+from megatron_irl.policy.provenance import describe_start, today
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
 
@@ -34,6 +35,7 @@ class Inputs:
         recipe: Resolved.
         hf_config: The starting model's config.json.
         model_config, optimizer_config, ddp_config: Megatron's.
+        start: What the run begins with, see ``describe_start``.
         notes: Lines for the user.
     """
 
@@ -47,6 +49,7 @@ class Inputs:
     model_config: TransformerConfig
     optimizer_config: OptimizerConfig
     ddp_config: DistributedDataParallelConfig
+    start: dict[str, str]
     notes: list[str]
 
 
@@ -73,17 +76,22 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     ddp_config = build_ddp_config(recipe.ddp | sharded)
     check_lengths(recipe, arch, model_config)
     validate_hf_folder(hf_dir, arch)
-    tokenizer = load_tokenizer(recipe.data.tokenizer or hf_dir, recipe.data.chat_template)
+    date = folder.date or today()
+    tokenizer = load_tokenizer(
+        recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
+        arguments=recipe.data.chat_template_args, date=date, model=hf_dir,
+    )
     check_vocabulary(tokenizer, arch.vocab_size)
+    start = describe_start(hf_dir, tokenizer, date)
     key = algorithm.preferences
     data = read_corpus(
         recipe, tokenizer, preferences=(key, value_at(recipe, key)) if key else None
     )
     resolved = resolve(recipe, len(data.demonstrations))
-    folder.check(resolved, data.digest, len(data.demonstrations))
+    folder.check(resolved, data.digest, len(data.demonstrations), start)
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
-        optimizer_config, ddp_config, [*certificate_notes(hf_dir), *data.notes],
+        optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],
     )
 
 

@@ -57,7 +57,8 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         state = RunState.from_dict(saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
     topology.barrier()  # what is wrong with the weights on any rank is known before anything is
-    on_main(lambda: folder.claim(recipe, inputs.data.digest, argv), topology)  # written
+    # written
+    on_main(lambda: folder.claim(recipe, inputs.data.digest, inputs.start, argv), topology)
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds)
     recorder = Recorder(
@@ -150,4 +151,5 @@ def export_companions(inputs: Inputs, topology: Topology) -> dict[str, Any]:
         "topology": topology,
         "tokenizer_path": Path(data.tokenizer) if data.tokenizer else None,
         "chat_template": inputs.tokenizer.chat_template if data.chat_template else None,
+        "stop_ids": inputs.tokenizer.stop_ids,
     }

@@ -77,7 +77,7 @@ class Lease:
         self.folder, self.number, self.token = folder, number, token
         self._ended = threading.Event()
         self._last_sign = -float("inf")
-        self._is_keeper = False
+        self._is_keeper = self._made_folder = False
 
     @classmethod
     def acquire(cls, folder: Path) -> "Lease":
@@ -90,10 +90,11 @@ class Lease:
         Raises:
             UserError: Another process is at work in the folder; it cannot be written.
         """
-        with write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        made_folder = not folder.exists()
         me = Holder.this_process()
         while True:
+            with write_errors(folder):  # each time: a release may take an empty folder away
+                folder.mkdir(parents=True, exist_ok=True)
             number = 1 + refuse_if_held(folder)
             if _make(folder, number, me):
                 if max(_numbers(folder)) == number:
@@ -105,7 +106,7 @@ class Lease:
             if older < number:
                 _path(folder, older).unlink(missing_ok=True)
         lease._beat()
-        lease._is_keeper = True
+        lease._is_keeper, lease._made_folder = True, made_folder
         threading.Thread(target=lease._live, name="lease", daemon=True).start()
         return lease
 
@@ -124,6 +125,8 @@ class Lease:
         with contextlib.suppress(OSError):
             if self._is_keeper and _is_mine(self.folder, self.number, self.token):
                 _path(self.folder, self.number).unlink()
+                if self._made_folder:  # what was refused before anything was written leaves nothing
+                    self.folder.rmdir()  # an OSError where something was
 
     def _look(self) -> None:
         """Read the lease file; the thread's beat does the same and more."""
@@ -219,6 +222,8 @@ def _make(folder: Path, number: int, holder: Holder) -> bool:
                 return _is_mine(folder, number, holder.token)
             except OSError:  # a file system without links
                 return _make_exclusively(path, holder)
+        except FileNotFoundError:  # the folder went with another's release
+            return False
         finally:
             draft.unlink(missing_ok=True)
     return True

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import json_line, sync_folder, write_errors, write_file
+from megatron_irl.storage.tables import write_parquet_of_lines
 
 
 class PartialJsonl:
@@ -69,10 +70,13 @@ class PartialJsonl:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Rename the lines to ``path``, replacing what was there."""
+        """Make the lines ``path``, replacing what was there: renamed, or written as Parquet."""
         with self._write_errors():
-            os.replace(self._lines, self.folder.parent / self.path.resolve().name)
-            sync_folder(self.folder.parent)
+            if self.path.suffix == ".parquet":
+                write_parquet_of_lines(self._lines, self.path)
+            else:
+                os.replace(self._lines, self.folder.parent / self.path.resolve().name)
+                sync_folder(self.folder.parent)
             shutil.rmtree(self.folder)
 
     def close(self) -> None:

@@ -65,5 +65,6 @@ def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
         sequences, refs or None, multiple_of=multiple_of,
         sampled_logprobs=[r.sample_logprobs for r in rollouts] or None,
         advantages=[r.advantage for r in rollouts] or None,
+        loss_masks=[item.loss_mask for item in items if isinstance(item, Demonstration)] or None,
         is_preference=isinstance(items[0], Preference),
     )

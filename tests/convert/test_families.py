@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.convert import family_jobs
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
 VOCAB = 131  # odd: padded over two ranks
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+GEMMA = {"head_dim": 16, "tied": True, "query_pre_attn_scalar": 24}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 MODELS = {
     "llama": {},
     "llama_tied": {"tied": True},
@@ -23,6 +27,35 @@ MODELS = {
     },
     "qwen3": {"family": "qwen3", "head_dim": 24},
     "qwen3_tied": {"family": "qwen3", "head_dim": 16, "tied": True},
+    "llama_attention_bias": {"attention_bias": True},
+    "llama_mlp_bias": {"mlp_bias": True, "tied": True},
+    "llama_yarn": {"rope_scaling": YARN | {"original_max_position_embeddings": 16}},
+    "qwen2_yarn": {"family": "qwen2", "rope_scaling": YARN},
+    "qwen3_bias": {"family": "qwen3", "head_dim": 16, "attention_bias": True},
+    "phi3": {"family": "phi3", "sliding_window": 9},
+    "phi3_partial": {
+        "family": "phi3", "tied": True, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
+    "phi3_longrope": {
+        "family": "phi3", "original_max_position_embeddings": 64, "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75,
+            "short_factor": [1.0, 1.2, 1.7], "long_factor": [2.0, 3.0, 5.0]},
+    },
+    "gemma2": GEMMA | {
+        "family": "gemma2", "sliding_window": 6, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma2_uncapped": GEMMA | {
+        "family": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None,
+        "tied": False, "query_pre_attn_scalar": 7,
+    },
+    "gemma3": GEMMA | {
+        "family": "gemma3_text", "sliding_window": 6, "layer_types": GEMMA3_LAYERS,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
+    },
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
     "gpt_neox_tied": {"family": "gpt_neox", "scale": 0.25, "tied": True},
 }
@@ -32,7 +65,14 @@ LAYOUTS = {
     "pp2": (2, PP2), "tp2_pp2": (4, TP2 | PP2), "tp4": (4, {"tensor_model_parallel_size": 4}),
 }
 TP_ONLY_ONE = ("llama_mqa",)  # one query group cannot be split
-CASES = [(name, layout) for name in MODELS for layout in LAYOUTS
+# The full matrix is for the families above; of these each way of splitting is seen once.
+FEW = {
+    **dict.fromkeys(("phi3", "gemma2", "gemma3"), ("one", "tp2", "tp2_sp", "pp2", "tp4")),
+    **dict.fromkeys(("llama_attention_bias", "llama_mlp_bias"), ("one", "tp2", "tp2_sp", "pp2")),
+    **dict.fromkeys(("llama_yarn", "phi3_longrope"), ("one", "tp2", "pp2")),
+    **dict.fromkeys(("qwen2_yarn", "qwen3_bias", "phi3_partial", "gemma2_uncapped"), ("one",)),
+}
+CASES = [(name, layout) for name in MODELS for layout in FEW.get(name, tuple(LAYOUTS))
          if name not in TP_ONLY_ONE or layout in ("one", "pp2")]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "eos_id": 1, "seed": 3}
 
@@ -112,7 +152,7 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
 
 
 @pytest.mark.parametrize("layout", ["tp2_sp", "pp2", "tp2_pp2"])
-@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama_tied", "llama_attention_bias", "gemma2"])
 def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
     """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary
     padding has none.
@@ -130,3 +170,27 @@ def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
     ranks = pool.run(world_size, jobs.train_on_bank, layout=sizes, **setting)
     np.testing.assert_allclose(ranks[0], expected, rtol=1e-5, err_msg=f"seed {SEED}")
     assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-2), "nothing was learnt"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "phi3_longrope", "llama_mlp_bias"])
+def test_gradients_equal_transformers(pool, folder, reference, name):
+    """One SGD step on the likelihood of responses moves every weight as torch's autograd says."""
+    (moved,) = pool.run(
+        1, family_jobs.likelihood_step, hf=str(folder(name)), seed=SEED, num=4, vocab=VOCAB
+    )
+    model = reference(name)
+    model.zero_grad()
+    model.get_input_embeddings().padding_idx = None  # torch keeps its gradient at zero
+    for prompt, response in jobs.random_sequences(SEED, 4, VOCAB):
+        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+        logprobs = model(ids).logits[0].log_softmax(-1)
+        (-logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert moved.keys() == expected.keys()
+    for tensor, gradient in expected.items():
+        size = gradient.abs().max().item()
+        np.testing.assert_allclose(
+            moved[tensor].numpy(), gradient.numpy(), atol=2e-4 * size, rtol=2e-3,
+            err_msg=f"{tensor}, seed {SEED}",
+        )
+    model.zero_grad()

@@ -29,6 +29,9 @@ MODELS = {
     "qwen2": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 24},
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
+    "phi3": {"family": "phi3"},
+    "gemma2": {"family": "gemma2", "head_dim": 16, "tied": True},
+    "gemma3": {"family": "gemma3_text", "head_dim": 16, "tied": True},
 }
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
@@ -36,7 +39,7 @@ CASES = [
     ("untied", 1, {}), ("tied", 1, {}), ("mistral", 1, {}), ("qwen2", 1, {}), ("qwen3", 1, {}),
     ("gpt_neox", 1, {}), ("gpt_neox", 4, TP2_PP2),
     ("untied", 2, {"tensor_model_parallel_size": 2}), ("tied", 2, PP2_VPP2), ("untied", 2, {}),
-    ("tied", 4, TP2_PP2),
+    ("tied", 4, TP2_PP2), ("phi3", 1, {}), ("gemma2", 1, {}), ("gemma3", 1, {}),
 ]
 
 

@@ -28,6 +28,10 @@ MODELS = {
     "mistral": {"family": "mistral", "sliding_window": None, "head_dim": 8},
     "qwen2_tied": {"family": "qwen2", "tied": True},
     "qwen3": {"family": "qwen3", "head_dim": 24},
+    "llama_biases": {"attention_bias": True, "mlp_bias": True},
+    "phi3": {"family": "phi3"},
+    "gemma2": {"family": "gemma2", "head_dim": 16, "tied": True},
+    "gemma3": {"family": "gemma3_text", "head_dim": 16, "tied": True},
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
     "gpt_neox_tied_sequential": {
         "family": "gpt_neox", "tied": True, "use_parallel_residual": False,
@@ -91,7 +95,7 @@ def test_one_process_is_bitwise(pool, folder, tmp_path, name):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["tied", "odd_vocab", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("name", ["tied", "odd_vocab", "qwen3", "phi3", "gpt_neox"])
 def test_every_layout_is_bitwise(pool, folder, tmp_path, name, layout):
     world_size, sizes = LAYOUTS[layout]
     source, out = folder(name), tmp_path / "hf"

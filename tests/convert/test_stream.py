@@ -23,6 +23,10 @@ MODELS = {
     "llama_tied_odd": {"tied": True, "vocab": 131, "kv_heads": 2},
     "qwen3": {"family": "qwen3", "head_dim": 24},
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
+    "llama_biases": {"attention_bias": True, "mlp_bias": True},
+    "phi3": {"family": "phi3"},
+    "gemma2": {"family": "gemma2", "head_dim": 16, "tied": True},
+    "gemma3": {"family": "gemma3_text", "head_dim": 16, "tied": True},
 }
 
 
@@ -100,7 +104,7 @@ def test_every_tensor_keeps_its_own_dtype(folder, tmp_path):
 
 
 @pytest.mark.parametrize("layout", [n for n in LAYOUTS if n not in ("tp4", "pp2_dp2")])
-@pytest.mark.parametrize("name", ["llama_tied_odd", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama_tied_odd", "phi3", "gemma3", "gpt_neox"])
 def test_megatron_reads_it_under_every_layout(pool, folder, converted, name, layout):
     world_size, sizes = LAYOUTS[layout]
     differing = pool.run(

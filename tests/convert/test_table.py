@@ -5,10 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_irl.convert.families import canonical, rows
 from megatron_irl.convert.hf_config import architecture
-from megatron_irl.convert.tensors import GateUp, Heads, Qkv, Replicated, Split, Vocabulary
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import canonical, rows
+from megatron_irl.families.tensors import (
+    FusedGateUp,
+    FusedQkv,
+    GateUp,
+    Heads,
+    Qkv,
+    Replicated,
+    Split,
+    Vocabulary,
+)
 
 BASE = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_attention_heads": 8,
@@ -27,9 +36,15 @@ def test_qkv_merge_undoes_split(tp, groups, per_group, head_dim, extra, seed):
     q = torch.randn(groups * per_group * head_dim, *extra)
     k, v = (torch.randn(groups * head_dim, *extra) for _ in range(2))
     heads = Heads(groups, head_dim)
+    fused = torch.cat([q, k, v])
+    for rank in range(tp):
+        assert torch.equal(
+            FusedQkv().read([fused], rank, tp, heads), Qkv().read([q, k, v], rank, tp, heads)
+        )
     shards = [Qkv().read([q, k, v], rank, tp, heads) for rank in range(tp)]
     back = Qkv().write(shards, heads)
     assert all(torch.equal(a, b) for a, b in zip(back, (q, k, v), strict=True))
+    assert torch.equal(FusedQkv().write(shards, heads)[0], fused)
     # Megatron's layout: a group's query rows, then its key, then its value.
     first = torch.cat([q[: per_group * head_dim], k[:head_dim], v[:head_dim]])
     assert torch.equal(shards[0][: len(first)], first)
@@ -42,7 +57,7 @@ def test_other_transforms_merge_undoes_split(tp, rows_, cols):
     whole, other = torch.randn(tp * rows_, tp * cols), torch.randn(tp * rows_, tp * cols)
     for transform, sources in (
         (Split(0), [whole]), (Split(1), [whole]), (Replicated(), [whole]),
-        (GateUp(), [whole, other]),
+        (GateUp(), [whole, other]), (FusedGateUp(), [torch.cat([whole, other])]),
     ):
         shards = [transform.read(sources, rank, tp, heads) for rank in range(tp)]
         back = transform.write(shards, heads)
@@ -73,10 +88,13 @@ class Recorder:
         return self.tensor[index]
 
 
-@pytest.mark.parametrize("transform", [Qkv(), GateUp(), Split(0), Split(1), Vocabulary()])
+@pytest.mark.parametrize(
+    "transform", [Qkv(), GateUp(), Split(0), Split(1), Vocabulary(), FusedQkv(), FusedGateUp()],
+)
 def test_a_rank_reads_only_what_it_owns(transform):
     q, k = torch.randn(16, 8), torch.randn(8, 8)
-    whole = {Qkv(): [q, k, k], GateUp(): [q, q]}.get(transform, [q])
+    several = {Qkv(): [q, k, k], GateUp(): [q, q], FusedQkv(): [torch.cat([q, k, k])]}
+    whole = several.get(transform, [q])
     sources = [Recorder(tensor) for tensor in whole]
     shard = transform.read(sources, 3, 4, Heads(4, 2))
     assert sum(s.read for s in sources) == shard.numel() == sum(t.numel() for t in whole) // 4
@@ -89,15 +107,20 @@ def test_uneven_splits_are_not_cut_silently():
         Qkv().read([torch.zeros(6, 2)] * 3, 0, 2, Heads(3, 2))
 
 
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "gpt_neox")
+
+
 def test_table_names_every_parameter_of_transformers():
     """Names, shapes and completeness, against the models themselves."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for kind in ("llama", "mistral", "qwen2", "qwen3", "gpt_neox"):
+    for kind in KINDS:
         keys = {k: v for k, v in BASE.items() if k != "architectures"}
         if kind != "gpt_neox":
             keys |= {"head_dim": 8, "sliding_window": None}
-        config = AutoConfig.for_model(kind, **keys)
+        if kind == "llama":
+            keys |= {"attention_bias": True, "mlp_bias": True}
+        config = AutoConfig.for_model(kind, pad_token_id=0, eos_token_id=1, **keys)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         arch = architecture(config.to_dict() | {"architectures": [type(model).__name__]})
@@ -125,11 +148,11 @@ NEOX = {"architectures": ["GPTNeoXForCausalLM"]}
     ("change", "named"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": "yes"}, "attention_bias"),
+        ({"mlp_bias": 1}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "gelu"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"type": "su", "factor": 2.0}}, "su"),
         ({"sliding_window": 64}, "sliding_window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "longrope"),
@@ -145,7 +168,7 @@ NEOX = {"architectures": ["GPTNeoXForCausalLM"]}
         (MISTRAL | {"sliding_window": 64, "layer_types": ["full_attention"] * 2}, "full_attention"),
         (MISTRAL | {"sliding_window": "64"}, "sliding_window='64'"),
         (QWEN3, "head_dim is missing"),
-        (QWEN3 | {"head_dim": 8, "attention_bias": True}, "attention_bias"),
+        (QWEN2 | {"attention_bias": True}, "attention_bias"),
         (NEOX | {"attention_bias": False}, "attention_bias"),
         (NEOX | {"hidden_act": "quick_gelu"}, "quick_gelu"),
         (NEOX | {"rotary_pct": 1.5}, "rotary_pct=1.5"),
@@ -167,6 +190,87 @@ def test_missing_key_is_named():
     config = {k: v for k, v in BASE.items() if k != "intermediate_size"}
     with pytest.raises(UserError, match="intermediate_size"):
         architecture(config)
+
+
+PHI3 = {"architectures": ["Phi3ForCausalLM"], "head_dim": 8}
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "head_dim": 16}
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "head_dim": 16}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (PHI3 | {"rope_scaling": {"type": "llama3", "factor": 2.0}}, "llama3"),
+        (PHI3 | {"rope_scaling": LONG}, "short_factor.*list of 4"),
+        (PHI3 | {"rope_scaling": LONG | {"short_factor": "x"}}, "short_factor.*list of 4"),
+        (GEMMA2 | {"hidden_activation": "silu"}, "hidden_activation silu"),
+        (GEMMA2 | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA2 | {"attention_bias": True}, "attention_bias"),
+        (GEMMA2 | {"head_dim": None}, "head_dim=None"),
+        (GEMMA2 | {"attn_logit_softcapping": -1}, "attn_logit_softcapping=-1"),
+        (GEMMA2 | {"layer_types": ["full_attention"]}, "layer_types has 1"),
+        (GEMMA2 | {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+        (GEMMA2 | {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+        (GEMMA3 | {"rope_parameters": {"rope_type": "default"}}, "rope_parameters has the keys"),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"architectures": ["Phi4MultimodalForCausalLM"]}, "Phi4Multimodal"),
+    ],
+)
+def test_new_families_refuse_by_name(change, named):
+    with pytest.raises(UserError, match=named):
+        architecture(BASE | change)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_family_follows_from_the_model_type(kind):
+    """Configs that were written by hand, or by a trainer, may name no class."""
+    config = {k: v for k, v in BASE.items() if k != "architectures"} | {"head_dim": 16}
+    for nothing in ({}, {"architectures": None}, {"architectures": []}):
+        arch = architecture(config | nothing | {"model_type": kind})
+        assert arch.family.lower().removesuffix("forcausallm") == (
+            kind.removesuffix("_text").replace("_", ""))
+
+
+def test_gemma_3_as_it_was_written_before_transformers_5():
+    from transformers import Gemma3TextConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    old = BASE | GEMMA3 | {
+        "num_hidden_layers": 7, "sliding_window": 32, "sliding_window_pattern": 3,
+        "rope_theta": 2e5, "rope_local_base_freq": 300.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    arch = architecture(old)
+    assert arch.transformer["window_attn_skip_freq"] == [1, 1, 0, 1, 1, 0, 1]
+    assert arch.local_rope_layers == (True, True, False, True, True, False, True)
+    keys = {k: v for k, v in old.items() if k != "architectures"}
+    expected = Gemma3RotaryEmbedding(Gemma3TextConfig(**keys))
+    torch.testing.assert_close(arch.inv_freq, expected.full_attention_inv_freq)
+    torch.testing.assert_close(arch.local_inv_freq, expected.sliding_attention_inv_freq)
+    assert architecture(old | {"rope_scaling": None, "rope_theta": None}).rotary_base == 1e6
+
+
+def test_gemma_keeps_what_its_config_leaves_out():
+    """Hub files of Gemma state little; the rest are constants of transformers' class."""
+    arch = architecture(BASE | GEMMA2)
+    assert (arch.attention_softcap, arch.logit_softcap) == (50.0, 30.0)
+    assert arch.tie_word_embeddings and arch.embedding_scale == 8.0
+    assert arch.transformer["softmax_scale"] == 1 / 16
+    assert "window_size" not in arch.transformer  # 4096 is beyond 128 positions
+    assert architecture(BASE | GEMMA2 | {"sliding_window": 8}).transformer[
+        "window_attn_skip_freq"] == [1, 0]
+    assert architecture(BASE | GEMMA3).attention_softcap is None
+
+
+def test_longrope_ends_where_its_short_factors_do():
+    """A longer sequence would change the frequencies of all its tokens."""
+    factors = LONG | {"short_factor": [1.0, 1.1, 1.2, 1.5]}
+    arch = architecture(
+        BASE | PHI3 | {"rope_scaling": factors, "original_max_position_embeddings": 64})
+    assert arch.max_sequence_length == 64
+    assert arch.rope_scale == pytest.approx((1 + 1 / 6) ** 0.5)  # ln 2 / ln 64
 
 
 def test_options_that_change_nothing_are_accepted():
@@ -220,6 +324,11 @@ def test_old_gpt_neox_configs_are_read():
          "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
         {"rope_type": "llama3", "rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0,
          "high_freq_factor": 4.0},
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+         "original_max_position_embeddings": 32},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 20.0,
+         "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False},
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "attention_factor": 1.25},
     ],
 )
 def test_inverse_frequencies_equal_transformers(rope, key):
@@ -230,7 +339,10 @@ def test_inverse_frequencies_equal_transformers(rope, key):
     if key == "rope_scaling":  # as transformers 4 wrote it
         plain["rope_theta"], rope = rope["rope_theta"], {
             k: v for k, v in rope.items() if k != "rope_theta"}
-    expected = LlamaRotaryEmbedding(LlamaConfig(**plain, **{key: dict(rope)})).inv_freq
+    expected = LlamaRotaryEmbedding(LlamaConfig(**plain, **{key: dict(rope)}))
     arch = architecture(plain | {key: rope})
     assert arch.inv_freq.dtype == torch.float32
-    assert torch.equal(arch.inv_freq, expected)
+    # yarn divides in another order than transformers does
+    rounding = 3e-7 if rope["rope_type"] == "yarn" else 0.0
+    torch.testing.assert_close(arch.inv_freq, expected.inv_freq, rtol=rounding, atol=0.0)
+    assert arch.rope_scale == pytest.approx(expected.attention_scaling, rel=1e-12)

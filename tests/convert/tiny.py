@@ -39,10 +39,11 @@ def make_tiny_llama(
         pad_token_id=1, **config,
     )
     model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+    middle = 0 if family.startswith("gemma") else 1  # Gemma's norms multiply by 1 + weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                parameter.copy_(middle + 0.2 * torch.randn_like(parameter))
             else:  # large enough that the distribution is not flat
                 parameter.copy_(scale * torch.randn_like(parameter) / hidden**0.25)
     model.save_pretrained(path, max_shard_size=max_shard_size)

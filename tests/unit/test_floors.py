@@ -15,13 +15,12 @@ PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples") for p in (ROOT / to
 SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
-    ("types", "objectives", "errors", "config.schema", "config.bounds", "convert.tensors",
-     "convert.families", "convert.hf_config", "convert.hf_folder", "convert.rope",
-     "convert.windows", "convert.config_values"),
+    ("types", "objectives", "errors", "config.schema", "config.data_schema", "config.bounds",
+     "families", "convert.hf_config", "convert.hf_folder"),
     ("algorithms.registry", "algorithms.rules"),
     ("config",),
     ("hardware", "compat", "console", "timing", "parallel", "storage.commit", "storage.partial",
-     "data"),
+     "storage.tables", "data"),
     ("model", "generation", "storage", "convert"),
     ("policy",),
     ("train", "evaluation"),

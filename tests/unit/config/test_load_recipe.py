@@ -19,6 +19,7 @@ output_dir: runs/tiny
 @pytest.fixture
 def recipe_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data").mkdir()
+    (tmp_path / "models").mkdir()
     for name in ("b.jsonl", "a.jsonl", "c.parquet"):
         (tmp_path / "data" / name).touch()
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -73,7 +74,7 @@ def test_a_name_with_glob_characters_is_taken_literally(recipe_path: Path):
     ("train.beta=1", "unknown key train.beta; did you mean algorithm.beta?"),
     ("beta=1", "unknown key beta; did you mean algorithm.beta?"),
     ("trian.x=1", "unknown key trian; did you mean train?"),
-    ("data.zzz=1", "known keys are data.chat_template, data.eval"),
+    ("data.zzz=1", "known keys are data.bad_records, data.chat_template, data.chat"),
     ("model.overrides={a: 1}", None),
     ("optimizer=3", "names a section"),
     ("seed.x=1", "seed is a single value"),
@@ -93,7 +94,7 @@ def test_a_name_with_glob_characters_is_taken_literally(recipe_path: Path):
     ("output_dir=2024", "output_dir=2024 is an integer; output_dir takes a string. Put it in"),
     ("parallel.sequence_parallel=1", "takes true or false"),
     ("data.train=data/z*.jsonl", "data.train=data/z*.jsonl matches no file"),
-    ("data.eval=data", "data.eval=data is a folder"),
+    ("data.eval=models", "data.eval=models is a folder without data files"),
     ("data.train=[data/a.jsonl, data/*.jsonl]", "data.train names data/a.jsonl twice"),
     ("model.hf=", "model.hf: missing"),
 ])

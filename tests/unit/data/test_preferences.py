@@ -6,7 +6,9 @@ import numpy as np
 import pandas
 import pytest
 
+from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.preferences import load_preferences
+from megatron_irl.data.rendering import encode_prompt
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
 
@@ -59,7 +61,8 @@ def test_conversations_and_parquet(tmp_path, byte_tokenizer):
     ]).to_parquet(tmp_path / "a.parquet")
     (preference,) = load_preferences(tmp_path / "a.parquet", byte_tokenizer,
                                      max_prompt_length=200, max_response_length=8)
-    assert preference.prompt_ids.tolist() == byte_tokenizer.render_prompt(turns)
+    assert preference.prompt_ids.tolist() == encode_prompt(
+        byte_tokenizer, Conversation(turns, ""))
     assert preference.source == f"{tmp_path}/a.parquet:row 1"
 
 
@@ -112,7 +115,8 @@ def test_what_is_left_out_is_counted(tmp_path, byte_tokenizer):
      "the prompt ends with an assistant message"),
     ({"prompt": "Q", "chosen": "A", "rejected": "a<|im_end|>b"},
      '"rejected": the response holds an end-of-response token'),
-    ({"prompt": "Q", "chosen": "<|im_end|>", "rejected": "B"}, '"chosen" has no tokens'),
+    ({"prompt": "Q", "chosen": "<|im_end|>", "rejected": "B"},
+     '"chosen": the response has no tokens'),
     ("{", "not JSON"),
 ])
 def test_bad_records_are_named_by_file_and_line(record, message, tmp_path, byte_tokenizer):

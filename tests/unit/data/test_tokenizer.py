@@ -6,7 +6,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from megatron_irl.data.records import RecordError
+from megatron_irl.data.conversation import Conversation
+from megatron_irl.data.readers import RecordError
+from megatron_irl.data.rendering import encode_conversations, encode_prompt
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
 
@@ -15,9 +17,33 @@ ASK = [{"role": "user", "content": "2+2?"}]
 ASK_IDS = [IM_START, *b"user\n2+2?", IM_END, *b"\n", IM_START, *b"assistant\n"]
 
 
+def prompt_ids(tokenizer, prompt):
+    plain = isinstance(prompt, str)
+    messages = [{"role": "user", "content": prompt}] if plain else prompt
+    return encode_prompt(tokenizer, Conversation(messages, "", plain=plain))
+
+
+def encoded(tokenizer, prompt, response):
+    """What a prompt and its response become; raises what is wrong with them."""
+    plain = isinstance(prompt, str)
+    messages = [{"role": "user", "content": prompt}] if plain else prompt
+    answer = {"role": "assistant", "content": response}
+    (found,) = encode_conversations(
+        tokenizer, [Conversation([*messages, answer], "", plain=plain)], allow_empty=True)
+    if isinstance(found, RecordError):
+        raise found
+    return found
+
+
+def response_ids(tokenizer, text, prompt="Q"):
+    return encoded(tokenizer, prompt, text).response_ids
+
+
 def test_chatml_prompt_and_response_ids(byte_tokenizer):
-    assert byte_tokenizer.render_prompt(ASK) == ASK_IDS
-    assert byte_tokenizer.response_ids("4") == [*b"4", IM_END]
+    assert prompt_ids(byte_tokenizer, ASK) == ASK_IDS
+    found = encoded(byte_tokenizer, ASK, "4")
+    assert (found.prompt_ids, found.response_ids) == (ASK_IDS, [*b"4", IM_END])
+    assert response_ids(byte_tokenizer, "4") == [*b"4", IM_END]
     assert byte_tokenizer.vocab_size == 260
     assert byte_tokenizer.stop_ids == (IM_END,)
 
@@ -26,21 +52,23 @@ def test_prompt_ids_equal_the_hf_ones(byte_folder):
     folder = byte_folder()
     expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         ASK, add_generation_prompt=True, return_dict=False)
-    assert load_tokenizer(folder).render_prompt(ASK) == expected
+    assert prompt_ids(load_tokenizer(folder), ASK) == expected
 
 
 def test_nothing_is_stripped(byte_tokenizer):
     text = "  two  spaces \n\n"
-    assert byte_tokenizer.response_ids(text) == [*text.encode(), IM_END]
-    assert byte_tokenizer.decode(byte_tokenizer.response_ids(text)) == text
-    assert byte_tokenizer.render_prompt(" Q:\n") == [*b" Q:\n"]
+    assert response_ids(byte_tokenizer, text) == [*text.encode(), IM_END]
+    assert response_ids(byte_tokenizer, text, ASK) == [*text.encode(), IM_END]
+    assert byte_tokenizer.decode(response_ids(byte_tokenizer, text)) == text
+    assert prompt_ids(byte_tokenizer, " Q:\n") == [*b" Q:\n"]
 
 
-def test_one_eos_even_if_the_text_brings_its_own(byte_tokenizer):
-    assert byte_tokenizer.response_ids("4<|im_end|>") == [*b"4", IM_END]
-    assert byte_tokenizer.response_ids("") == [IM_END]
+@pytest.mark.parametrize("prompt", ["Q", ASK])
+def test_one_eos_even_if_the_text_brings_its_own(byte_tokenizer, prompt):
+    assert response_ids(byte_tokenizer, "4<|im_end|>", prompt) == [*b"4", IM_END]
+    assert response_ids(byte_tokenizer, "", prompt) == [IM_END]
     with pytest.raises(RecordError, match="end-of-response token inside"):
-        byte_tokenizer.response_ids("4<|im_end|>\nmore")
+        response_ids(byte_tokenizer, "4<|im_end|>\nmore", prompt)
 
 
 def test_pad_falls_back_to_eos(byte_folder, byte_tokenizer):
@@ -53,18 +81,18 @@ def test_pad_of_its_own(byte_folder):
 
 def test_string_prompt_gets_the_default_bos_once(byte_folder):
     tokenizer = load_tokenizer(byte_folder(adds_bos=True))
-    assert tokenizer.render_prompt("Q") == [BOS, *b"Q"]
-    assert tokenizer.render_prompt("<|bos|>Q") == [BOS, *b"Q"]
+    assert prompt_ids(tokenizer, "Q") == [BOS, *b"Q"]
+    assert prompt_ids(tokenizer, "<|bos|>Q") == [BOS, *b"Q"]
     assert tokenizer.encode("Q") == [*b"Q"]
-    assert tokenizer.response_ids("A") == [*b"A", IM_END]
-    assert tokenizer.render_prompt(ASK) == ASK_IDS  # the template writes BOS where it wants one
+    assert response_ids(tokenizer, "A") == [*b"A", IM_END]
+    assert prompt_ids(tokenizer, ASK) == ASK_IDS  # the template writes BOS where it wants one
 
 
 def test_missing_chat_template(byte_folder):
     tokenizer = load_tokenizer(byte_folder(chat_template=None))
-    assert tokenizer.render_prompt("Q") == [*b"Q"]
+    assert prompt_ids(tokenizer, "Q") == [*b"Q"]
     with pytest.raises(UserError, match=r"Set data\.chat_template"):
-        tokenizer.render_prompt(ASK)
+        prompt_ids(tokenizer, ASK)
 
 
 def test_chat_template_from_text_and_file(byte_folder, tmp_path):
@@ -72,7 +100,7 @@ def test_chat_template_from_text_and_file(byte_folder, tmp_path):
     (tmp_path / "my.jinja").write_text(template)
     folder = byte_folder()
     for given in (template, str(tmp_path / "my.jinja")):
-        assert load_tokenizer(folder, given).render_prompt(ASK) == [BOS, *b"2+2?:"]
+        assert prompt_ids(load_tokenizer(folder, given), ASK) == [BOS, *b"2+2?:"]
     with pytest.raises(UserError, match="neither a file nor a Jinja template"):
         load_tokenizer(folder, "no_such.jinja")
 
@@ -80,7 +108,7 @@ def test_chat_template_from_text_and_file(byte_folder, tmp_path):
 def test_template_that_refuses(byte_folder):
     tokenizer = load_tokenizer(byte_folder("{{ raise_exception('roles must alternate') }}"))
     with pytest.raises(RecordError, match="refuses the messages: roles must alternate"):
-        tokenizer.render_prompt(ASK)
+        prompt_ids(tokenizer, ASK)
 
 
 @pytest.mark.parametrize("listed, stop_ids", [
@@ -96,18 +124,19 @@ def test_stop_ids_from_generation_config(byte_folder, listed, stop_ids):
     assert tokenizer.eos_id == IM_END
     if len(stop_ids) > 1:
         with pytest.raises(RecordError):
-            tokenizer.response_ids("4<|eot|>5")
+            response_ids(tokenizer, "4<|eot|>5")
 
 
 def test_eos_is_the_templates_end_of_turn_when_the_model_stops_there(byte_folder):
     """As Gemma: tokenizer EOS is one token, turns end with another, generation lists both."""
     folder = byte_folder(eos_token="<|eot|>")
-    assert load_tokenizer(folder).eos_id == END_OF_TEXT  # <|im_end|> is not known to stop
+    tokenizer = load_tokenizer(folder)  # what the template writes is what samples end with
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (IM_END, (IM_END, END_OF_TEXT))
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [END_OF_TEXT, IM_END]}))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.stop_ids == (IM_END, END_OF_TEXT)
-    assert tokenizer.response_ids("4") == [*b"4", IM_END]
+    assert response_ids(tokenizer, "4") == [*b"4", IM_END]
 
 
 def test_no_eos_and_no_tokenizer(byte_folder, tmp_path):
@@ -117,7 +146,7 @@ def test_no_eos_and_no_tokenizer(byte_folder, tmp_path):
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path / "empty")
     with pytest.raises(UserError, match="no EOS token"):
-        load_tokenizer(byte_folder(eos_token=None))
+        load_tokenizer(byte_folder(chat_template=None, eos_token=None))
 
 
 def test_remote_code_is_never_run(byte_folder, tmp_path):
@@ -143,9 +172,11 @@ def test_sentencepiece(tmp_path, sentencepiece_model, as_folder):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 2)
     assert tokenizer.vocab_size == 40
     assert tokenizer.encode(text) == ids
-    assert tokenizer.render_prompt(text) == [1, *ids]
-    assert tokenizer.render_prompt([{"role": "user", "content": text}]) == [1, *ids, 2]
-    assert tokenizer.response_ids(text) == tokenizer.response_ids(text + "</s>") == [*ids, 2]
+    assert prompt_ids(tokenizer, text) == [1, *ids]
+    assert prompt_ids(tokenizer, [{"role": "user", "content": text}]) == [1, *ids, 2]
+    whole = [1, *reference.encode(f"{text}: {text}"), 2]
+    for response in (text, text + "</s>"):  # no space before it but the prompt's own
+        assert encoded(tokenizer, f"{text}: ", response).ids == whole
     assert tokenizer.decode([1, *ids, 2]) == text
 
 

@@ -28,12 +28,14 @@ class Paged:
                 self.k_cache[self.table[row, i], :width] = self.keys[row][page]
                 self.v_cache[self.table[row, i], :width] = self.values[row][page]
 
-    def expected(self, row, q, window=None):
+    def expected(self, row, q, window=None, softcap=None):
         """q [n, N, D], the last n positions of the sequence."""
         group = HEADS // KEY_HEADS
         k = self.keys[row].repeat_interleave(group, 1)
         v = self.values[row].repeat_interleave(group, 1)
         scores = torch.einsum("qhd,khd->hqk", q, k) * SIZE**-0.5
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         n, total = len(q), len(k)
         places = torch.arange(total - n, total)[:, None]
         hidden = torch.arange(total) > places
@@ -120,8 +122,9 @@ def test_mixed(block, queries, keys):
 
 
 @pytest.mark.parametrize("total", [4, 40])
+@pytest.mark.parametrize("softcap", [None, 0.3])
 @pytest.mark.parametrize("window", [1, 3, 5, 100])
-def test_windows_hide_what_lies_before(window, total):
+def test_windows_hide_what_lies_before(window, total, softcap):
     queries, keys = [1, 5, 1, 3], [8, 5, 1, 9]
     paged, decode = Paged(keys, 16, total), torch.randn(4, 1, HEADS, SIZE)
     q = torch.randn(sum(queries), HEADS, SIZE)
@@ -131,11 +134,11 @@ def test_windows_hide_what_lies_before(window, total):
     def run(size):
         mixed = flash_attn_varlen_func(
             q, paged.k_cache, paged.v_cache, cu_q, cu_k, 5, 9, block_table=paged.table,
-            window_size=size,
+            window_size=size, softcap=softcap or 0.0,
         )
         single = flash_attn_with_kvcache(
             decode, paged.k_cache, paged.v_cache, block_table=paged.table, window_size=size,
-            cache_seqlens=torch.tensor(keys, dtype=torch.int32),
+            cache_seqlens=torch.tensor(keys, dtype=torch.int32), softcap=softcap or 0.0,
         )
         return mixed, single
 
@@ -143,9 +146,9 @@ def test_windows_hide_what_lies_before(window, total):
     mixed, single = run((window - 1, 0))
     for row in range(4):
         part = slice(cu_q[row], cu_q[row + 1])
-        expected = paged.expected(row, q[part], window)
+        expected = paged.expected(row, q[part], window, softcap)
         torch.testing.assert_close(mixed[part], expected, atol=1e-5, rtol=1e-5)
-        expected = paged.expected(row, decode[row], window)
+        expected = paged.expected(row, decode[row], window, softcap)
         torch.testing.assert_close(single[row], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -11,15 +11,17 @@ from megatron_irl.model.packed_attention import PackedAttention, padded_layout
 HEADS, KEY_HEADS, SIZE = 6, 2, 8
 
 
-def attention(window: int | None = None, scale: float | None = None) -> PackedAttention:
+def attention(
+    window: int | None = None, scale: float | None = None, softcap: float | None = None
+) -> PackedAttention:
     config = SimpleNamespace(
         window_size=None if window is None else (window - 1, 0), window_attn_skip_freq=None,
         attention_dropout=0.0,
     )
-    return PackedAttention(config, 1, None, "self", softmax_scale=scale)
+    return PackedAttention(config, 1, None, "self", softmax_scale=scale, softcap=softcap)
 
 
-def written_out(q, k, v, lengths, window, scale):
+def written_out(q, k, v, lengths, window, scale, softcap=None):
     """Query i of a sequence sees keys max(0, i - window + 1) .. i of the same sequence."""
     out, start = torch.zeros_like(q), 0
     for length in lengths:
@@ -28,6 +30,8 @@ def written_out(q, k, v, lengths, window, scale):
             for head in range(HEADS):
                 mine = head // (HEADS // KEY_HEADS)
                 scores = k[first : i + 1, mine] @ q[i, head] * scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
                 out[i, head] = scores.softmax(0) @ v[first : i + 1, mine]
         start += length
     return out.flatten(1)
@@ -60,6 +64,21 @@ def test_equals_attention_written_out(monkeypatch, short, window, lengths):
     torch.testing.assert_close(
         torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad),
         rtol=1e-8, atol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_soft_caps_come_after_the_scale_and_before_the_mask(window):
+    lengths = [7, 1, 4]
+    inputs = random_inputs(sum(lengths), torch.float32)
+    ours = run(attention(window, 0.9, softcap=0.5), *inputs, lengths)
+    theirs = written_out(*inputs, lengths, window, 0.9, softcap=0.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours, written_out(*inputs, lengths, window, 0.9), atol=1e-2)
+    grad = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(theirs, inputs, grad),
+        rtol=1e-4, atol=1e-5,
     )
 
 

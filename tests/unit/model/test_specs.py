@@ -72,6 +72,28 @@ def test_what_cannot_run_is_the_users_error(machine, cuda, installed, variable, 
         specs.choose_spec(BF16, fp8)
 
 
+def test_what_transformer_engine_lacks_is_built_of_local_layers(machine):
+    machine(True, True)
+    assert specs.choose_spec(BF16, local_only="soft-capped attention scores") == LOCAL
+    with pytest.raises(UserError, match="precision=fp8 conflicts with a model with soft-capped"):
+        specs.choose_spec(BF16, "hybrid", local_only="soft-capped attention scores")
+    with pytest.raises(UserError, match="spec=transformer_engine conflicts with a model with"):
+        specs.choose_spec(BF16, asked=TE, local_only="soft-capped attention scores")
+
+
+def test_a_scaled_rope_is_not_fused(machine, tmp_path):
+    """The fused kernel has no scale; leaving it out would be silent."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    folder = make_tiny_llama(tmp_path / "hf", layers=1, rope_scaling=yarn)
+    arch = architecture(read_hf_config(folder))
+    machine(True, True)
+    with pytest.raises(UserError, match="whose rope scales cosines and sines by 1.139"):
+        build_config(
+            arch, ParallelConfig(), precision="bf16", overrides={"apply_rope_fusion": True}
+        )
+    assert build_config(arch, ParallelConfig(), precision="bf16").apply_rope_fusion is False
+
+
 def test_an_argument_goes_before_the_variable(machine):
     machine(True, True, TE)
     assert specs.choose_spec(BF16, asked=LOCAL) == LOCAL

@@ -5,6 +5,7 @@ are read from disk) and gives the rank's shard; ``write`` takes every rank's sha
 tensors back, bitwise. Trailing dimensions are free: weights and biases use the same transform.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,6 +117,50 @@ class Qkv:
         size = heads.head_dim
         q, k, v = whole[:, : -2 * size], whole[:, -2 * size : -size], whole[:, -size:]
         return [part.flatten(0, 1).contiguous() for part in (q, k, v)]
+
+
+@dataclass(frozen=True)
+class FusedGateUp:
+    """As ``GateUp``, from one HF tensor that holds all gate rows, then all up rows."""
+
+    def read(self, sources: Sequence[Any], tp_rank: int, tp_size: int, heads: Heads) -> Tensor:
+        (whole,) = sources
+        half = _shape(whole)[0] // 2
+        halves = [_Part(whole, 0, half), _Part(whole, half, 2 * half)]
+        return GateUp().read(halves, tp_rank, tp_size, heads)
+
+    def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        return [torch.cat(GateUp().write(shards, heads))]
+
+
+@dataclass(frozen=True)
+class FusedQkv:
+    """As ``Qkv``, from one HF tensor that holds all query rows, then all keys, then all values."""
+
+    def read(self, sources: Sequence[Any], tp_rank: int, tp_size: int, heads: Heads) -> Tensor:
+        (whole,) = sources
+        rows, kv = _shape(whole)[0], heads.groups * heads.head_dim
+        ends = (0, rows - 2 * kv, rows - kv, rows)
+        parts = [_Part(whole, start, end) for start, end in itertools.pairwise(ends)]
+        return Qkv().read(parts, tp_rank, tp_size, heads)
+
+    def write(self, shards: Sequence[Tensor], heads: Heads) -> list[Tensor]:
+        return [torch.cat(Qkv().write(shards, heads))]
+
+
+class _Part:
+    """Some rows of something sliceable, sliceable itself: still only what is asked for is read."""
+
+    def __init__(self, source: Any, start: int, end: int) -> None:
+        self._source, self._start = source, start
+        self._length = end - start
+
+    def get_shape(self) -> list[int]:
+        return [self._length, *_shape(self._source)[1:]]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, end, _ = rows.indices(self._length)
+        return self._source[self._start + start : self._start + end]
 
 
 def _join(shards: Sequence[Tensor], dim: int) -> Tensor:

@@ -1,0 +1,49 @@
+"""Soft caps: x → cap tanh(x / cap), on attention scores. No fused kernel at hand has them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def soft_cap(values: Tensor, cap: float) -> Tensor:
+    """Cap tanh(values / cap), elementwise."""
+    return torch.tanh(values / cap) * cap
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = False,
+    scale: float | None, softcap: float | None, dropout: float = 0.0,
+) -> Tensor:
+    """``scaled_dot_product_attention``, or where there is a cap the same written out with it.
+
+    Written out, the scores exist as a whole, in fp32: memory grows with the square of the length.
+
+    Args:
+        q: [B, N, Q, D]; k, v: [B, K, S, D], N a multiple of K: query heads in groups of N / K.
+        mask: Broadcast to [B, 1, Q, S]; bool, True where a query sees a key, or to be added.
+        causal: Without a mask: query i sees keys 0 to i.
+        scale: Of the scores; None: D ** -0.5.
+        softcap: Of the scaled scores; None or 0: no cap.
+        dropout: Share of the attention weights to drop.
+
+    Returns:
+        [B, N, Q, D]. Gradient to q, k and v.
+    """
+    if not softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale,
+            dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1],
+        )
+    if causal and mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_()
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, N / K, Q, D]
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = soft_cap((grouped @ k[:, :, None].transpose(-1, -2)).float() * factor, softcap)
+    if mask is not None:
+        mask = mask if mask.dim() == 2 else mask[:, :, None]
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        else:
+            scores = scores + mask
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0).to(v.dtype)
+    return (weights @ v[:, :, None]).flatten(1, 2)

@@ -1,0 +1,25 @@
+"""What the ranks of the families' tests run; importable by name."""
+
+from torch import Tensor
+
+import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.convert.load import global_parameters
+from megatron_irl.data.packing import pack
+from megatron_irl.families.table import hf_tensors, rows
+from megatron_irl.model.forward import HeadProcessor, forward_packed
+from tests.dist.jobs import build, random_sequences
+
+
+def likelihood_step(hf: str, seed: int, num: int, vocab: int) -> dict[str, Tensor]:
+    """Gradients of the summed negative log-likelihood of responses, as HF tensors by name."""
+    _, (chunk,), _, arch = build(hf, {})
+    batch = pack(random_sequences(seed, num, vocab), None)
+    (-forward_packed(chunk, batch, HeadProcessor(chunk_size=7)).sum()).backward()
+    gradients = {name: p.grad for name, p in global_parameters([chunk]) if p.grad is not None}
+    return {
+        tensor.name: value
+        for row in rows(arch) if row.megatron in gradients
+        for tensor, value in zip(
+            row.hf, hf_tensors(row, [gradients[row.megatron]], arch), strict=True
+        )
+    }

@@ -1,0 +1,148 @@
+"""Files of every kind give the same records, each with its place; broken ones are named."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import datasets
+import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_irl.data.readers import as_object, read_rows
+from megatron_irl.errors import UserError
+
+RECORDS = [{"prompt": "a é\n", "response": "c"}, {"prompt": "b", "response": "d, \"e\""}]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
+TABLE = pa.Table.from_pylist(RECORDS)
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
+
+
+def rows(path):
+    return [(source, as_object(raw)) for source, raw in read_rows(path)]
+
+
+TEXTS = {
+    "lines.jsonl": LINES, "lines.JSONL": LINES, "lines.ndjson": LINES, "lines.json": LINES,
+    "array.json": json.dumps(RECORDS).encode(),
+    "array.jsonl": json.dumps(RECORDS).encode(),
+    "pretty.json": json.dumps(RECORDS, indent=2).encode(),
+    "pretty.jsonl": "\n".join(json.dumps(r, indent=2) for r in RECORDS).encode(),
+    "returns.jsonl": LINES.replace(b"\n", b"\r"),
+    "windows.jsonl": b"\xef\xbb\xbf" + LINES.replace(b"\n", b"\r\n"),
+    "blank.jsonl": b"\n" + LINES.replace(b"\n", b"\n \n\n"),
+    "a.jsonl.gz": gzip.compress(LINES), "a.json.gz": gzip.compress(json.dumps(RECORDS).encode()),
+    "two.jsonl.gz": gzip.compress(LINES[:40]) + gzip.compress(LINES[40:]),
+    "a.jsonl.zst": zstd(LINES), "a.jsonl.bz2": bz2.compress(LINES),
+    "a.jsonl.xz": lzma.compress(LINES),
+    "a.csv": b'prompt,response\n"a \xc3\xa9\n",c\nb,"d, ""e"""\n',
+    "a.tsv": b'\xef\xbb\xbfprompt\tresponse\n"a \xc3\xa9\n"\tc\nb\t"d, ""e"""\n',
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_files(tmp_path, name):
+    (tmp_path / name).write_bytes(TEXTS[name])
+    assert [record for _, record in rows(tmp_path / name)] == RECORDS
+
+
+def test_a_long_zstd_file_streams(tmp_path):
+    lines = [{"prompt": f"{i} " * 50, "response": str(i)} for i in range(20_000)]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    (tmp_path / "a.jsonl.zst").write_bytes(zstd(content))
+    assert [record for _, record in rows(tmp_path / "a.jsonl.zst")] == lines
+
+
+def test_places_are_lines(tmp_path):
+    (tmp_path / "pretty.json").write_text(json.dumps(RECORDS, indent=2))
+    (tmp_path / "blank.jsonl").write_bytes(TEXTS["blank.jsonl"])
+    assert [source.rpartition(":")[2] for source, _ in rows(tmp_path / "pretty.json")] == ["2", "6"]
+    assert [source.rpartition(":")[2] for source, _ in rows(tmp_path / "blank.jsonl")] == ["2", "5"]
+
+
+def test_column_files(tmp_path):
+    pq.write_table(TABLE, tmp_path / "a.parquet")
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(
+            sink, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(
+            sink, TABLE.schema) as writer:
+        writer.write_table(TABLE)
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    for name in ("a.parquet", "file.arrow", "stream.arrow", "saved"):
+        path = tmp_path / name
+        assert rows(path) == [(f"{path}:row {i}", r) for i, r in enumerate(RECORDS, start=1)]
+
+
+def test_a_saved_selection_of_a_data_set(tmp_path):
+    """What was filtered or shuffled in memory is saved as it was seen."""
+    many = datasets.Dataset.from_list([{"prompt": str(i), "response": "x"} for i in range(2500)])
+    many.select(range(2400, 100, -1)).save_to_disk(tmp_path / "saved", num_shards=3)
+    found = [record["prompt"] for _, record in rows(tmp_path / "saved")]
+    assert found == [str(i) for i in range(2400, 100, -1)]
+
+
+def test_columns_of_any_string_type(tmp_path):
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        column = pa.array(["a", "b"], pa.string()).cast(kind)
+        pq.write_table(pa.table({"prompt": column}), tmp_path / "a.parquet")
+        assert [r["prompt"] for _, r in rows(tmp_path / "a.parquet")] == ["a", "b"]
+
+
+def test_nulls_inside_messages_are_left_out_and_fields_stay(tmp_path):
+    frame = pandas.DataFrame({"messages": [[{"role": "user", "content": "a", "name": None},
+                                            {"role": "tool", "content": "b", "name": "f"}]],
+                              "answer": [None]})
+    frame.to_parquet(tmp_path / "a.parquet")
+    ((_, record),) = rows(tmp_path / "a.parquet")
+    assert record == {"messages": [{"role": "user", "content": "a"},
+                                   {"role": "tool", "content": "b", "name": "f"}], "answer": None}
+
+
+BROKEN = [
+    ("a.jsonl", "ÿþ".encode("latin1") + "{}".encode("utf-16-le"), "is UTF-16, JSON is UTF-8"),
+    ("a.jsonl", b'{"prompt": "caf\xe9"}\n', ":1: not UTF-8"),
+    ("a.jsonl", b'{"a": 1},\n{"a": 1}\n', ":1: not JSON: Extra data"),
+    ("a.jsonl", b'{"a": 1}\n["b"]\n', ":2: must be a JSON object, not a list"),
+    ("a.json", b'[{"a": 1}\n {"a": 2}]', ":2: not JSON: a comma or ] must follow"),
+    ("a.json", b'[{"a": 1},\n\n {"a": }]', ":3: not JSON: Expecting value"),
+    ("a.json", b'[{"a": 1}] more', "text after the array's end"),
+    ("a.json", b'[{"a": 1}, "b"]', ":1: must be a JSON object, not a string"),
+    ("a.json", b'{\n "a": 1\n}\n{\n "a": \n}', ":6: not JSON: Expecting value"),
+    ("a.jsonl", b'{"a": ' + b"[" * 100_000, ":1: not JSON"),
+    ("a.csv", b"prompt,response\na,b,c\n", ":row 1: the row has more cells than"),
+    ("a.csv", b"prompt,response\n\xff,b\n", "cannot be read"),
+    ("a.jsonl.zst", b"not zstd at all", "cannot be read"),
+    ("a.jsonl.xz", b"not xz at all", "cannot be read"),
+    ("a.arrow", b"ARROW1 cut", "cannot be read"),
+    ("a.arrow", b"", "cannot be read"),
+    ("a.parquet.gz", b"", "a compressed .parquet file. Unpack it"),
+    ("a.xlsx", b"", "unknown kind of file"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BROKEN)
+def test_broken_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        for source, raw in read_rows(path):
+            try:
+                as_object(raw)
+            except UserError as error:
+                raise UserError(f"{source}: {error}") from error
+    assert str(raised.value).startswith(str(path)) and message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_cells_that_are_empty_are_not_there(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,response,answer\na,b,\n")
+    assert rows(tmp_path / "a.csv")[0][1] == {"prompt": "a", "response": "b", "answer": None}
