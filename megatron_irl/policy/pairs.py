@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_irl.console import Console
 from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct, summed
 from megatron_irl.storage.shared_bank import SharedBank
@@ -64,9 +66,8 @@ def sample_pairs(
             samples = generate(policy, [d.prompt_ids for d in part], replace(sampling, seed=seed),
                                console)
             tokens += sum(len(sample.token_ids) for sample in samples)
-            if topology.is_main:
-                pairs = [_pair(d, s, round_index) for d, s in zip(part, samples, strict=True)]
-                bank.write_part(round_index, number, pairs)
+            pairs = [_pair(d, s, round_index) for d, s in zip(part, samples, strict=True)]
+            on_main(partial(bank.write_part, round_index, number, pairs), topology)
         policy.release_cache()  # the KV cache goes before optimisation
         bank.finish_round(round_index)  # a barrier too: every rank reads the pairs next
     seconds = time.perf_counter() - start
@@ -116,8 +117,7 @@ def add_references(
                 sums = summed(scores)
                 for i, pair in enumerate(part):
                     pair.ref_demo_logp, pair.ref_sample_logp = sums[2 * i], sums[2 * i + 1]
-                if policy.topology.is_main:
-                    pairs.commit(number)
+                on_main(partial(pairs.commit, number), policy.topology)
         pairs.finish()  # a barrier too: no update before every reference is on disk
     return {"mismatch": mismatch.summary()}
 

@@ -137,7 +137,7 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     }
     if run.algorithm.draws_samples:
         record |= {"beta": algorithm.beta[state.round], "reference": algorithm.reference}
-    run.recorder.round(record)
+    on_main(lambda: run.recorder.round(record), run.topology)
     state.round += 1
     state.step_in_round = 0
     state.evaluation = evaluation

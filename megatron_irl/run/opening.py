@@ -10,7 +10,7 @@ from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.heldout import Evaluator
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.model.build import build_chunks
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.run.folder import RunFolder
@@ -61,10 +61,10 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     on_main(lambda: folder.claim(recipe, inputs.data.digest, inputs.start, argv), topology)
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds)
-    recorder = Recorder(
+    recorder = everywhere(lambda: Recorder(
         folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
         fence=lease.check, kept=saved.get("log"),
-    )
+    ), topology)
     policy.open_generator(
         max_sequence_length=generation_length(recipe),
         max_requests=recipe.generation.max_requests, kv_cache_gb=recipe.generation.kv_cache_gb,
