@@ -146,12 +146,22 @@ class PackedBatch:
     is_preference: bool = False
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Return the batch on ``device`` (asynchronously where the memory is pinned)."""
+        """Return the batch on ``device``.
+
+        From pageable memory a copy of more than a few pages makes the host wait until the device
+        has done all that was queued before it; from pinned memory it never does.
+        """
         moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
-            for k, v in vars(self).items()
+            name: _send(value, device) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
         }
         return PackedBatch(**moved)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.device.type == "cpu" and device.type != "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class HeadOutputs(NamedTuple):

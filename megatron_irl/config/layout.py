@@ -122,6 +122,9 @@ def _check_options(parallel: ParallelConfig) -> None:
 
 
 def _check_batches(recipe: Recipe, data_parallel_size: int) -> None:
+    if recipe.train.micro_batch_tokens is not None:
+        _check_batches_in_tokens(recipe, data_parallel_size)
+        return
     parallel, micro = recipe.parallel, recipe.train.micro_batch_size
     batch, share = recipe.train.global_batch_size, micro * data_parallel_size
     if batch % share:
@@ -153,6 +156,25 @@ def _check_stages(parallel: ParallelConfig, num_layers: int) -> None:
     raise UserError(f"parallel.pipeline_model_parallel_size={pipeline}{also} does not divide "
                     f"num_layers={num_layers}; every stage holds the same number of layers. "
                     f"{advice}.")
+
+
+def _check_batches_in_tokens(recipe: Recipe, data_parallel_size: int) -> None:
+    """Each item may need a microbatch of its own, and the schedule takes them in groups."""
+    parallel, train = recipe.parallel, recipe.train
+    if train.micro_batch_size != 1:
+        raise UserError(
+            f"train.micro_batch_tokens={train.micro_batch_tokens} conflicts with "
+            f"train.micro_batch_size={train.micro_batch_size}; a microbatch is filled by tokens or "
+            "by number. Remove one of them.")
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    group = parallel.pipeline_model_parallel_size if interleaved else 1
+    unit, batch = data_parallel_size * group, train.global_batch_size
+    if batch % unit:
+        stages = f" x pipeline_model_parallel_size={group}" if interleaved else ""
+        raise UserError(
+            f"train.global_batch_size={batch} is not a multiple of data_parallel_size="
+            f"{data_parallel_size}{stages}; every rank takes the same number of microbatches. Set "
+            f"train.global_batch_size to {_neighbours(batch, unit)}.")
 
 
 def _divisors(number: int) -> list[int]:

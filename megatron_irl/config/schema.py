@@ -128,10 +128,16 @@ class TrainConfig:
 
     micro_batch_size: int = 1
     """Packed into one row of a forward pass; does not change the gradient."""
+    micro_batch_tokens: int | None = None
+    """Instead of ``micro_batch_size``: as many pairs or sequences to a row as have about so many
+    tokens together, of equal size on all ranks. The number of rows may differ from step to step;
+    an item longer than this has a row of its own. Does not change the gradient either, and keeps a
+    GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
     logprob_chunk_size: int = 2048
-    """Response tokens per language-model-head chunk; bounds the memory logits take."""
+    """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
+    they stay in the model's precision, and so many more as fit the same memory are taken."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Variable-length sequences to packed microbatches, and items to balanced microbatches."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -156,6 +157,46 @@ def assign(lengths: Sequence[int], num_bins: int, per_bin: int) -> list[list[int
         bins[index].append(item)
         if len(bins[index]) < per_bin:
             heapq.heappush(room, (tokens + int(lengths[item]), index))
+    return [sorted(items) for items in bins]
+
+
+def assign_by_tokens(
+    lengths: Sequence[int], max_tokens: int, num_bins_multiple_of: int
+) -> list[list[int]]:
+    """Split the items of a global batch into few microbatches of about equally many tokens.
+
+    As few as hold at most ``max_tokens`` each, where the greedy split finds them: the longest item
+    left goes to the microbatch that has the fewest tokens so far. Deterministic, so every rank
+    computes the same split.
+
+    Args:
+        lengths: Tokens of each item, all positive.
+        max_tokens: Of a microbatch; an item that is longer has one of its own.
+        num_bins_multiple_of: The number of microbatches, over all data-parallel ranks, is a
+            multiple of this.
+
+    Returns:
+        [microbatches][items] positions in ``lengths``, ascending within each, none empty.
+
+    Raises:
+        ValueError: The items are no multiple of ``num_bins_multiple_of``.
+    """
+    unit = num_bins_multiple_of
+    if not len(lengths) or len(lengths) % unit:
+        raise ValueError(f"{len(lengths)} items are no multiple of {unit}")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    least = math.ceil(math.ceil(int(sum(lengths)) / max_tokens) / unit) * unit
+    bins: list[list[int]] = []
+    # With as many bins as items each item has its own, so the search ends well.
+    for count in range(min(least, len(lengths)), len(lengths) + 1, unit):
+        bins = [[] for _ in range(count)]
+        room = [(0, index) for index in range(count)]  # a heap of (tokens, bin)
+        for item in order:
+            tokens, index = heapq.heappop(room)
+            bins[index].append(item)
+            heapq.heappush(room, (tokens + int(lengths[item]), index))
+        if all(tokens <= max_tokens or len(bins[index]) == 1 for tokens, index in room):
+            break
     return [sorted(items) for items in bins]
 
 

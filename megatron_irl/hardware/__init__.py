@@ -6,6 +6,7 @@ must be imported before the first ``megatron.core`` import (every room above doe
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -67,6 +68,40 @@ def release_cached_memory() -> None:
     """Give cached device blocks back, so that the next phase can use them."""
     if IS_CUDA:
         torch.cuda.empty_cache()
+
+
+def peak_memory() -> int:
+    """Most bytes of tensors at one time since ``reset_peak_memory``; 0 on CPU."""
+    return torch.cuda.max_memory_allocated() if IS_CUDA else 0
+
+
+def reset_peak_memory() -> None:
+    """Begin a new ``peak_memory``."""
+    if IS_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of cuDNN and NCCL as torch has loaded them; none on CPU."""
+    if not IS_CUDA:
+        return {}
+    found = {}
+    if number := torch.backends.cudnn.version():
+        # 91900 is 9.19.0; before 9 the major counted thousands.
+        major, rest = divmod(number, 10_000) if number >= 90_000 else divmod(number, 1000)
+        found["cuDNN"] = f"{major}.{rest // 100}.{rest % 100}"
+    if torch.distributed.is_nccl_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
+def compiled[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Fuse a function of elementwise operations and row reductions into few kernels on CUDA.
+
+    Compiled at its first call, for any number of rows. On CPU the function itself: there, passes
+    over memory are not what costs, and results stay bitwise those of the plain operations.
+    """
+    return torch.compile(function, dynamic=True) if IS_CUDA else function
 
 
 def get_rng_state() -> torch.Tensor | None:

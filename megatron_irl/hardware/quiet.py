@@ -21,6 +21,7 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [
      "called by Megatron"),
     (FutureWarning, "`torch.distributed._(all_gather|reduce_scatter)_base` is",
      "called by Megatron"),
+    (Warning, "Detected a Jax installation", "Transformer Engine for JAX, not used"),
 ]
 # Only where there is no GPU; with one these say that something runs slower than it could.
 CPU_WARNINGS: list[tuple[type[Warning], str, str]] = [

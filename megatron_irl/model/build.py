@@ -18,10 +18,17 @@ from megatron_irl.config import (
 )
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
+from megatron_irl.model.kernels import check_environment
+from megatron_irl.model.lean_layers import has_swiglu
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.precision import precision_fields
 from megatron_irl.model.scales import set_scales
 from megatron_irl.model.specs import SpecName, block_spec, choose_spec
+from megatron_irl.model.weight_gradients import (
+    accumulate_in_layers,
+    check_accumulation,
+    without_apex,
+)
 from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
@@ -76,7 +83,6 @@ def build_config(
         "moe_token_dispatcher_type": "alltoall",  # the one that allows variable lengths
         "use_cpu_initialization": not hardware.IS_CUDA,
         "perform_initialization": False,  # weights are always loaded
-        "gradient_accumulation_fusion": False,  # its kernel comes with Apex; opt in by override
         # Megatron's fused GELU is the tanh approximation whatever activation_func says.
         "bias_activation_fusion": hardware.IS_CUDA and fields["activation_func"] is F.silu,
         "bias_dropout_fusion": hardware.IS_CUDA,
@@ -89,18 +95,31 @@ def build_config(
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     if check_hardware:
-        spec = choose_spec(
-            fields["params_dtype"], fields.get("fp8"), asked=spec,
-            local_only=architecture.local_only,
-        )
-        can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
-        _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
+        _set_layer_fields(fields, overrides, architecture, spec)
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
         raise UserError(f"Megatron-Core refuses this model configuration: {error}") from error
+
+
+def _set_layer_fields(
+    fields: dict[str, Any], overrides: dict[str, Any], architecture: Architecture,
+    asked: SpecName | None,
+) -> None:
+    """Fill in place what depends on the layers that this machine builds the model of."""
+    spec = choose_spec(
+        fields["params_dtype"], fields.get("fp8"), asked=asked, local_only=architecture.local_only
+    )
+    can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
+    _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
+    check_environment(fields["attention_backend"])
+    if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
+        fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
+    check_accumulation(
+        spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
+    )
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
@@ -119,6 +138,14 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }
+
+
+def _takes_lean_swiglu(fields: dict[str, Any], overrides: dict[str, Any]) -> bool:
+    """Whether the MLP's activation can be ``lean_layers.SwiGLU`` and the recipe leaves it to us."""
+    named = ("use_te_activation_func", "bias_activation_fusion", "activation_func_fp8_input_store",
+             "activation_func_clamp_value", "glu_linear_offset", "cpu_offloading")
+    is_swiglu = fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
+    return is_swiglu and has_swiglu() and not any(name in overrides for name in named)
 
 
 def _check_rope(spec: SpecName, architecture: Architecture, fused: bool) -> None:
@@ -197,22 +224,25 @@ def build_chunks(
     virtual = config.virtual_pipeline_model_parallel_size
     for vp_stage in range(topology.vpp_size):
         stage = vp_stage if virtual else None
-        chunk = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(
-                config, name, architecture, vp_stage=stage, pp_rank=topology.pp_rank
-            ),
-            vocab_size=rows,
-            max_sequence_length=architecture.max_sequence_length,
-            pre_process=topology.is_first_stage and vp_stage == 0,
-            post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
-            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
-            position_embedding_type="rope",
-            rotary_percent=architecture.rotary_percent,
-            rotary_base=int(architecture.rotary_base),
-            pg_collection=topology.groups,
-            vp_stage=stage,
-        )
+        with without_apex(config):
+            chunk = GPTModel(
+                config=config,
+                transformer_layer_spec=block_spec(
+                    config, name, architecture, vp_stage=stage, pp_rank=topology.pp_rank
+                ),
+                vocab_size=rows,
+                max_sequence_length=architecture.max_sequence_length,
+                pre_process=topology.is_first_stage and vp_stage == 0,
+                post_process=topology.is_last_stage and vp_stage == topology.vpp_size - 1,
+                share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+                position_embedding_type="rope",
+                rotary_percent=architecture.rotary_percent,
+                rotary_base=int(architecture.rotary_base),
+                pg_collection=topology.groups,
+                vp_stage=stage,
+            )
+        if config.gradient_accumulation_fusion:
+            accumulate_in_layers(chunk)
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
         set_scales(chunk, config, architecture)
         chunk = chunk.to(hardware.device())

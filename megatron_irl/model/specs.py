@@ -13,6 +13,7 @@ from megatron_irl import hardware
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.model.capped_attention import CappedSelfAttention
+from megatron_irl.model.lean_layers import SwiGLU, residual_add
 from megatron_irl.model.local_layers import LocalNorm
 from megatron_irl.model.packed_attention import PackedAttention
 from megatron_irl.model.parallel_residual import ParallelResidualLayer
@@ -114,8 +115,12 @@ def block_spec(
     """
     if name == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if config.use_te_activation_func:
+            layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
     else:
         layer = _local_layer_spec(config)
+    if hardware.IS_CUDA:
+        layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
     if architecture.parallel_residual:
         layer.module = ParallelResidualLayer
     if architecture.sandwich_norms:

@@ -1,16 +1,16 @@
 """Log-probabilities of given tokens from hidden rows, without the full logits ever existing.
 
 Peers gather ``[tokens, vocabulary]`` fp32 logits, prompts included; here only response rows reach
-the language-model head, in chunks, and the vocabulary stays split over the tensor-parallel ranks.
+the language-model head, in blocks, and the vocabulary stays split over the tensor-parallel ranks.
 """
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware  # must precede megatron
+from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
 
 from megatron.core.tensor_parallel import (  # isort: skip
     copy_to_tensor_model_parallel_region,
@@ -22,32 +22,34 @@ from megatron.core.tensor_parallel import (  # isort: skip
 ROWS = "vocabulary_rows"  # the attribute that mark_vocabulary_end sets
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target], chunk by chunk; backward recomputes all but one.
+class _BlockedLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target], block by block; backward recomputes all but one.
 
-    The softmax of the last chunk is kept, so a batch that fits one chunk is never recomputed and
-    the memory peak stays one chunk of ``[chunk_size, Vp]`` either way.
+    What the last block needs for its gradient is kept (unless ``keep`` says that there will be
+    none), so a batch that fits one block is never recomputed, and the memory peak stays one block
+    either way.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor,
-        vocab_start: int, chunk_size: int, group: Any, softcap: float | None,
+        ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
+        block_size: int, group: Any, softcap: float | None, make_block: Any, keep: bool,
     ) -> Tensor:
         logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
-        probs = None
-        # The gradient of a soft cap needs the logits; they are made anew with the softmax.
-        keep = (hidden_RH.requires_grad or weight_VpH.requires_grad) and softcap is None
-        for start in range(0, hidden_RH.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
-            probs = None  # frees the previous chunk before the next is made
-            logprobs_R[rows], probs, _ = _chunk_forward(
+        block = None
+        keep = keep and make_block.keeps(softcap)
+        for start in range(0, hidden_RH.shape[0], block_size):
+            rows = slice(start, start + block_size)
+            block = None  # frees the previous block before the next is made
+            block = make_block(
                 hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, softcap,
-                keep_probs=keep,
+                keep=keep,
             )
+            logprobs_R[rows] = block.logprobs_R
         ctx.save_for_backward(hidden_RH, weight_VpH, targets_R)
-        ctx.last_probs, ctx.vocab_start, ctx.chunk_size, ctx.group, ctx.softcap = (
-            probs, vocab_start, chunk_size, group, softcap,
+        ctx.last_block = block if keep else None
+        ctx.vocab_start, ctx.block_size, ctx.group, ctx.softcap, ctx.make_block = (
+            vocab_start, block_size, group, softcap, make_block,
         )
         return logprobs_R
 
@@ -58,69 +60,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight: Tensor | None = None
         num_rows = hidden_RH.shape[0]
-        for start in reversed(range(0, num_rows, ctx.chunk_size)):
-            rows = slice(start, min(start + ctx.chunk_size, num_rows))
-            probs, ctx.last_probs = ctx.last_probs, None
-            slope = None
-            if probs is None:
-                _, probs, slope = _chunk_forward(
+        for start in reversed(range(0, num_rows, ctx.block_size)):
+            rows = slice(start, min(start + ctx.block_size, num_rows))
+            block, ctx.last_block = ctx.last_block, None
+            if block is None:
+                block = ctx.make_block(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
-                    ctx.softcap, keep_probs=True,
+                    ctx.softcap, keep=True,
                 )
-            assert probs is not None
-            # d logprob[target] / d logits = onehot(target) - softmax
-            grad_logits = probs.mul_(-grad_R[rows, None])
-            local, inside = _local_targets(targets_R[rows], ctx.vocab_start, weight_VpH.shape[0])
-            index = torch.arange(local.shape[0], device=local.device)
-            grad_logits[index, local] += torch.where(inside, grad_R[rows], 0.0)
-            if slope is not None:
-                grad_logits.mul_(slope)
-            grad_logits = grad_logits.to(weight_VpH.dtype)
+            grad_logits = block.gradient(grad_R[rows])
+            del block
             grad_hidden[rows] = grad_logits @ weight_VpH
             if ctx.needs_input_grad[1]:
                 part = grad_logits.T @ hidden_RH[rows]
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_VpH)
-        return grad_hidden, grad_weight, None, None, None, None, None
-
-
-def _local_targets(targets_R: Tensor, vocab_start: int, shard: int) -> tuple[Tensor, Tensor]:
-    local = targets_R - vocab_start
-    inside = (local >= 0) & (local < shard)
-    return torch.where(inside, local, 0), inside
-
-
-def _chunk_forward(
-    hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int, group: Any,
-    softcap: float | None, *, keep_probs: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One chunk: returns log-probs [R] and, if asked, the softmax shard [R, Vp] in fp32.
-
-    With a soft cap and if asked also its derivative [R, Vp] by the logits under it.
-    """
-    # Cast before any reduction: a bf16 all-reduce of log-sum-exp terms loses whole nats.
-    logits = (hidden_RH @ weight_VpH.T).float()
-    slope = None
-    if softcap is not None:
-        logits = logits.div_(softcap).tanh_()
-        slope = 1 - logits.square() if keep_probs else None
-        logits = logits.mul_(softcap)
-    local, inside = _local_targets(targets_R, vocab_start, weight_VpH.shape[0])
-    target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
-    if group.size() == 1:
-        log_z = torch.logsumexp(logits, dim=-1)
-        probs = logits.sub_(log_z[:, None]).exp_() if keep_probs else None
-        return target_logit - log_z, probs, slope
-    peak = logits.amax(dim=-1)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
-    target_logit = target_logit - torch.where(inside, peak, 0.0)
-    exps = logits.sub_(peak[:, None]).exp_()
-    sums = torch.stack([exps.sum(dim=-1), target_logit])
-    dist.all_reduce(sums, group=group)
-    normaliser, target_logit = sums
-    probs = exps.div_(normaliser[:, None]) if keep_probs else None
-    return target_logit - normaliser.log(), probs, slope
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
 
 
 def mark_vocabulary_end(weight_VpH: Tensor, vocab_size: int, tp_rank: int) -> None:
@@ -150,7 +106,8 @@ def response_logprobs(
             parallelism. Any float dtype.
         weight_VpH: [Vp, H], this rank's rows of the output embedding, padding included.
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
-        chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time.
+        chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time in fp32; on CUDA as
+            many rows as take the same memory in the weight's dtype.
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
 
     Returns:
@@ -172,8 +129,16 @@ def response_logprobs(
     num_real = getattr(weight_VpH, ROWS, weight_VpH.shape[0])
     if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
         weight_VpH = weight_VpH[:num_real]
-    return _ChunkedLogprobs.apply(
-        hidden_RH, weight_VpH, targets_R, vocab_start, chunk_size, tp_group, softcap
+    make_block, block_size = (EagerBlock, chunk_size)
+    if hardware.IS_CUDA:
+        # An eager block's logits take 4 bytes each and as many again while they are rounded; fused
+        # ones take what the dtype does, so the same memory holds more rows, and fewer are computed
+        # a second time.
+        make_block, block_size = FusedBlock, chunk_size * (8 // weight_VpH.element_size())
+    keep = torch.is_grad_enabled()  # inside the function it always says no
+    return _BlockedLogprobs.apply(
+        hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, softcap, make_block,
+        keep,
     )
 
 

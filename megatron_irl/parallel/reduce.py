@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import Metric
@@ -46,17 +47,26 @@ def reduce_metrics(
         merged = merge_metrics(parts)
         means = [n for n in merged if merged[n].reduction == "mean"]
         maxima = [n for n in merged if merged[n].reduction == "max"]
-        pairs = [[float(merged[n].total), float(merged[n].weight)] for n in means]
-        sums = torch.tensor(pairs, dtype=torch.float64, device=device).reshape(-1, 2)
-        tops = torch.tensor(
-            [float(merged[n].total) for n in maxima], dtype=torch.float64, device=device
-        )
+        pairs = [number for n in means for number in (merged[n].total, merged[n].weight)]
+        sums = _as_float64(pairs, device).reshape(-1, 2)
+        tops = _as_float64([merged[n].total for n in maxima], device)
         dist.all_reduce(sums, group=topology.dp_group)
         dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=topology.dp_group)
-        for name, (total, weight) in zip(means, sums.tolist(), strict=True):
+        # The step's one wait for the device before the update.
+        numbers = torch.cat([sums.flatten(), tops]).tolist()
+        for i, name in enumerate(means):
+            total, weight = numbers[2 * i : 2 * i + 2]
             values[name] = total / weight if weight else 0.0
-        values.update(zip(maxima, tops.tolist(), strict=True))
+        values.update(zip(maxima, numbers[2 * len(means) :], strict=True))
     return from_last_stage(values, topology)
+
+
+def _as_float64(numbers: Sequence[Tensor | float], device: torch.device) -> Tensor:
+    """Numbers as one float64 tensor, those on the device without a transfer to the host each."""
+    if not numbers:
+        return torch.empty(0, dtype=torch.float64, device=device)
+    scalars = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers]
+    return torch.stack([scalar.reshape(()) for scalar in scalars])
 
 
 def from_last_stage(value: Any, topology: Topology) -> Any:

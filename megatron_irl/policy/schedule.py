@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_irl import hardware
 from megatron_irl.data.packing import lengthen
+from megatron_irl.model.build import unwrap
 from megatron_irl.model.forward import HeadProcessor, forward_packed
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import HeadChoice, PackedBatch
@@ -70,7 +71,9 @@ class PipelineSchedule:
         # each has an iterator of its own.
         iterators = [iter(microbatches) for _ in self.chunks]
         for chunk in self.chunks:
-            chunk.train(loss is not None)
+            # Said again only where it changes something: it walks through every module.
+            if not chunk.training == unwrap(chunk).training == (loss is not None):
+                chunk.train(loss is not None)
         with torch.set_grad_enabled(loss is not None):
             return self._schedule(
                 forward_step_func=partial(self._forward_step, loss, heads),

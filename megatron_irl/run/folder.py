@@ -102,11 +102,15 @@ class RunFolder:
             )
 
     def claim(
-        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str]
+        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str],
+        kernels: dict[str, Any] | None = None,
     ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
         In this order, so that a folder with anything in it is known as a run's.
+
+        Args:
+            kernels: What the run computes with, for the record.
         """
         # What the folder was begun with stays: how samples are drawn must not change on the way.
         known = self._read()
@@ -115,7 +119,7 @@ class RunFolder:
                     "start": start}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
-        self._write(identity | {"finished": False})
+        self._write(identity | {"finished": False} | ({"kernels": kernels} if kernels else {}))
         write_file(self.path / RECIPE, text.encode())
 
     def finish(self) -> None:

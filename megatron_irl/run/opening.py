@@ -9,7 +9,9 @@ from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.heldout import Evaluator
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.model.build import build_chunks
+from megatron_irl.model.build import build_chunks, unwrap
+from megatron_irl.model.kernels import Kernels, describe_kernels
+from megatron_irl.model.specs import choose_spec
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
@@ -56,9 +58,15 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         )
         state = RunState.from_dict(saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
-    topology.barrier()  # what is wrong with the weights on any rank is known before anything is
-    # written
-    on_main(lambda: folder.claim(recipe, inputs.data.digest, inputs.start, argv), topology)
+    kernels = announce_kernels(policy, console)
+    # What is wrong with the weights on any rank is known before anything is written.
+    topology.barrier()
+    on_main(
+        lambda: folder.claim(
+            recipe, inputs.data.digest, inputs.start, argv, kernels.as_dict()
+        ),
+        topology,
+    )
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds)
     recorder = everywhere(lambda: Recorder(
@@ -81,6 +89,19 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
     )
+
+
+def announce_kernels(policy: Policy, console: Console) -> Kernels:
+    """Say what this rank computes with, and warn of what is slow; the main rank's is shown."""
+    model = unwrap(policy.chunks[0])
+    layers = choose_spec(
+        policy.config.params_dtype, policy.config.fp8, local_only=policy.architecture.local_only
+    )
+    kernels = describe_kernels(model, layers=layers)
+    console.note(kernels.line())
+    for text in kernels.warnings():
+        console.warn(text)
+    return kernels
 
 
 def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from megatron_irl.data.packing import assign, pack
+from megatron_irl.data.packing import assign, assign_by_tokens, pack
 from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.parallel.topology import Topology
@@ -13,16 +13,27 @@ Item = Demonstration | Pair | Preference | Rollout
 
 
 def microbatches_for(
-    items: Sequence[Item], topology: Topology, *, micro_batch_size: int, multiple_of: int
+    items: Sequence[Item], topology: Topology, *, multiple_of: int, micro_batch_size: int = 1,
+    micro_batch_tokens: int | None = None,
 ) -> list[PackedBatch]:
     """This data-parallel rank's microbatches of a global batch, balanced by tokens.
 
-    Every rank computes the same split, so no communication is needed. Pairs become
-    [demonstration, sample] neighbours of one microbatch, because the loss needs both; preferences
-    [chosen, rejected]. All items are of one kind.
+    Every rank computes the same split, so no communication is needed, and all have equally many.
+    Pairs become [demonstration, sample] neighbours of one microbatch, because the loss needs both;
+    preferences [chosen, rejected]. All items are of one kind.
+
+    Args:
+        multiple_of: What T of every microbatch is padded up to a multiple of.
+        micro_batch_size: Items in each; read without
+        micro_batch_tokens: as many items as have so many tokens; see ``assign_by_tokens``.
     """
     lengths = [num_tokens(item) for item in items]
-    bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
+    if micro_batch_tokens is None:
+        bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
+    else:
+        # The interleaved schedule runs microbatches in groups of one per stage.
+        group = topology.pp_size if topology.vpp_size > 1 else 1
+        bins = assign_by_tokens(lengths, micro_batch_tokens, topology.dp_size * group)
     mine = bins[topology.dp_rank :: topology.dp_size]
     return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
 

@@ -81,7 +81,6 @@ class Stepper:
         """
         policy = self.policy
         for chunk in policy.chunks:
-            chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_of = partial(_megatron_loss, objective)
@@ -165,6 +164,7 @@ class Trainer:
             batch += drawn
             microbatches += microbatches_for(
                 drawn, self.policy.topology, micro_batch_size=options.micro_batch_size,
+                micro_batch_tokens=options.micro_batch_tokens,
                 multiple_of=self.policy.multiple_of,
             )
         return batch, microbatches

@@ -95,6 +95,14 @@ def test_first_step_of_every_round_is_ln2(finished):
     assert all(abs(line["loss"] - math.log(2)) < 1e-5 for line in firsts)
 
 
+def test_the_folder_says_what_the_run_computed_with(finished):
+    import json
+
+    kernels = json.loads((finished / "run.json").read_text())["kernels"]
+    assert kernels["layers"] == "local"
+    assert kernels["training_attention"] == kernels["generation_attention"] == "SDPA"
+
+
 def test_finished_run_is_left_alone(finished):
     before = (finished / "metrics.jsonl").read_bytes(), (finished / "run.json").stat().st_mtime_ns
     result = run("train", finished.parent / "recipe.yaml")

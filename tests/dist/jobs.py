@@ -108,11 +108,11 @@ def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: fl
 
 def train_on_bank(
     hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int,
-    micro_batch_size: int = 2, chunk_size: int = 2048,
+    micro_batch_size: int = 2, chunk_size: int = 2048, micro_batch_tokens: int | None = None,
 ) -> list[tuple[float, float]]:
     """Steps on the whole bank at once; (loss, gradient norm) of each, as this rank sees them."""
     stepper = build_trainer(hf, layout, optimizer, chunk_size=chunk_size)
-    return _steps(stepper, folder, layout, steps, micro_batch_size)
+    return _steps(stepper, folder, layout, steps, micro_batch_size, micro_batch_tokens)
 
 
 def token_logprobs(
@@ -223,11 +223,12 @@ def resume_and_train(
 
 
 def _steps(
-    stepper: Stepper, folder: str, layout: Layout, steps: int, micro_batch_size: int = 2
+    stepper: Stepper, folder: str, layout: Layout, steps: int, micro_batch_size: int = 2,
+    micro_batch_tokens: int | None = None,
 ) -> list[tuple[float, float]]:
     batches = microbatches_for(
         PairBank(folder).read_round(0), stepper.policy.topology, micro_batch_size=micro_batch_size,
-        multiple_of=multiple_of(layout),
+        micro_batch_tokens=micro_batch_tokens, multiple_of=multiple_of(layout),
     )
     results = [stepper.train_step(batches, objective) for _ in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]

@@ -35,6 +35,11 @@ class Pool:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._pipes: list[Connection] = []
 
+    def environment_of(self, rank: int) -> dict[str, str]:
+        """What a rank's process and its jobs find in their environment beside the usual."""
+        del rank
+        return {"MEGATRON_IRL_PLATFORM": "cpu"}  # gloo, and more ranks than there may be GPUs
+
     def run(
         self, world_size: int, function: Callable[..., Any], *, timeout: float = 240.0,
         **arguments: Any,
@@ -51,7 +56,7 @@ class Pool:
             environment = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }
+            } | self.environment_of(rank)
             name = f"{function.__module__}:{function.__qualname__}"
             pipe.send_bytes(pickle.dumps((environment, name, arguments)))
         answers = self._collect(world_size, timeout)
@@ -84,10 +89,10 @@ class Pool:
     def _start(self, count: int) -> None:
         while len(self._pipes) < count:
             address = str(Path(self._folder.name) / f"{time.monotonic_ns()}.sock")
+            path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = os.environ | {
-                "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
-                "MEGATRON_IRL_PLATFORM": "cpu",  # gloo, and more ranks than there may be GPUs
-            }
+                "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path),
+            } | self.environment_of(len(self._pipes))
             with Listener(address, "AF_UNIX") as listener:
                 self._processes.append(subprocess.Popen(
                     [sys.executable, "-m", "tests.dist.worker", address], cwd=ROOT, env=environment,

@@ -93,7 +93,7 @@ def rft_recipe(**reward: Any) -> Recipe:
 
 def train_rft(
     hf: str, layout: Layout, seed: int, optimizer: dict[str, Any], vocab: int = 128,
-    num: int = 8, trunk_scale: float = 1.0,
+    num: int = 8, trunk_scale: float = 1.0, micro_batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Scores, a reward step, an anchored one with preferences, a policy step, and scores again."""
     stepper = build_rft(hf, layout, seed, optimizer, trunk_scale=trunk_scale)
@@ -102,7 +102,8 @@ def train_rft(
 
     def batches(items: Any) -> Any:
         return microbatches_for(
-            items, stepper.policy.topology, micro_batch_size=2, multiple_of=multiple_of(layout)
+            items, stepper.policy.topology, micro_batch_size=2,
+            micro_batch_tokens=micro_batch_tokens, multiple_of=multiple_of(layout),
         )
 
     def scores() -> list[float]:

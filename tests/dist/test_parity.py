@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.convert.tiny import make_tiny_llama
-from tests.dist import jobs
+from tests.dist import jobs, logprob_jobs
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
 VOCAB, NUM_PAIRS = 128, 16
@@ -107,6 +107,49 @@ def test_splitting_the_batch_changes_nothing(pool, setting, single, micro_batch_
         micro_batch_size=micro_batch_size, chunk_size=chunk_size,
     )
     np.testing.assert_allclose(got[0], single(False, "sgd")[0], rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2", "pp2_vpp2", "tp2_sp"])
+@pytest.mark.parametrize("micro_batch_tokens", [1, 90, 10_000])
+def test_filling_microbatches_by_tokens_changes_nothing(
+    pool, setting, single, name, micro_batch_tokens
+):
+    """A pair has 22 tokens at the mean and 70 at most: each alone, two or three, all together."""
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    ranks = pool.run(
+        world_size, jobs.train_on_bank, **setting[False], layout=layout, steps=1,
+        optimizer=OPTIMIZERS["sgd"], micro_batch_tokens=micro_batch_tokens,
+    )
+    assert all(rank == ranks[0] for rank in ranks), "ranks report different numbers"
+    np.testing.assert_allclose(
+        ranks[0][0], single(False, "sgd")[0], rtol=1e-5, err_msg=f"seed {SEED}"
+    )
+
+
+@pytest.mark.parametrize("name", ["one", "dp2", "pp2"])
+def test_demonstrations_are_filled_by_tokens_too(pool, setting, name):
+    options = {"hf": setting[False]["hf"], "seed": SEED, "vocab": VOCAB}
+    (expected,) = pool.run(
+        1, logprob_jobs.train_sft, layout={}, micro_batch_tokens=None, **options
+    )
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    for rank in pool.run(
+        world_size, logprob_jobs.train_sft, layout=layout, micro_batch_tokens=50, **options
+    ):
+        np.testing.assert_allclose(rank, expected, rtol=1e-5, err_msg=f"seed {SEED}")
+
+
+@pytest.mark.parametrize("softcap", [None, 0.5])
+@pytest.mark.parametrize("name", ["one", "tp2"])
+def test_fused_blocks_equal_eager_ones(pool, setting, name, softcap):
+    """What a GPU computes in one pass each way, against the softmax op by op."""
+    world_size, layout = LAYOUTS.get(name, (1, {}))
+    for rank in pool.run(
+        world_size, logprob_jobs.both_blocks, hf=setting[False]["hf"], layout=layout, seed=SEED,
+        block_size=5, softcap=softcap,
+    ):
+        for eager, fused in rank:
+            np.testing.assert_allclose(fused, eager, rtol=2e-5, atol=2e-6, err_msg=f"seed {SEED}")
 
 
 @pytest.mark.parametrize("name", ["one", *LAYOUTS])

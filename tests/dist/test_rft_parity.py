@@ -68,6 +68,20 @@ def test_equals_one_process(pool, models, single, name, tied, scale):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (SEED, key)
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("dp2", 90), ("pp2", 60), ("pp2_vpp2", 90)])
+def test_filling_microbatches_by_tokens_changes_nothing(pool, models, single, name, tokens):
+    """Reward, anchored and policy steps; preferences and rollouts are filled like pairs."""
+    world_size, layout = LAYOUTS[name]
+    ranks = pool.run(
+        world_size, rft_jobs.train_rft, hf=models[False], layout=layout, seed=SEED, optimizer=SGD,
+        vocab=VOCAB, num=NUM, trunk_scale=0.3, micro_batch_tokens=tokens,
+    )
+    assert all(rank == ranks[0] for rank in ranks), "ranks report different numbers"
+    np.testing.assert_allclose(
+        ranks[0]["steps"], single(False, 0.3)["steps"], rtol=1e-5, err_msg=f"seed {SEED}"
+    )
+
+
 def test_the_steps_do_what_they_claim(single):
     """Otherwise equal numbers could be equal by doing nothing."""
     result = single(False, 0.3)

@@ -1,6 +1,6 @@
-"""What only a GPU can show. Skipped without one; run `pytest tests/gpu` inside the container.
+"""What only a GPU can show on one rank. Skipped, with the reason, where something is missing.
 
-None of these has run yet on the CPU machines this project is developed on.
+``python tools/gpu_checks.py`` runs this folder and prints a table.
 """
 
 from pathlib import Path
@@ -11,11 +11,9 @@ import torch
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist.jobs import make_pairs, objective, random_sequences
+from tests.gpu.conftest import NEEDS_FLASH_ATTENTION, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = [pytest.mark.gpu, NEEDS_GPU]
 VOCAB = 128
 
 
@@ -26,7 +24,7 @@ def setup(tmp_path_factory):
     from megatron_irl.parallel.topology import initialize, shutdown
 
     hf = make_tiny_llama(
-        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=8, kv_heads=4,
+        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2,
         layers=2, vocab=VOCAB, scale=0.1,
     )
     topology = initialize(ParallelConfig())
@@ -60,6 +58,7 @@ def logprobs(hf, chunks, topology) -> np.ndarray:
     return np.concatenate(policy_of(hf, chunks, topology).score(random_sequences(7, 24, VOCAB)))
 
 
+@NEEDS_TRANSFORMER_ENGINE
 def test_transformer_engine_spec_equals_local_spec(setup):
     hf, topology = setup
     te, _ = build(hf, topology, precision="bf16", spec="transformer_engine")
@@ -68,13 +67,14 @@ def test_transformer_engine_spec_equals_local_spec(setup):
     assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
+@NEEDS_TRANSFORMER_ENGINE
 @pytest.mark.parametrize(
     "model", [{"family": "gpt_neox"}, {"family": "mistral", "sliding_window": 8}]
 )
 def test_specs_are_equal_for_other_families(setup, tmp_path, model):
     """The parallel residual over fused norms, and windows in Transformer Engine's attention."""
     hf = make_tiny_llama(
-        tmp_path / "hf", hidden=256, intermediate=512, heads=8, kv_heads=4, layers=2, vocab=VOCAB,
+        tmp_path / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2, layers=2, vocab=VOCAB,
         scale=0.1, **model,
     )
     te, _ = build(hf, setup[1], precision="bf16", spec="transformer_engine")
@@ -83,6 +83,7 @@ def test_specs_are_equal_for_other_families(setup, tmp_path, model):
     assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
+@NEEDS_TRANSFORMER_ENGINE
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_logprobs_stay_near_bf16(setup, recipe):
     major, _ = torch.cuda.get_device_capability()
@@ -109,12 +110,20 @@ def test_fp32_is_not_tf32(setup):
     assert ((weight @ weight.t()).cpu() - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_engine_equals_trainer(setup, precision):
+@pytest.mark.parametrize(("precision", "head_size"), [
+    pytest.param("bf16", 64, marks=[NEEDS_TRANSFORMER_ENGINE, NEEDS_FLASH_ATTENTION]),
+    pytest.param("bf16", 128, marks=[NEEDS_TRANSFORMER_ENGINE, NEEDS_FLASH_ATTENTION]),
+    ("fp32", 64),
+])
+def test_engine_equals_trainer(setup, tmp_path, precision, head_size):
     from megatron_irl.generation.interface import SamplingConfig
     from megatron_irl.generation.megatron_engine import MegatronGenerator
 
-    hf, topology = setup
+    topology = setup[1]
+    hf = make_tiny_llama(
+        tmp_path / "hf", hidden=256, intermediate=512, heads=256 // head_size, kv_heads=2, layers=2,
+        vocab=VOCAB, scale=0.1,
+    )
     chunks, _ = build(hf, topology, precision=precision)
     prompts = [prompt for prompt, _ in random_sequences(8, 12, VOCAB)]
     with MegatronGenerator(
@@ -127,6 +136,7 @@ def test_engine_equals_trainer(setup, precision):
     assert np.abs(engine - trainer).mean() < (0.02 if precision == "bf16" else 1e-4)
 
 
+@NEEDS_TRANSFORMER_ENGINE
 def test_generation_leaves_fp8_as_it_was(setup):
     """Samples are drawn in bf16, and the model computes in FP8 again afterwards."""
     from megatron_irl.generation.interface import SamplingConfig
@@ -142,7 +152,62 @@ def test_generation_leaves_fp8_as_it_was(setup):
     np.testing.assert_array_equal(logprobs(setup[0], chunks, setup[1]), before)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@NEEDS_TRANSFORMER_ENGINE
+@NEEDS_FLASH_ATTENTION
+def test_it_says_what_it_runs_on_and_that_is_fast(setup):
+    from megatron_irl.model.kernels import describe_kernels
+
+    (chunk,), _ = build(setup[0], setup[1], precision="bf16")
+    kernels = describe_kernels(chunk, layers="transformer_engine")
+    assert kernels.training_attention in ("fused (cuDNN)", "flash-attn"), kernels.line()
+    assert kernels.generation_attention.startswith("flash-attn")
+    assert kernels.warnings() == [] and {"cuDNN", "NCCL"} <= set(kernels.versions)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fused_blocks_equal_eager_ones(setup, dtype, softcap):
+    """Log-probabilities and their gradient in one pass each way, against op by op."""
+    from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
+
+    group = setup[1].tp_group
+    for rows in (1, 37, 300):
+        hidden = torch.randn(rows, 64, device="cuda", dtype=dtype)
+        weight = torch.randn(1000, 64, device="cuda", dtype=dtype)
+        targets = torch.randint(-20, 1020, (rows,), device="cuda")  # some of another slice
+        grad = torch.randn(rows, device="cuda")
+        eager, fused = (
+            make(hidden, weight, targets, 0, group, softcap, keep=True)
+            for make in (EagerBlock, FusedBlock)
+        )
+        inside = (targets >= 0) & (targets < 1000)
+        torch.testing.assert_close(
+            fused.logprobs_R[inside], eager.logprobs_R[inside], rtol=1e-5, atol=1e-4
+        )
+        torch.testing.assert_close(fused.gradient(grad), eager.gradient(grad))
+
+
+@NEEDS_TRANSFORMER_ENGINE
+def test_lean_layers_equal_plain_ones(setup):
+    """SwiGLU by Transformer Engine's kernels, values and gradient, against float64."""
+    from megatron_irl.model.lean_layers import SwiGLU
+
+    x = torch.randn(33, 1, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    out = SwiGLU(None)(x)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    exact = x.detach().double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    expected.backward(grad.double())
+    assert out.shape == (33, 1, 64)
+    torch.testing.assert_close(out.double(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("precision", [
+    "fp32", "bf16", pytest.param("fp8", marks=NEEDS_TRANSFORMER_ENGINE)
+])
 def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp_path):
     from megatron.core.optimizer import OptimizerConfig
 

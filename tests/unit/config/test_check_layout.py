@@ -28,10 +28,12 @@ def layout(tensor: int = 1, pipeline: int = 1, virtual: int | None = None, **mor
                           virtual_pipeline_model_parallel_size=virtual, **more)
 
 
-def recipe_of(parallel: ParallelConfig, micro: int = 1, batch: int = 8) -> Recipe:
+def recipe_of(parallel: ParallelConfig, micro: int = 1, batch: int = 8,
+              tokens: int | None = None) -> Recipe:
     return Recipe(model=ModelConfig(hf="m"), data=DataConfig(train=("d",)),
                   algorithm=AlgorithmConfig(name="irft"), output_dir="o", parallel=parallel,
-                  train=TrainConfig(micro_batch_size=micro, global_batch_size=batch))
+                  train=TrainConfig(micro_batch_size=micro, global_batch_size=batch,
+                                    micro_batch_tokens=tokens))
 
 
 @pytest.mark.parametrize(("parallel", "world_size", "expected"), [
@@ -55,6 +57,11 @@ def test_data_parallel_size(parallel: ParallelConfig, world_size: int | None, ex
     (recipe_of(layout(pipeline=2, virtual=1)), None, "=1 is below 2"),
     (recipe_of(layout(pipeline=4, virtual=2), batch=6), None,
      r"6 microbatch\(es\).*pipeline_model_parallel_size=4;.* to 4 or 8"),
+    (recipe_of(layout(), micro=2, tokens=99), None,
+     "micro_batch_tokens=99 conflicts with train.micro_batch_size=2"),
+    (recipe_of(layout(), tokens=99), 3, r"=8 is not a multiple of data_parallel_size=3; .* 6 or 9"),
+    (recipe_of(layout(pipeline=4, virtual=2), batch=6, tokens=9), None,
+     "data_parallel_size=1 x pipeline_model_parallel_size=4; .* 4 or 8"),
 ])
 def test_layouts_refused(recipe: Recipe, world_size: int | None, message: str):
     with pytest.raises(UserError, match=message):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_irl.data.packing import alignment, assign, pack
+from megatron_irl.data.packing import alignment, assign, assign_by_tokens, pack
 
 EOS = 2
 
@@ -115,6 +115,36 @@ def test_assign_beats_the_order_of_arrival():
 def test_assign_refuses_other_sizes():
     with pytest.raises(ValueError, match="3 items do not fill num_bins=2"):
         assign([1, 2, 3], 2, 2)
+
+
+@given(st.integers(1, 4), st.integers(1, 8), st.integers(1, 2000), st.data())
+@settings(max_examples=100, deadline=None)
+def test_assign_by_tokens_keeps_to_the_limit(unit, groups, max_tokens, data):
+    size = unit * groups
+    lengths = data.draw(st.lists(st.integers(1, 1000), min_size=size, max_size=size))
+    bins = assign_by_tokens(lengths, max_tokens, unit)
+    assert sorted(i for items in bins for i in items) == list(range(size)) and all(bins)
+    assert len(bins) % unit == 0
+    assert all(
+        len(items) == 1 or sum(lengths[i] for i in items) <= max_tokens for items in bins
+    )
+    assert bins == assign_by_tokens(np.array(lengths), max_tokens, unit)
+
+
+def test_assign_by_tokens_takes_few_bins_and_equal_ones():
+    assert assign_by_tokens([5, 5, 5, 5], 10, 1) == [[0, 2], [1, 3]]
+    assert assign_by_tokens([5, 5, 5, 5], 10, 4) == [[0], [1], [2], [3]]
+    assert assign_by_tokens([30, 5, 5, 2], 10, 2) == [[0], [1], [2], [3]]
+    assert assign_by_tokens([3, 2, 1], 100, 1) == [[0, 1, 2]]
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(500, 1100, size=256)
+    bins = assign_by_tokens(lengths, 8192, 8)
+    totals = [lengths[items].sum() for items in bins]
+    assert len(bins) <= lengths.sum() / 8192 * 1.2 + 8
+    by_rank = [sum(totals[rank::8]) for rank in range(8)]
+    assert max(by_rank) / np.mean(by_rank) < 1.02
+    with pytest.raises(ValueError, match="3 items are no multiple of 2"):
+        assign_by_tokens([1, 2, 3], 9, 2)
 
 
 @pytest.mark.parametrize("arguments, expected", [

@@ -18,7 +18,9 @@ def demonstrations(count):
 
 def drawn(work, rounds, steps, batch):
     """Ordinals by round, of the first stream's batches and then the second's in every step."""
-    options = SimpleNamespace(global_batch_size=batch, micro_batch_size=batch)
+    options = SimpleNamespace(
+        global_batch_size=batch, micro_batch_size=batch, micro_batch_tokens=None
+    )
     place = SimpleNamespace(dp_rank=0, dp_size=1)
     trainer = SimpleNamespace(
         recipe=SimpleNamespace(train=options),

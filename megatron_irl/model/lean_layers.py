@@ -1,0 +1,77 @@
+"""Parts of a layer that cost a GPU step more in Python than in work, in their simplest form.
+
+Megatron's own are compiled by torch: each call looks up guards and walks through the compiler's
+runtime, up to half a millisecond to launch one kernel, several times a layer. A step of a small
+model waits for that. The compiled backward of SwiGLU also runs at a quarter of the memory's speed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
+
+Added = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+def residual_add(training: bool, fused: bool) -> Added:
+    """What a layer adds to its residual, as Megatron's ``bias_dropout_add`` factories are asked.
+
+    Without bias and dropout (every family here, unless a recipe sets ``model.hidden_dropout``) it
+    is one addition; otherwise Megatron's own function does it.
+    """
+
+    def add(
+        output_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+    ) -> Tensor:
+        output, bias = output_with_bias
+        if bias is not None or (training and prob > 0):
+            return get_bias_dropout_add(training, fused)(output_with_bias, residual, prob)
+        return residual + output  # in the residual's dtype where that is the wider one
+
+    return add
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up by Transformer Engine's kernels, called without its layers of Python.
+
+    Stands in Megatron's MLP where ``use_te_activation_func`` puts a module.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        del config
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """[..., 2F] (gate, then up) → [..., F]. Gradient to the input."""
+        return _SwiGLU.apply(gate_and_up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        return _kernels().swiglu(gate_and_up, None).view(*gate_and_up.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        return _kernels().dswiglu(grads[0].contiguous(), gate_and_up, None).view_as(gate_and_up)
+
+
+def has_swiglu() -> bool:
+    """Whether this Transformer Engine has the kernels under these names (2.0 and newer)."""
+    try:
+        return hasattr(_kernels(), "swiglu") and hasattr(_kernels(), "dswiglu")
+    except ImportError:
+        return False
+
+
+def _kernels() -> Any:
+    import transformer_engine_torch  # imports nothing once it is loaded
+
+    return transformer_engine_torch

@@ -1,0 +1,181 @@
+"""One block of response rows against the vocabulary: log-probabilities, then their gradient.
+
+Two ways to the same numbers. ``EagerBlock`` keeps the softmax in fp32 and takes about ten passes
+over it; on a CPU, where the products decide, that does not show. On a GPU it was a tenth of a
+training step, so ``FusedBlock`` keeps the logits in the dtype the product gave and makes each
+direction one pass, compiled by torch. (Transformer Engine's and Liger's fused cross entropies do
+not fit: they take whole vocabularies of equal slices and a known mean loss, while here a slice ends
+where the vocabulary does, and the gradient of each row is known only after the loss of its pair.)
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_irl import hardware
+
+
+class Block(Protocol):
+    """Logits of some rows over this rank's slice of the vocabulary.
+
+    Attributes:
+        logprobs_R: float32 [R], nats, equal on every tensor-parallel rank.
+    """
+
+    logprobs_R: Tensor
+
+    def gradient(self, grad_R: Tensor) -> Tensor:
+        """D sum(grad * logprobs) / d logits, [R, Vp] in the dtype of the weight.
+
+        May be called once, and not at all if the block was made without ``keep``. No collective.
+        """
+        ...
+
+
+def local_targets(targets_R: Tensor, vocab_start: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    """Columns of the targets in a slice that starts at ``vocab_start``, and which are inside it."""
+    local = targets_R - vocab_start
+    inside = (local >= 0) & (local < num_columns)
+    return torch.where(inside, local, 0), inside
+
+
+class EagerBlock:
+    """The softmax of one block in fp32, op by op.
+
+    Args:
+        hidden_RH, weight_VpH: Rows, and this rank's slice of the output embedding.
+        targets_R: int64, global ids. vocab_start: The id of the slice's first row.
+        group: The tensor-parallel group; every rank of it must construct (all-reduces).
+        softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
+        keep: Whether ``gradient`` will be called.
+    """
+
+    def __init__(
+        self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
+        group: Any, softcap: float | None = None, *, keep: bool,
+    ) -> None:
+        self._dtype = weight_VpH.dtype
+        self._targets = local_targets(targets_R, vocab_start, weight_VpH.shape[0])
+        self._probs: Tensor | None = None
+        self._slope: Tensor | None = None  # of the soft cap
+        local, inside = self._targets
+        # Cast before any reduction: a bf16 all-reduce of log-sum-exp terms loses whole nats.
+        logits = (hidden_RH @ weight_VpH.T).float()
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_()
+            self._slope = 1 - logits.square() if keep else None
+            logits = logits.mul_(softcap)
+        target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
+        if group.size() == 1:
+            log_z = torch.logsumexp(logits, dim=-1)
+            if keep:
+                self._probs = logits.sub_(log_z[:, None]).exp_()
+            self.logprobs_R = target_logit - log_z
+            return
+        peak = logits.amax(dim=-1)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        target_logit = target_logit - torch.where(inside, peak, 0.0)
+        exps = logits.sub_(peak[:, None]).exp_()
+        sums = torch.stack([exps.sum(dim=-1), target_logit])
+        dist.all_reduce(sums, group=group)
+        normaliser, target_logit = sums
+        if keep:
+            self._probs = exps.div_(normaliser[:, None])
+        self.logprobs_R = target_logit - normaliser.log()
+
+    def gradient(self, grad_R: Tensor) -> Tensor:
+        """See ``Block``."""
+        probs, self._probs = self._probs, None
+        assert probs is not None
+        local, inside = self._targets
+        # d logprob[target] / d logits = onehot(target) - softmax
+        grad_logits = probs.mul_(-grad_R[:, None])
+        index = torch.arange(local.shape[0], device=local.device)
+        grad_logits[index, local] += torch.where(inside, grad_R, 0.0)
+        if self._slope is not None:
+            grad_logits.mul_(self._slope)
+        return grad_logits.to(self._dtype)
+
+    @staticmethod
+    def keeps(softcap: float | None) -> bool:
+        """Whether a block is worth keeping: the slope of a soft cap is as large again."""
+        return softcap is None
+
+
+class FusedBlock:
+    """The same from logits that stay in the dtype of the product; arguments as ``EagerBlock``.
+
+    The products round the logits to that dtype either way, so nothing is lost. ``gradient``
+    overwrites them.
+    """
+
+    def __init__(
+        self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
+        group: Any, softcap: float | None = None, *, keep: bool,
+    ) -> None:
+        self._targets, self._softcap = (
+            local_targets(targets_R, vocab_start, weight_VpH.shape[0]), softcap,
+        )
+        logits = hidden_RH @ weight_VpH.T
+        peak, normaliser, target_logit = _statistics(logits, *self._targets, softcap)
+        if group.size() > 1:
+            top = peak.clone()
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+            # Each rank's sum is of exp(logit - its own peak); on to the common one.
+            sums = torch.stack([normaliser * (peak - top).exp(), target_logit])
+            dist.all_reduce(sums, group=group)
+            peak, (normaliser, target_logit) = top, sums
+        self._log_z = peak + normaliser.log()
+        self._logits = logits if keep else None
+        self.logprobs_R = target_logit - self._log_z
+
+    def gradient(self, grad_R: Tensor) -> Tensor:
+        """See ``Block``."""
+        logits, self._logits = self._logits, None
+        assert logits is not None
+        _to_gradient(logits, self._log_z, grad_R, *self._targets, self._softcap)
+        return logits
+
+    @staticmethod
+    def keeps(softcap: float | None) -> bool:
+        """See ``EagerBlock``; here the logits are all there is."""
+        del softcap
+        return True
+
+
+@hardware.compiled
+def _statistics(
+    logits: Tensor, local: Tensor, inside: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Float32 [R] each: the largest logit, sum of exp(logit - largest), the target's or 0."""
+    values = logits.float()
+    if softcap is not None:
+        values = (values / softcap).tanh() * softcap
+    peak = values.amax(dim=-1)
+    normaliser = (values - peak[:, None]).exp().sum(dim=-1)
+    target = logits.gather(1, local[:, None])[:, 0].float()
+    if softcap is not None:
+        target = (target / softcap).tanh() * softcap
+    return peak, normaliser, torch.where(inside, target, 0.0)
+
+
+@hardware.compiled
+def _to_gradient(
+    logits: Tensor, log_z: Tensor, grad: Tensor, local: Tensor, inside: Tensor,
+    softcap: float | None,
+) -> None:
+    """Overwrite logits by (onehot(target) - softmax) * grad; rows without a target have no 1.
+
+    With a soft cap times its slope, 1 - tanh(logit / c)^2.
+    """
+    values = logits.float()
+    bend = (values / softcap).tanh() if softcap is not None else None
+    if bend is not None and softcap is not None:
+        values = bend * softcap
+    probs = (values - log_z[:, None]).exp()
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    hit = (columns[None] == local[:, None]) & inside[:, None]
+    gradient = (hit.float() - probs) * grad[:, None]
+    logits.copy_(gradient if bend is None else gradient * (1 - bend * bend))

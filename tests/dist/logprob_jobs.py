@@ -1,0 +1,55 @@
+"""Both ways to a block of log-probabilities, on the ranks of a distributed test."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.algorithms.sft import likelihood_objective
+from megatron_irl.parallel.logprobs import _BlockedLogprobs
+from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
+from megatron_irl.train.batches import microbatches_for
+from megatron_irl.types import Demonstration
+from tests.dist.jobs import Layout, build, build_trainer, multiple_of, random_sequences
+
+
+def train_sft(
+    hf: str, layout: Layout, seed: int, vocab: int, micro_batch_tokens: int | None
+) -> tuple[float, float]:
+    """(loss, gradient norm) of a step on demonstrations; their microbatches differ in tokens."""
+    stepper = build_trainer(hf, layout, {"lr": 1e-3, "clip_grad": 0.0})
+    demonstrations = [
+        Demonstration(i, prompt, response, "", "", None, "")
+        for i, (prompt, response) in enumerate(random_sequences(seed, 12, vocab))
+    ]
+    batches = microbatches_for(
+        demonstrations, stepper.policy.topology, micro_batch_tokens=micro_batch_tokens,
+        multiple_of=multiple_of(layout),
+    )
+    result = stepper.train_step(batches, likelihood_objective)
+    return result.loss, result.grad_norm
+
+
+def both_blocks(
+    hf: str, layout: Layout, seed: int, block_size: int, softcap: float | None = None,
+    rows: int = 17,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(eager, fused) values, gradients of hidden rows and gradients of the weight, on this rank."""
+    topology, chunks, _, _ = build(hf, layout)
+    weight = chunks[-1].output_layer.weight.detach()[:50]  # a slice may end before the others'
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, weight.shape[1], generator=generator)
+    targets = torch.randint(0, 50, (rows,), generator=generator)
+    grad = torch.randn(rows, generator=generator)
+    results: list[list[Any]] = []
+    for make_block in (EagerBlock, FusedBlock):
+        inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        logprobs = _BlockedLogprobs.apply(
+            *inputs, targets, 50 * topology.tp_rank, block_size, topology.tp_group, softcap,
+            make_block, True,
+        )
+        logprobs.backward(grad)
+        assert all(x.grad is not None and x.grad.abs().max() > 0.01 for x in inputs)
+        results.append([logprobs.detach().numpy(), *(x.grad.numpy() for x in inputs)])  # type: ignore[union-attr]
+    return list(zip(*results, strict=True))
