@@ -109,6 +109,8 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
         )
     state.step += 1
     state.step_in_round += 1
+    # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
+    # its log cannot be written the launcher ends the other ranks, who wait in the next step.
     run.recorder.step(
         state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
     )
