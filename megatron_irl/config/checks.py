@@ -68,6 +68,9 @@ def _check_bounds(recipe: Recipe) -> None:
     kv_cache_gb = recipe.generation.kv_cache_gb
     if kv_cache_gb is not None:
         check_range("generation.kv_cache_gb", kv_cache_gb, "(0, inf)", kv_cache_gb > 0)
+    if isinstance(recipe.generation.cuda_graphs, int) and recipe.generation.cuda_graphs < 1:
+        raise UserError(f"generation.cuda_graphs={recipe.generation.cuda_graphs} is no number of "
+                        "graphs. Set it to auto, off, or 1 or more.")
     check_range("schedule.lr_warmup_fraction", recipe.schedule.lr_warmup_fraction, "[0, 1)",
                  0 <= recipe.schedule.lr_warmup_fraction < 1)
     check_range("schedule.min_lr_ratio", recipe.schedule.min_lr_ratio, "[0, 1]",

@@ -111,11 +111,17 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
         if value is None and type(None) in args:
             return None
         inner = [arg for arg in args if arg is not type(None)]
-        # Of a value and a mapping of keys, what is written decides.
+        # Of a value and a mapping of keys, or of words and a number, what is written decides.
         nested = [arg for arg in inner if dataclasses.is_dataclass(arg)]
         plain = [arg for arg in inner if arg not in nested]
         is_nested = isinstance(value, Mapping) or dataclasses.is_dataclass(value) or not plain
-        return coerce(value, nested[0] if nested and is_nested else plain[0], path)
+        if nested and is_nested:
+            return coerce(value, nested[0], path)
+        if len(plain) > 1:
+            words, number = sorted(plain, key=lambda arg: get_origin(arg) is not Literal)
+            is_number = isinstance(value, int) and not isinstance(value, bool)
+            return coerce(value, number if is_number else words, path)
+        return coerce(value, plain[0], path)
     if origin is tuple:
         if value is None and args[0] is not float:
             return ()
@@ -134,6 +140,9 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     if dataclasses.is_dataclass(annotation):
         return _to_dataclass(value, annotation, path)
     if origin is Literal:
+        if isinstance(value, bool):  # YAML 1.1 reads ``off`` and ``true`` so
+            spelled = ("true", "on") if value else ("false", "off")
+            value = next((word for word in spelled if word in args), value)
         if value in args:
             return value
         raise UserError(f"{path}={value} is not one of {', '.join(args)}; "

@@ -102,7 +102,20 @@ class GenerationConfig:
     """Memory for the KV cache in GiB per rank, held only while generating; none: room for
     ``max_requests`` full-length responses."""
     chunk_size: int = 256
-    """Prompts per committed chunk of the pair bank: what a killed run may have to redo."""
+    """Most prompts per committed part of the pair bank: what a killed run may have to redo. It
+    changes no sample."""
+    cuda_graphs: Literal["auto", "off"] | int = "auto"
+    """Decode through CUDA graphs: ``auto`` where the device and its kernels allow it, ``off``, or
+    the most batch sizes to capture. Training never runs through them."""
+    keep_cache: Literal["auto", "true", "false"] = "auto"
+    """Keep the KV cache and the captured graphs while training. ``auto`` does so once a phase of
+    training has been measured to leave room for them; otherwise both are made anew each round."""
+    share_prompts: bool = False
+    """Samples of one prompt share the whole cache blocks of it (256 tokens on CUDA), computed
+    once."""
+    offload_optimizer: bool = False
+    """Move gradient buffers and optimizer state to host memory while generating, so that a larger
+    cache fits."""
 
 
 @dataclass(frozen=True)

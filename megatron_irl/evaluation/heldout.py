@@ -42,6 +42,7 @@ class Evaluator:
         bank: Held-out samples, by the round whose reward they judge.
         preference_references: File that keeps the starting weights' log-probabilities of the
             held-out preferences.
+        scheme: How samples are drawn; see ``sample_pairs``.
 
     Collectives: every rank must call every method.
     """
@@ -56,6 +57,7 @@ class Evaluator:
     preference_references: Path
     console: Console
     clock: Clock
+    scheme: int = 2
     _opened: RoundPairs | None = None  # the held-out pairs asked for last, read from disk once
 
     def evaluate(self, next_round: int) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class Evaluator:
     def _sample(self, round_index: int, demonstrations: Sequence[Demonstration]) -> list[Pair]:
         sample_pairs(
             self.policy, self.bank, round_index, demonstrations, sampling=self.sampling,
-            part_size=self.recipe.generation.chunk_size, stream=HELDOUT_STREAM,
+            part_size=self.recipe.generation.chunk_size, stream=HELDOUT_STREAM, scheme=self.scheme,
             console=self.console, clock=self.clock,
         )
         self._opened = None  # what was read of the round before is not these

@@ -15,6 +15,35 @@ def default_block_tokens(max_sequence_length: int) -> int:
     return CUDA_BLOCK_TOKENS if hardware.IS_CUDA else max_sequence_length
 
 
+def step_tokens(config: Any) -> int:
+    """How many prompt tokens to compute together: many, as far as memory for them is no matter.
+
+    On CUDA the layers' widest intermediate tensors of a step are kept to about 2 GiB.
+    """
+    if not hardware.IS_CUDA:
+        return 4096
+    ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
+    per_token = (3 * ffn + 4 * config.hidden_size) * config.params_dtype.itemsize
+    return min(65536, max(4096, 2 * GIB // per_token // 4096 * 4096))
+
+
+def mixed_graph_tokens(config: Any, max_requests: int, max_tokens: int) -> list[int]:
+    """Token counts of the steps with prompts in them that are worth a CUDA graph, ascending.
+
+    Where the device computes a step for longer than the host takes to start its kernels one by
+    one (about 80 ms), a graph gains nothing.
+    """
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.ffn_hidden_size
+    here = config.num_layers * layer // (
+        config.tensor_model_parallel_size * config.pipeline_model_parallel_size
+    )
+    worth = 80e-3 * 4e14 / (2 * here)  # at 400 TFLOP/s
+    sizes = [n + max_requests for n in (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288)]
+    tp = config.tensor_model_parallel_size
+    sizes = [-(-n // tp) * tp for n in sizes if n <= worth]
+    return [n for n in sizes if n <= max_tokens]
+
+
 def cache_gb(
     config: Any, *, max_sequence_length: int, max_requests: int, block_tokens: int,
     kv_cache_gb: float | None,

@@ -3,6 +3,7 @@
 Everything here is by subclassing; nothing upstream is patched.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_irl import hardware
 
 from megatron.core.inference.contexts.dynamic_context import DynamicInferenceContext  # isort: skip
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb  # isort: skip
 
 
 class PagedContext(DynamicInferenceContext):
@@ -25,17 +27,74 @@ class PagedContext(DynamicInferenceContext):
 
     _angles: dict[int, tuple[Tensor, Tensor]] | None = None
     _slots: Tensor | None = None
+    _last_layers: set[int] = set()
+    _in_last_layer = False
 
-    def map_layers(self, stage_layers: list[Any]) -> None:
+    def map_layers(self, models: list[Any]) -> None:
         """Number this rank's transformer layers in the order of their cache slices.
 
         Upstream derives the number from a contiguous split over pipeline stages. Interleaved
         stages hold several separate runs of layers, so it is taken from the layers instead.
         """
-        self.layer_map = {
-            layer.layer_number - layer.self_attention._get_pp_layer_offset_for_inference() - 1: i
-            for i, layer in enumerate(stage_layers)
-        }
+        def number(layer: Any) -> int:  # on this rank, as attention tells it
+            return layer.layer_number - layer.self_attention._get_pp_layer_offset_for_inference()
+
+        runs = [[number(layer) for layer in model.decoder.layers] for model in models]
+        self.layer_map = {n - 1: place for place, n in enumerate(itertools.chain(*runs))}
+        self._last_layers = {run[-1] for run in runs if run}
+
+    def add_request(self, req: Any, prefill_chunk_length: int | None = None) -> None:
+        """Take up a request with its whole prompt, as upstream does, at a tenth of its cost.
+
+        Upstream writes the same fields one tensor operation at a time, which for a wave of new
+        requests keeps the device waiting longer than their prompts take it.
+        """
+        if self.enable_prefix_caching or prefill_chunk_length is not None:
+            super().add_request(req, prefill_chunk_length)
+            return
+        row, first = self.total_request_count, self.active_token_count
+        prompt = req.remaining_prompt_tokens.numpy()
+        length, block = len(prompt), self.block_size_tokens
+        count = -(-length // block)
+        blocks = self.kv_block_allocator.allocate_memory_blocks(count)
+        if blocks is None or row >= self.max_requests or first + length > self.max_tokens:
+            raise RuntimeError(f"request {req.request_id} was taken up without room for it")
+        blocks = blocks.numpy()
+        places = np.arange(length)
+        for tensor, value in (
+            (self.request_ids, req.request_id), (self.request_query_lengths, length),
+            (self.request_in_prefill_status_tensor, 1),
+            (self.request_output_lengths, length + req.sampling_params.num_tokens_to_generate),
+            (self.request_kv_length_offsets, 0), (self.request_kv_block_counts, count),
+            (self.request_last_kv_block_id, blocks[-1]),
+            (self.request_last_kv_block_offset, (length - 1) % block),
+        ):
+            tensor.numpy()[row] = value
+        for (label, _), value in zip(
+            self.request_metadata_types, req.tracked_metadata, strict=True
+        ):
+            self.request_metadata[label].numpy()[row] = value
+        self.request_to_kv_block_ids.numpy()[row, :count] = blocks
+        for tensor, values in (
+            (self.token_to_pos_ids, places), (self.token_to_position_in_request, places),
+            (self.token_to_input_ids, prompt), (self.token_to_request_idx, row),
+            (self.token_to_block_idx, blocks[places // block]),
+            (self.token_to_local_position_within_kv_block, places % block),
+        ):
+            tensor.numpy()[first : first + length] = values
+        self.active_token_count += length
+        self.lifetime_prefill_token_count += length
+        self.total_request_count += 1
+        self.num_prefill_requests += 1
+
+    def initialize_attention_state(self, **options: Any) -> Any:
+        """Lay out a step; see the base class."""
+        event = super().initialize_attention_state(**options)
+        # Upstream bounds a captured step's longest query by all its tokens, and attention starts
+        # blocks of threads for as much of each request.
+        state = self.active_attn_metadata["mha_metadata"].state_data
+        state["max_seqlen_q"] = min(state["max_seqlen_q"], self.max_sequence_length)
+        return event
 
     def release(self) -> None:
         """Free the cache now, whatever reference cycles the engine leaves behind."""
@@ -64,6 +123,11 @@ class PagedContext(DynamicInferenceContext):
     def transfer_bookkeeping_to_gpu(self, *args: Any, **kwargs: Any) -> Any:
         """Publish the step's bookkeeping; what all layers share is derived once from it."""
         event = super().transfer_bookkeeping_to_gpu(*args, **kwargs)
+        self.follow_device()
+        return event
+
+    def follow_device(self) -> None:
+        """Derive anew what all layers share, after the device-side view of the step has changed."""
         self._angles = None
         if not hardware.IS_CUDA:
             tokens = slice(self.padded_active_token_count)
@@ -71,10 +135,10 @@ class PagedContext(DynamicInferenceContext):
                 self.gpu_view.token_to_block_idx[tokens].long() * self.block_size_tokens
                 + self.gpu_view.token_to_local_position_within_kv_block[tokens]
             )
-        return event
 
     def append_key_value_cache(self, layer_number: int, key: Tensor, value: Tensor) -> None:
         """Write the step's keys and values, [T, 1, K, D] each, into the cache."""
+        self._in_last_layer = layer_number in self._last_layers
         if hardware.IS_CUDA:
             super().append_key_value_cache(layer_number, key, value)
             return
@@ -89,19 +153,37 @@ class PagedContext(DynamicInferenceContext):
         mscale: float = 1.0,
     ) -> Tensor:
         """Rotate queries [T, 1, N, D] by their positions."""
-        if not _plain_rotary(config):
-            return super().apply_rotary_emb_query(
-                query, query_emb, config, cu_seqlens_q, cp_group, mscale
-            )
-        return self._rotate(query, query_emb, mscale)
+        if _plain_rotary(config):
+            rotated = self._rotate(query, query_emb, mscale)
+        else:
+            rotated = self._rotate_fused(query, query_emb, config, cp_group, mscale)
+        if self._in_last_layer:
+            # A layer rotates its keys, stores them, and rotates its queries, so this was the last
+            # use of the angles in the pass through a model chunk. They must not outlive it: a
+            # CUDA graph has to compute them itself in each replay, and would otherwise read those
+            # of the pass before its capture.
+            self._angles = None
+        return rotated
 
     def apply_rotary_emb_key(
         self, key: Tensor, key_emb: Tensor, config: Any, cp_group: Any, mscale: float = 1.0
     ) -> Tensor:
         """Rotate keys [T, 1, K, D] by their positions."""
         if not _plain_rotary(config):
-            return super().apply_rotary_emb_key(key, key_emb, config, cp_group, mscale)
+            return self._rotate_fused(key, key_emb, config, cp_group, mscale)
         return self._rotate(key, key_emb, mscale)
+
+    def _rotate_fused(
+        self, states: Tensor, angles: Tensor, config: Any, cp_group: Any, mscale: float
+    ) -> Tensor:
+        # Upstream looks the angles up anew in each layer, for q and for k, and copies q besides.
+        if self._angles is None:
+            positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
+            self._angles = (angles[positions], angles)
+        return apply_rotary_pos_emb(
+            t=states, freqs=self._angles[0], config=config, cp_group=cp_group, mscale=mscale,
+            mla_rotary_interleaved=config.multi_latent_attention,
+        )
 
     def _rotate(self, states: Tensor, angles: Tensor, mscale: float) -> Tensor:
         # Upstream looks the angles up and takes their sines anew in each layer, for q and for k.

@@ -10,6 +10,19 @@ from megatron_irl.errors import UserError
 from megatron_irl.types import Sample
 
 Progress = Callable[[int, int], None]
+Finished = Callable[[int, Sample], None]
+
+SAMPLES_PER_PROMPT = 1 << 20  # bound of the sample's index in a request's key
+
+
+def request_key(ordinal: int, sample: int) -> int:
+    """The key of one sample of one prompt: different for all of a round's samples.
+
+    Args:
+        ordinal: The prompt's number in its data.
+        sample: The sample's number among those of the prompt, less than 2^20.
+    """
+    return ordinal * SAMPLES_PER_PROMPT + sample
 
 
 @dataclass(frozen=True)
@@ -69,9 +82,14 @@ class Generator(Protocol):
         on_progress: Progress | None = None,
         *,
         keys: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: Finished | None = None,
     ) -> list[Sample]:
         """Sample one response per prompt.
+
+        Requests are taken up in the order given, as earlier ones make room; a caller that wants
+        the accelerator full gives all it has at once.
 
         Args:
             prompts: int32 token ids, none empty.
@@ -80,7 +98,10 @@ class Generator(Protocol):
             keys: One non-negative integer per prompt (its position by default). The randomness of
                 a response is a function of (seed, key, position) alone, so with global ordinals as
                 keys neither batching nor the data-parallel split changes a sample.
+            seeds: One seed per prompt, instead of ``sampling.seed``.
             max_new_tokens: Budgets per prompt, instead of ``sampling.max_new_tokens``.
+            on_finished: Called with a prompt's position and its sample as soon as that is complete,
+                in the same order on every rank of a replica.
 
         Returns:
             Samples whose log-probabilities are of the untempered, unfiltered policy.
@@ -90,4 +111,15 @@ class Generator(Protocol):
 
         Collectives: every rank of a model replica calls with equal arguments and gets the result.
         """
+        ...
+
+    def pause(self) -> None:
+        """End a phase of generation: free the cache, unless there is room for it beside training.
+
+        Collectives: every rank of a model replica must call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the cache, and all else that generation holds."""
         ...

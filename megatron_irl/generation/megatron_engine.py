@@ -3,62 +3,40 @@
 The engine runs on the very module that trains: no copy of the weights, no refit.
 """
 
-import faulthandler
 import itertools
 import math
-import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_irl import hardware
 from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
-from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
-from megatron_irl.generation.context import PagedContext
-from megatron_irl.generation.interface import Progress, SamplingConfig
-from megatron_irl.generation.pipeline import StageWrapper
-from megatron_irl.generation.sampling import KeyedSampler
+from megatron_irl.generation.cache_size import default_block_tokens
+from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
+from megatron_irl.generation.graphs import is_capturable
+from megatron_irl.generation.interface import Finished, Progress, SamplingConfig
+from megatron_irl.generation.requests import RequestTable
+from megatron_irl.generation.residency import KeepCache, Residency
+from megatron_irl.generation.sampler import TableSampler
 from megatron_irl.hardware import paged_attention
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import Sample
 
-from megatron.core.inference.config import InferenceConfig  # isort: skip
-from megatron.core.inference.engines import DynamicInferenceEngine  # isort: skip
+from megatron.core.inference.inference_request import DynamicInferenceRequest  # isort: skip
 from megatron.core.inference.sampling_params import SamplingParams  # isort: skip
-from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
-    TextGenerationController,
-)
-
-# Importing the engine makes SIGTERM and SIGINT dump a stack; ending a run is no crash.
-for _number in (signal.SIGTERM, signal.SIGINT):
-    faulthandler.unregister(_number)
-
-
-class _Controller(TextGenerationController):
-    """The engine's step, with our sampler and any number of stop ids; token ids only, no text."""
-
-    def __init__(self, wrapper: StageWrapper, sampler: KeyedSampler) -> None:
-        super().__init__(wrapper, tokenizer=None)
-        self._sampling = sampler
-
-    def detokenize(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
-        return ""
-
-    def _apply_stop_word_finished_ids(self, request_ids: Tensor, active_mask: Tensor) -> None:
-        # The engine compares with one termination id per request; this hook runs right after.
-        del request_ids
-        active_mask[torch.from_numpy(self._sampling.stopped)] = 0
 
 
 class MegatronGenerator:
     """A ``Generator`` on the training model; see ``interface.Generator`` for ``generate``.
 
-    The cache is allocated by the first ``generate`` and freed by ``close()`` or at the end of a
-    ``with`` block; ``generate`` may be called again after ``close``.
+    The cache is allocated by the first ``generate`` and freed by ``close()``, by ``pause()`` where
+    it may not stay, or at the end of a ``with`` block; ``generate`` may be called again after all
+    of them.
 
     Args:
         chunks: This rank's model chunks as trained (any Megatron wrapper), one per virtual
@@ -69,8 +47,14 @@ class MegatronGenerator:
         kv_cache_gb: Cache size of this rank in GiB. By default, room for ``max_requests``
             sequences of full length. With less, fewer requests run together.
         block_tokens: Cache block length; see ``default_block_tokens``.
+        cuda_graphs: ``auto`` captures decode steps where that is possible, ``off`` never, a number
+            so many batch sizes at most.
+        keep_cache: Whether ``pause`` leaves cache and graphs in memory; see ``Residency``.
+        share_prompts: Requests with equal prompts compute the whole blocks of their cache once.
+        burst_steps: Decode steps between two looks by the host.
 
-    Collectives: construction has none; ``generate`` runs over the model-parallel group.
+    Collectives: construction has none; ``generate`` and ``pause`` run over the model-parallel
+    group.
     """
 
     def __init__(
@@ -83,15 +67,28 @@ class MegatronGenerator:
         max_requests: int = 64,
         kv_cache_gb: float | None = None,
         block_tokens: int | None = None,
+        cuda_graphs: str | int = "auto",
+        keep_cache: KeepCache = "auto",
+        share_prompts: bool = False,
+        burst_steps: int = BURST_STEPS,
     ) -> None:
+        paged_attention.install()
         self._chunks, self._topology = list(chunks), topology
         self._max_sequence_length = max_sequence_length
-        self._max_requests = math.ceil(max_requests / topology.tp_size) * topology.tp_size
-        self._block_tokens = block_tokens or default_block_tokens(max_sequence_length)
-        self._kv_cache_gb = kv_cache_gb
-        self._sampler = KeyedSampler(vocab_size, hardware.device())
-        self._engine: DynamicInferenceEngine | None = None
-        paged_attention.install()
+        self._asked_graphs = cuda_graphs
+        self._options = EngineOptions(
+            max_sequence_length=max_sequence_length,
+            max_requests=math.ceil(max_requests / topology.tp_size) * topology.tp_size,
+            kv_cache_gb=kv_cache_gb,
+            block_tokens=block_tokens or default_block_tokens(max_sequence_length),
+            share_prompts=share_prompts,
+            burst_steps=burst_steps,
+        )
+        self._sampler = TableSampler(vocab_size, hardware.device())
+        self._built: BuiltEngine | None = None
+        self._capture_seconds = 0.0
+        self.graphs_used = 0  # captured for the last engine, which may be gone
+        self.residency = Residency(keep_cache, topology)
 
     def __enter__(self) -> "MegatronGenerator":
         return self
@@ -99,11 +96,31 @@ class MegatronGenerator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def engine(self) -> Any:
+        """Megatron's engine, or None while there is none."""
+        return self._built.engine if self._built else None
+
+    @property
+    def graph_count(self) -> int:
+        """CUDA graphs of the engine's steps captured at present."""
+        return self._built.graph_count if self._built else 0
+
+    def take_capture_seconds(self) -> float:
+        """Seconds spent on capturing graphs since this was asked last."""
+        seconds, self._capture_seconds = self._capture_seconds, 0.0
+        return seconds
+
+    def pause(self) -> None:
+        """End a phase of generation; see ``interface.Generator.pause``."""
+        if not self.residency.end_generation():
+            self.close()
+
     def close(self) -> None:
-        """Free the KV cache and the engine."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.context.release()
+        """Free the KV cache, the graphs and the engine."""
+        built, self._built = self._built, None
+        if built is not None:
+            built.release()
             hardware.release_cached_memory()
 
     def generate(
@@ -113,24 +130,30 @@ class MegatronGenerator:
         on_progress: Progress | None = None,
         *,
         keys: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
         max_new_tokens: Sequence[int] | None = None,
+        on_finished: Finished | None = None,
     ) -> list[Sample]:
         """One response per prompt, in order; see ``interface.Generator.generate``."""
-        budgets = list(max_new_tokens or itertools.repeat(sampling.max_new_tokens, len(prompts)))
+        count = len(prompts)
+        budgets = list(max_new_tokens or itertools.repeat(sampling.max_new_tokens, count))
         self._check(prompts, budgets)
-        keys = range(len(prompts)) if keys is None else keys
-        self._sampler.begin(sampling, [len(p) for p in prompts], budgets, keys)
+        seeds = [sampling.seed] * count if seeds is None else seeds
+        streams = list(zip(seeds, range(count) if keys is None else keys, strict=True))
+        self.residency.begin_generation()
         with borrow(self._chunks) as models:
             if not prompts:  # not before borrowing, which may be collective over data parallelism
                 return []
-            if self._engine is None:
-                self._engine = self._build_engine(models)
+            if self._built is None:
+                self._build(models)
+            assert self._built is not None
+            table = self._sampler.table = RequestTable(sampling, budgets, streams)
             try:
-                self._run(self._engine, prompts, budgets, on_progress)
+                with self._built.lent():
+                    return self._run(self._built, prompts, table, on_progress, on_finished)
             except BaseException:
                 self.close()  # requests in flight would haunt the next call
                 raise
-        return [self._sample(row) for row in range(len(prompts))]
 
     def _check(self, prompts: Sequence[np.ndarray], budgets: Sequence[int]) -> None:
         for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
@@ -144,51 +167,85 @@ class MegatronGenerator:
                     "data.max_prompt_length."
                 )
 
-    def _build_engine(self, models: list[Any]) -> DynamicInferenceEngine:
-        config = InferenceConfig(
-            block_size_tokens=self._block_tokens,
-            buffer_size_gb=cache_gb(  # pyright: ignore[reportArgumentType]
-                models[0].config, max_sequence_length=self._max_sequence_length,
-                max_requests=self._max_requests, block_tokens=self._block_tokens,
-                kv_cache_gb=self._kv_cache_gb,
-            ),
-            max_requests=self._max_requests,
-            # Steps are padded to the rounding, so a limit in between would be overrun.
-            max_tokens=PagedContext.round_up_tokens(
-                max(4096, self._max_sequence_length, self._max_requests), self._topology.tp_size
-            ),
-            max_sequence_length=self._max_sequence_length,
-            pg_collection=self._topology.groups,
-            unified_memory_level=0,
-            num_cuda_graphs=None,
-            use_cuda_graphs_for_non_decode_steps=False,
-            materialize_only_last_token_logits=True,
+    def _build(self, models: list[Any]) -> None:
+        graphs = self._asked_graphs
+        number = None
+        if graphs != "off" and not is_capturable(models, paged_attention.has_flash_attention()):
+            number = -1 if graphs == "auto" else int(graphs)
+        hardware.release_cached_memory()
+        before = hardware.held_memory()
+        self._built = BuiltEngine(
+            models, self._topology, self._sampler, replace(self._options, cuda_graphs=number)
         )
-        context = PagedContext(models[0].config, config)
-        context.map_layers([layer for model in models for layer in model.decoder.layers])
-        wrapper = StageWrapper(models, context)
-        return DynamicInferenceEngine(_Controller(wrapper, self._sampler), context)
+        self._capture_seconds += self._built.capture_seconds
+        self.graphs_used = self._built.graph_count
+        self.residency.cache_bytes = hardware.held_memory() - before
 
     def _run(
-        self, engine: DynamicInferenceEngine, prompts: Sequence[np.ndarray],
-        budgets: Sequence[int], on_progress: Progress | None,
-    ) -> None:
-        for request, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
-            ids = torch.as_tensor(np.asarray(prompt, dtype=np.int64), device=hardware.device())
-            # Sampling is the sampler's business; stopping by id is the controller's.
-            params = SamplingParams(num_tokens_to_generate=int(budget), termination_id=-1)
-            engine.add_request(request, ids, params)
+        self, built: BuiltEngine, prompts: Sequence[np.ndarray], table: RequestTable,
+        on_progress: Progress | None, on_finished: Finished | None,
+    ) -> list[Sample]:
+        samples: list[Any] = [None] * len(prompts)
         finished = 0
-        while engine.has_unfinished_requests():
-            done: Any = engine.step_modern()
-            finished += len(done["finished_request_records"])
+        for ended in _steps(built, prompts, table):
+            for request in ended:
+                samples[request] = table.finish(request)
+                if on_finished is not None:
+                    on_finished(request, samples[request])
+            finished += len(ended)
             if on_progress is not None:
-                on_progress(finished, int(self._sampler.lengths.sum()))
+                on_progress(finished, table.token_count)
+        return samples
 
-    def _sample(self, row: int) -> Sample:
-        length = int(self._sampler.lengths[row])
-        tokens = self._sampler.tokens[row, :length].copy()
-        stopped = int(tokens[-1]) in self._sampler.sampling.stop_set
-        return Sample(
-            tokens, self._sampler.logprobs[row, :length].copy(), "stop" if stopped else "length"
+
+def _steps(
+    built: BuiltEngine, prompts: Sequence[np.ndarray], table: RequestTable
+) -> Iterator[list[int]]:
+    """Run the engine until all requests are sampled; yield those that have ended, step by step.
+
+    A step with prompts in it costs the host far more than a decode step. So the places of ended
+    requests are filled several at a time, unless the host looks at every step anyway.
+    """
+    engine, loop = built.engine, built.loop
+    places = engine.context.max_requests
+    together = max(1, places // 8) if loop.burst_steps > 1 else 1
+    queue = iter(range(len(prompts)))
+    cut = False  # the last step took fewer prompts than there were places for
+    while True:
+        room = max(0, places - len(engine.waiting_request_ids))  # evicted ones wait there too
+        for request in itertools.islice(queue, room):
+            _add(engine, request, prompts[request], table.budgets[request])
+        if not engine.has_unfinished_requests():
+            return
+        waiting = len(engine.waiting_request_ids)
+        free = places - engine.context.total_request_count
+        enough = cut or free >= min(together, waiting)
+        if loop.ready() and not (waiting and enough and _fits(engine)):
+            cut = False
+            yield loop.run(table, wanted=max(1, together - free) if waiting else None)
+            continue
+        records = engine.step_modern()["finished_request_records"]
+        left = len(engine.waiting_request_ids)
+        cut = left > 0 and waiting - left < free
+        yield [record[-1].request_id for record in records]
+
+
+def _add(engine: Any, request: int, prompt: np.ndarray, budget: int) -> None:
+    # Sampling is the sampler's business; stopping by id is the controller's. The prompt stays on
+    # the host (engine.add_request would ask for it on the device): bookkeeping copies it there.
+    context = engine.context
+    engine._add_request(
+        DynamicInferenceRequest(
+            request_id=request,
+            prompt_tokens=torch.as_tensor(np.asarray(prompt, dtype=np.int64)),
+            sampling_params=SamplingParams(num_tokens_to_generate=int(budget), termination_id=-1),
+            block_size_tokens=context.block_size_tokens,
+            enable_prefix_caching=context.enable_prefix_caching,
         )
+    )
+
+
+def _fits(engine: Any) -> bool:
+    """Whether the next request in the queue could start now."""
+    head = engine.get_request(engine.waiting_request_ids[0])
+    return engine._can_schedule_non_chunked_prefill(head, record_cg_wait=False)

@@ -24,9 +24,23 @@ class StageWrapper(GPTInferenceWrapper):
     the pipeline group as many times as there are chunks.
     """
 
-    def __init__(self, models: list[Any], context: Any) -> None:
+    def __init__(self, models: list[Any], context: Any, *, fixed_buffers: bool = False) -> None:
         super().__init__(models[0], context)
         self._models = models
+        self._fixed_buffers = fixed_buffers
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+
+    def _allocate_recv_buffer(self, batch_size: int, seq_len: int) -> Tensor:
+        """What the stage before sends arrives here: [S, B, H].
+
+        A captured stage reads its input where it was at the capture, hence one buffer per shape.
+        """
+        if not self._fixed_buffers:
+            return super()._allocate_recv_buffer(batch_size, seq_len)
+        key = (batch_size, seq_len)
+        if key not in self._buffers:
+            self._buffers[key] = super()._allocate_recv_buffer(batch_size, seq_len)
+        return self._buffers[key]
 
     @torch.inference_mode()
     def run_one_forward_step(

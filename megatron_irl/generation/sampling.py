@@ -5,21 +5,20 @@ So the token drawn depends on the logits and on (seed, key, t), never on which r
 to share the batch. It is also cheap: no vocabulary-sized noise, no vocabulary-sized cumulative
 sum (the vocabulary is searched in two levels), and the log-probability falls out of the same pass.
 
-Shape letters: B rows of logits, V vocabulary, C vocabulary chunks.
-"""
+Nothing here makes the host wait for the device, so a step's sampling can be captured in a CUDA
+graph. (On the CPU, where waiting costs nothing, the nucleus is found by a search that looks.)
 
-from collections.abc import Sequence
-from typing import Any
+Shape letters: B rows of logits, V vocabulary, C blocks of the vocabulary.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_irl import hardware
 from megatron_irl.generation.interface import SamplingConfig
 
-from megatron.core.inference.sampling import Sampling  # isort: skip  (after hardware)
-
-CHUNK = 256
+BLOCK = 256
 
 
 def sample_rows(
@@ -64,9 +63,11 @@ def filter_weights(weights_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     if 0 < top_k < vocab:
         floor = weights_BV.topk(top_k, dim=-1).values[:, -1:]
         weights_BV.masked_fill_(weights_BV < floor, 0.0)
-    if top_p < 1.0:
+    if top_p < 1.0 and hardware.IS_CUDA:
+        bisect_nucleus(weights_BV, top_p)
+    elif top_p < 1.0:
         goal_B1 = top_p * weights_BV.sum(dim=-1, keepdim=True, dtype=torch.float64)
-        width = min(vocab, top_k or CHUNK)
+        width = min(vocab, top_k or BLOCK)
         while True:  # sorting a whole vocabulary is slow, and the nucleus is nearly always small
             top = weights_BV.topk(width, dim=-1).values
             mass = top.double().cumsum(dim=-1)
@@ -78,22 +79,41 @@ def filter_weights(weights_BV: Tensor, top_k: int, top_p: float) -> Tensor:
     return weights_BV
 
 
+def bisect_nucleus(weights_BV: Tensor, top_p: float) -> None:
+    """Keep the nucleus, in place, without a sort and without the host.
+
+    The bits of non-negative floats order as the floats do, so 31 halvings find the largest
+    threshold whose mass reaches the goal.
+    """
+    bits_BV = weights_BV.view(torch.int32)
+    goal_B1 = top_p * weights_BV.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    low_B1 = torch.zeros_like(goal_B1, dtype=torch.int32)
+    high_B1 = bits_BV.amax(dim=-1, keepdim=True)
+    for _ in range(31):
+        middle = low_B1 + (high_B1 - low_B1 + 1) // 2
+        inside = weights_BV * (bits_BV >= middle)
+        reached = inside.sum(dim=-1, keepdim=True, dtype=torch.float64) >= goal_B1
+        low_B1 = torch.where(reached, middle, low_B1)
+        high_B1 = torch.where(reached, high_B1, middle - 1)
+    weights_BV.masked_fill_(bits_BV < low_B1, 0.0)
+
+
 def _invert(weights_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """Index where the cumulative weight first exceeds ``uniform * total``; and the total (f64)."""
     rows, vocab = weights_BV.shape
-    whole = vocab // CHUNK * CHUNK
-    sums = weights_BV[:, :whole].unflatten(1, (-1, CHUNK)).sum(dim=-1)
+    whole = vocab // BLOCK * BLOCK
+    sums = weights_BV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
     if whole < vocab:
         sums = torch.cat([sums, weights_BV[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
     upper_BC = sums.double().cumsum(dim=-1)
     total_B = upper_BC[:, -1]
     goal_B1 = (uniform_B * total_B)[:, None]
-    chunk_B1 = _first_above(upper_BC, goal_B1, sums > 0)
-    rest_B1 = goal_B1 - (upper_BC - sums).gather(1, chunk_B1)
-    index = chunk_B1 * CHUNK + torch.arange(CHUNK, device=weights_BV.device)
+    block_B1 = _first_above(upper_BC, goal_B1, sums > 0)
+    rest_B1 = goal_B1 - (upper_BC - sums).gather(1, block_B1)
+    index = block_B1 * BLOCK + torch.arange(BLOCK, device=weights_BV.device)
     inside = weights_BV.gather(1, index.clamp(max=vocab - 1)) * (index < vocab)
     offset_B1 = _first_above(inside.double().cumsum(dim=-1), rest_B1, inside > 0)
-    return (chunk_B1 * CHUNK + offset_B1)[:, 0], total_B
+    return (block_B1 * BLOCK + offset_B1)[:, 0], total_B
 
 
 def _first_above(cumulative: Tensor, goal: Tensor, positive: Tensor) -> Tensor:
@@ -107,64 +127,3 @@ def _first_above(cumulative: Tensor, goal: Tensor, positive: Tensor) -> Tensor:
 def uniforms(seed: int, key: int, count: int) -> np.ndarray:
     """float64 [count], the random numbers of one response."""
     return np.random.Generator(np.random.Philox(key=[seed, key])).random(count)
-
-
-class KeyedSampler(Sampling):
-    """The engine's sampling backend and the recorder of what was sampled.
-
-    Recording here, by (request, position), keeps tokens and log-probabilities right even when the
-    engine evicts a request and recomputes it, and spares the engine's own per-token lists.
-    """
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size, self.device = vocab_size, device
-        self.sampling = SamplingConfig()
-        self.begin(self.sampling, [], [], [])
-
-    def begin(
-        self, sampling: SamplingConfig, prompt_lengths: Sequence[int], budgets: Sequence[int],
-        keys: Sequence[int],
-    ) -> None:
-        """Start a batch of requests, whose engine ids are 0, 1, 2 … in this order."""
-        count, longest = len(budgets), max(budgets, default=0)
-        self.sampling = sampling
-        self._prompt_lengths = torch.tensor(prompt_lengths, dtype=torch.long)
-        self._uniforms = np.zeros((count, longest))
-        if not sampling.greedy:
-            for row, (key, budget) in enumerate(zip(keys, budgets, strict=True)):
-                self._uniforms[row, :budget] = uniforms(sampling.seed, key, budget)
-        self.tokens = np.zeros((count, longest), dtype=np.int32)
-        self.logprobs = np.zeros((count, longest), dtype=np.float32)
-        self.lengths = np.zeros(count, dtype=np.int64)
-        self.stops = np.array(sorted(sampling.stop_set))
-        self.stopped = np.zeros(0, dtype=bool)
-
-    def sample_kernel(
-        self, logits: Tensor, n: int, context: Any, *, no_top_k: bool, no_top_p: bool,
-        gather_indices: Tensor | None = None, token_to_request_index: Tensor | None = None,
-        output: Tensor | None = None, eager: bool = False, cache_key: Any = None,
-    ) -> Tensor:
-        """Sample for the step's ``n`` active requests; see the base class."""
-        del no_top_k, no_top_p, token_to_request_index, eager, cache_key
-        logits = logits[:n] if gather_indices is None else logits[gather_indices[:n]]
-        active = slice(context.paused_request_count, context.total_request_count)
-        ids = context.request_ids[active].long()
-        positions = (
-            context.request_kv_length_offsets[active]
-            + context.request_query_lengths[active]
-            - self._prompt_lengths[ids]
-        ).numpy()
-        ids = ids.numpy()
-        uniform_B = torch.from_numpy(self._uniforms[ids, positions]).to(self.device)
-        token_B, logprob_B = sample_rows(logits[:, : self.vocab_size], uniform_B, self.sampling)
-        tokens = token_B.cpu().numpy()
-        self.tokens[ids, positions] = tokens
-        self.logprobs[ids, positions] = logprob_B.cpu().numpy()
-        self.lengths[ids] = positions + 1
-        self.stopped = np.isin(tokens, self.stops)
-        return token_B if output is None else output.copy_(token_B)
-
-    def log_probs_kernel(
-        self, logits: Tensor, context: Any, *, token_to_request_index: Tensor | None = None
-    ) -> Tensor:
-        raise NotImplementedError("log-probabilities are recorded as tokens are sampled")

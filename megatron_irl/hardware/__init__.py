@@ -70,13 +70,31 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def total_memory() -> int:
+    """Bytes of the device's memory; 0 on CPU."""
+    return torch.cuda.mem_get_info()[1] if IS_CUDA else 0
+
+
+def foreign_memory() -> int:
+    """Bytes of the device that are neither free nor this process's tensors; 0 on CPU."""
+    if not IS_CUDA:
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return max(0, total - free - torch.cuda.memory_reserved())
+
+
+def held_memory() -> int:
+    """Bytes of device memory that tensors of this process take; 0 on CPU."""
+    return torch.cuda.memory_allocated() if IS_CUDA else 0
+
+
 def peak_memory() -> int:
-    """Most bytes of tensors at one time since ``reset_peak_memory``; 0 on CPU."""
+    """Most bytes that tensors took at once since ``reset_peak_memory``; 0 on CPU."""
     return torch.cuda.max_memory_allocated() if IS_CUDA else 0
 
 
 def reset_peak_memory() -> None:
-    """Begin a new ``peak_memory``."""
+    """Start a new phase, whose ``peak_memory`` is its own."""
     if IS_CUDA:
         torch.cuda.reset_peak_memory_stats()
 

@@ -305,6 +305,15 @@ class _ByType:
         return chosen(*args, **options)
 
 
+def has_flash_attention() -> bool:
+    """Whether generation in 16 bits runs on flash-attn (2, 3 or 4), and not on the stand-ins."""
+    from megatron.core.transformer import attention
+
+    ours = (None, flash_attn_with_kvcache)
+    found = attention.HAVE_FA4 or attention.HAVE_FA3
+    return bool(found) or attention.flash_attn_with_kvcache not in ours
+
+
 def install() -> None:
     """Give Megatron-Core these kernels for fp32, and for all types without flash-attn. Idempotent.
 

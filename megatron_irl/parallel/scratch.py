@@ -1,5 +1,7 @@
 """Megatron's shared communication buffers, between inference and training."""
 
+from typing import Any
+
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 
 from megatron.core import parallel_state  # isort: skip
@@ -11,6 +13,10 @@ def drop_shared_buffers() -> None:
     Sequence parallelism gathers into one global buffer. If generation allocated it, it is an
     inference tensor, and the first training step after that may not write to it.
     """
+    shared_buffers().clear()
+
+
+def shared_buffers() -> dict[Any, Any]:
+    """The buffers themselves, by use and type, to be changed in place; empty before there are."""
     buffer = parallel_state._GLOBAL_MEMORY_BUFFER
-    if buffer is not None:
-        buffer.buffer.clear()
+    return {} if buffer is None else buffer.buffer

@@ -114,7 +114,10 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         create_gloo_process_groups=hardware.IS_CUDA,  # on CPU all groups are
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed, force_reset_rng=True,
+        use_cudagraphable_rng=hardware.IS_CUDA,  # generation's CUDA graphs ask for it
+    )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Topology(
         rank=dist.get_rank(),

@@ -12,8 +12,9 @@ import numpy as np
 from megatron_irl.console import Console
 from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.round_pairs import RoundPairs
-from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.generation.interface import SamplingConfig, request_key
+from megatron_irl.parallel.main_rank import everywhere, on_main
+from megatron_irl.parallel.reduce import gather_over_data_parallel
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct, summed
 from megatron_irl.storage.shared_bank import SharedBank
@@ -32,49 +33,145 @@ def open_pairs(bank: PairBank, round_index: int) -> RoundPairs:
 def sample_pairs(
     policy: Policy, bank: SharedBank, round_index: int, demonstrations: Sequence[Demonstration], *,
     sampling: SamplingConfig, part_size: int, stream: int = 0, samples_per_prompt: int = 1,
-    console: Console, clock: Clock,
+    scheme: int = 2, console: Console, clock: Clock,
 ) -> dict[str, Any]:
     """Sample responses to every prompt and commit the pairs, part by part; skips done parts.
 
     The samples of a prompt follow each other, each as a pair with the prompt's demonstration.
 
     Args:
-        sampling: Its seed is the run's; the seed of a part derives from (run seed, round, part),
-            so an interrupted generation goes on to the samples it would have drawn.
-        part_size: Prompts of a part.
+        sampling: Its seed is the run's, of which others derive.
+        part_size: Most prompts of a part.
         stream: Keeps the seeds of several banks apart.
+        scheme: 2: what is drawn depends on (seed, round, stream), the prompt and the number of the
+            sample alone. 1, of runs that release 0.1.0 began: on the part and the place in it.
 
     Returns:
-        ``samples``, ``seconds`` and ``tokens_per_second`` of what this call sampled.
+        ``samples``, ``seconds`` and ``tokens_per_second`` of what this call sampled, and on CUDA
+        what capturing graphs took and the phases' peaks of memory in GiB.
 
     Collectives: every rank must call.
     """
     topology, count = policy.topology, len(demonstrations)
+    if scheme > 1:  # every replica has parts of its own to write
+        part_size = min(part_size, max(1, -(-count // topology.dp_size)))
     bounds = [(i, min(i + part_size, count)) for i in range(0, count, part_size)]
     parts = [
         [d for d in demonstrations[first:last] for _ in range(samples_per_prompt)]
         for first, last in bank.begin_round(round_index, bounds)
     ]
     bank.discard_others(round_index, parts)
-    done = bank.done_parts(round_index)
-    tokens, start = 0, time.perf_counter()
+    done = bank.done_parts(round_index)  # once: it is collective, and reads every part
+    left = [number for number in range(len(parts)) if number not in done]
+    start = time.perf_counter()
     with clock.timed("generation"):
-        for number, part in enumerate(parts):
-            if number in done:
-                continue
-            seed = chunk_seed(sampling.seed, round_index, stream + number)
-            samples = generate(policy, [d.prompt_ids for d in part], replace(sampling, seed=seed),
-                               console)
-            tokens += sum(len(sample.token_ids) for sample in samples)
-            pairs = [_pair(d, s, round_index) for d, s in zip(part, samples, strict=True)]
-            on_main(partial(bank.write_part, round_index, number, pairs), topology)
-        policy.release_cache()  # the KV cache goes before optimisation
+        if scheme == 1:
+            tokens = _sample_by_part(policy, bank, round_index, parts, left, sampling, stream,
+                                     console)
+        else:
+            seed = round_seed(sampling.seed, round_index, stream)
+            tokens = _sample_share(policy, bank, round_index, parts, left,
+                                   replace(sampling, seed=seed), console)
+        policy.release_cache()  # optimisation wants its memory
         bank.finish_round(round_index)  # a barrier too: every rank reads the pairs next
     seconds = time.perf_counter() - start
     return {
         "samples": samples_per_prompt * len(demonstrations), "seconds": seconds,
-        "tokens_per_second": tokens / seconds if tokens else 0.0,
+        "tokens_per_second": tokens / seconds if tokens else 0.0, **policy.generation_costs(),
     }
+
+
+def round_seed(seed: int, round_index: int, stream: int) -> int:
+    """The seed of a round's samples, in [0, 2^64); a pure function, the same on every machine."""
+    words = np.random.SeedSequence(seed, spawn_key=(round_index, stream, 2))
+    return int(words.generate_state(1, np.uint64)[0])
+
+
+def _sample_by_part(
+    policy: Policy, bank: SharedBank, round_index: int, parts: Sequence[list[Demonstration]],
+    left: Sequence[int], sampling: SamplingConfig, stream: int, console: Console,
+) -> int:
+    """Sample as release 0.1.0 did: part by part, each dealt over the replicas. Returns tokens."""
+    tokens = 0
+    for number in left:
+        seed = chunk_seed(sampling.seed, round_index, stream + number)
+        samples = generate(
+            policy, [d.prompt_ids for d in parts[number]], replace(sampling, seed=seed), console
+        )
+        tokens += sum(len(sample.token_ids) for sample in samples)
+        pairs = _pairs(parts[number], samples, round_index)
+        on_main(partial(bank.write_part, round_index, number, pairs), policy.topology)
+    return tokens
+
+
+def _sample_share(
+    policy: Policy, bank: SharedBank, round_index: int, parts: Sequence[list[Demonstration]],
+    left: Sequence[int], sampling: SamplingConfig, console: Console,
+) -> int:
+    """Sample this replica's parts as one queue, and commit each part as it is complete.
+
+    All samples of a prompt stand in one part and so are drawn by one replica. Returns the tokens
+    that all replicas sampled.
+    """
+    topology = policy.topology
+    numbered, mine = _number_samples(parts), left[topology.dp_rank :: topology.dp_size]
+    places = [(number, i) for number in mine for i in range(len(parts[number]))]
+    drawn: dict[int, dict[int, Sample]] = {number: {} for number in mine}
+    failed: list[Exception] = []
+    writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
+    tokens = 0
+
+    def keep(request: int, sample: Sample) -> None:
+        nonlocal tokens
+        number, i = places[request]
+        drawn[number][i] = sample
+        tokens += len(sample.token_ids)
+        if len(drawn[number]) < len(parts[number]):
+            return
+        samples = drawn.pop(number)
+        if writes and not failed:
+            in_order = [samples[i] for i in range(len(samples))]
+            try:
+                bank.write_part(
+                    round_index, number, _pairs(parts[number], in_order, round_index)
+                )
+            except Exception as error:  # the replica's other ranks go on generating with this one
+                failed.append(error)
+
+    with console.generation(len(places)) as advance:
+        policy.generate_share(
+            [parts[number][i].prompt_ids for number, i in places], sampling, advance,
+            keys=[numbered[number][i] for number, i in places], on_finished=keep,
+        )
+
+    def raise_failed() -> None:
+        if failed:
+            raise failed[0]
+
+    everywhere(raise_failed, topology)
+    return sum(gather_over_data_parallel(tokens, topology))
+
+
+def _number_samples(parts: Sequence[Sequence[Demonstration]]) -> list[list[int]]:
+    """A key for each sample of a round: its prompt's ordinal, and how many were before it.
+
+    A round may hold a prompt twice, where one pass over the data ends in it.
+    """
+    before: dict[int, int] = {}
+    keys = []
+    for part in parts:
+        keys.append([])
+        for demonstration in part:
+            sample = before.get(demonstration.ordinal, 0)
+            before[demonstration.ordinal] = sample + 1
+            keys[-1].append(request_key(demonstration.ordinal, sample))
+    return keys
+
+
+def _pairs(
+    part: Sequence[Demonstration], samples: Sequence[Sample], round_index: int
+) -> list[Pair]:
+    return [_pair(d, s, round_index) for d, s in zip(part, samples, strict=True)]
 
 
 def generate(

@@ -14,8 +14,8 @@ from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import load_hf_weights_once
 from megatron_irl.data.packing import alignment
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.generation.interface import Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
-from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import wrap_data_parallel
 from megatron_irl.parallel.reduce import gather_in_turn
@@ -186,7 +186,8 @@ class Policy:
     # --- generation
 
     def open_generator(
-        self, *, max_sequence_length: int, max_requests: int = 64, kv_cache_gb: float | None = None
+        self, *, max_sequence_length: int, max_requests: int = 64,
+        kv_cache_gb: float | None = None, **options: Any,
     ) -> None:
         """Make ready to generate; the cache itself is allocated by the first ``generate``.
 
@@ -195,7 +196,22 @@ class Policy:
         self.generator = MegatronGenerator(
             self.chunks, self.topology, max_sequence_length=max_sequence_length,
             vocab_size=self.architecture.vocab_size, max_requests=max_requests,
-            kv_cache_gb=kv_cache_gb,
+            kv_cache_gb=kv_cache_gb, **options,
+        )
+
+    def generate_share(
+        self, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
+        on_progress: OnGenerated | None = None, *, keys: Sequence[int],
+        on_finished: Finished | None = None,
+    ) -> list[Sample]:
+        """A response to every prompt of this replica; see ``Generator.generate``.
+
+        Collectives: the ranks of a replica with equal arguments, and every replica, with what is
+        its own or nothing.
+        """
+        assert self.generator is not None, "open_generator comes first"
+        return self.generator.generate(
+            prompts, sampling, on_progress, keys=keys, on_finished=on_finished
         )
 
     def generate(
@@ -221,7 +237,31 @@ class Policy:
         )
         return gather_in_turn(samples, topology)
 
-    def release_cache(self) -> None:
-        """Free the KV cache; optimisation wants its memory. ``generate`` may be called again."""
+    def note_update(self) -> None:
+        """Whoever updates the weights says so: memory in use is then what training takes."""
         if self.generator is not None:
-            self.generator.close()
+            self.generator.residency.note_update()
+
+    def generation_costs(self) -> dict[str, Any]:
+        """What generation cost beside its time, on this rank; nothing on CPU.
+
+        ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
+        that tensors took in the last phase of generation and in the training before it.
+        """
+        if self.generator is None or not hardware.IS_CUDA:
+            return {}
+        residency = self.generator.residency
+        peaks = {"generation": residency.peak_generation, "train": residency.peak_train}
+        return {
+            "graphs": self.generator.graphs_used,
+            "capture_seconds": self.generator.take_capture_seconds(),
+            **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
+        }
+
+    def release_cache(self) -> None:
+        """A phase of generation ends: free the cache, unless training leaves room for it.
+
+        ``generate`` may be called again. Collectives: every rank of a replica must call.
+        """
+        if self.generator is not None:
+            self.generator.pause()

@@ -76,11 +76,14 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     policy.open_generator(
         max_sequence_length=generation_length(recipe),
         max_requests=recipe.generation.max_requests, kv_cache_gb=recipe.generation.kv_cache_gb,
+        cuda_graphs=recipe.generation.cuda_graphs, keep_cache=recipe.generation.keep_cache,
+        share_prompts=recipe.generation.share_prompts,
     )
     sampling = sampling_config(recipe, inputs.tokenizer)
     evaluator = Evaluator(
         recipe, inputs.algorithm, policy, inputs.tokenizer, inputs.data, sampling, heldout_bank,
         folder.preference_references, console, clock,
+        on_main(lambda: folder.sampling, topology),  # not what each rank finds in run.json
     )
     return Run(
         recipe=recipe, algorithm=inputs.algorithm, topology=topology, policy=policy,

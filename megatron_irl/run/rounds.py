@@ -1,6 +1,7 @@
 """The start of a round: sample from the policy, cache the reference, commit both to the bank."""
 
 import json
+from contextlib import ExitStack
 from typing import Any
 
 from megatron_irl.algorithms.round import Round
@@ -12,6 +13,7 @@ from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import add_references, open_pairs, sample_pairs
 from megatron_irl.run.run import Run
 from megatron_irl.storage.commit import read_json, write_file
+from megatron_irl.train.offload import offloaded
 from megatron_irl.types import Demonstration, Pair
 
 
@@ -59,14 +61,19 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
         return open_pairs(run.bank, round_index), known
     if run.state.step_in_round:  # what is measured at a round's start cannot be any more
         return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
-    generation = sample_pairs(
-        run.policy, run.bank, round_index,
-        round_demonstrations(run.data.demonstrations, run.recipe.algorithm.prompts_per_round or 0,
-                             run.recipe.seed, round_index),
-        sampling=run.sampling, part_size=run.recipe.generation.chunk_size,
-        samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe), console=run.console,
-        clock=run.clock,
-    )
+    with ExitStack() as stack:
+        if run.recipe.generation.offload_optimizer:
+            stack.enter_context(offloaded(run.policy.chunks, run.trainer.optimizer))
+        generation = sample_pairs(
+            run.policy, run.bank, round_index,
+            round_demonstrations(
+                run.data.demonstrations, run.recipe.algorithm.prompts_per_round or 0,
+                run.recipe.seed, round_index,
+            ),
+            sampling=run.sampling, part_size=run.recipe.generation.chunk_size,
+            samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe),
+            scheme=run.evaluator.scheme, console=run.console, clock=run.clock,
+        )
     pairs = open_pairs(run.bank, round_index)
     references = add_references(
         run.policy, pairs, weights_of=run.reference_weights, console=run.console, clock=run.clock

@@ -92,6 +92,7 @@ class Stepper:
             raise TrainingDiverged(f"the loss is {loss} {where}")
         with freeze(self.optimizer, frozen):
             _, grad_norm, _ = self.optimizer.step()
+        policy.note_update()
         grad_norm = float(grad_norm)
         if not _finite(grad_norm):
             raise TrainingDiverged(f"the gradient norm is {grad_norm} {where}")

@@ -36,6 +36,6 @@ def memory_of_generation(
     generator.close()
     before = storage_bytes(live_tensors())
     generator.generate(prompts, options)
-    during, cache = storage_bytes(live_tensors()), generator._engine.context.memory_buffer.nbytes
+    during, cache = storage_bytes(live_tensors()), generator.engine.context.memory_buffer.nbytes
     generator.close()
     return before, during, storage_bytes(live_tensors()), cache

@@ -93,6 +93,10 @@ def test_a_name_with_glob_characters_is_taken_literally(recipe_path: Path):
     ("algorithm.beta=.nan", "not finite"),
     ("output_dir=2024", "output_dir=2024 is an integer; output_dir takes a string. Put it in"),
     ("parallel.sequence_parallel=1", "takes true or false"),
+    ("generation.cuda_graphs=never", "generation.cuda_graphs=never is not one of auto, off"),
+    ("generation.cuda_graphs=true", "generation.cuda_graphs=True is not one of auto, off"),
+    ("generation.cuda_graphs=2.5", "is not one of auto, off"),
+    ("generation.keep_cache=maybe", "is not one of auto, true, false"),
     ("data.train=data/z*.jsonl", "data.train=data/z*.jsonl matches no file"),
     ("data.eval=models", "data.eval=models is a folder without data files"),
     ("data.train=[data/a.jsonl, data/*.jsonl]", "data.train names data/a.jsonl twice"),
@@ -140,3 +144,11 @@ def test_check_field_names():
         check_field_names("optimizer", ["wieght_decay"], allowed)
     with pytest.raises(UserError, match="nothing near it among the 31 known keys"):
         check_field_names("optimizer", ["zzz"], allowed)
+
+
+@pytest.mark.parametrize(("written", "graphs"), [("auto", "auto"), ("off", "off"), ("12", 12)])
+def test_words_that_yaml_takes_for_booleans(recipe_path: Path, written: str, graphs: str | int):
+    recipe = load_recipe(
+        recipe_path, [f"generation.cuda_graphs={written}", "generation.keep_cache=false"]
+    )
+    assert recipe.generation.cuda_graphs == graphs and recipe.generation.keep_cache == "false"

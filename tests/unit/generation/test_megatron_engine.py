@@ -1,5 +1,7 @@
 import gc
 import weakref
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.errors import UserError
-from megatron_irl.generation import SamplingConfig
+from megatron_irl.generation import SamplingConfig, megatron_engine
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.context import PagedContext
+from megatron_irl.generation.engine import BuiltEngine
+from megatron_irl.generation.graphs import LayerGraphs
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import initialize, shutdown
@@ -77,6 +81,10 @@ def test_same_seed_same_samples_and_order_of_input(make, prompts):
         {"max_requests": 1},
         {"max_requests": 64},
         {"block_tokens": 4},
+        {"burst_steps": 5},
+        {"burst_steps": 16, "block_tokens": 4},
+        {"burst_steps": 3, "max_requests": 2},
+        {"burst_steps": 4, "block_tokens": 4, "share_prompts": True},
     ],
 )
 def test_batching_and_cache_size_do_not_change_samples(make, prompts, options):
@@ -87,12 +95,13 @@ def test_batching_and_cache_size_do_not_change_samples(make, prompts, options):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
-def test_eviction_and_recomputation_do_not_change_samples(make, prompts):
+@pytest.mark.parametrize("burst", [1, 7])
+def test_eviction_and_recomputation_do_not_change_samples(make, prompts, burst):
     expected = make().generate(prompts, SAMPLED)
     block_bytes = 2 * 2 * 4 * 4 * 8 * 4  # k and v, layers, tokens, key heads, head size, fp32
-    generator = make(block_tokens=4, kv_cache_gb=16 * block_bytes / 2**30)
+    generator = make(block_tokens=4, kv_cache_gb=16 * block_bytes / 2**30, burst_steps=burst)
     got = generator.generate(prompts, SAMPLED)
-    assert generator._engine.evicted_request_count > 0
+    assert generator.engine.evicted_request_count > 0
     assert ids(got) == ids(expected)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
@@ -151,14 +160,14 @@ def test_the_step_size_is_a_multiple_of_the_token_rounding(make, prompts, monkey
     monkeypatch.setattr(PagedContext, "TOKEN_ROUNDER", 64)
     generator = make(max_sequence_length=4100)
     generator.generate(prompts[:1], SamplingConfig(max_new_tokens=1))
-    assert generator._engine.context.max_tokens == 4160
+    assert generator.engine.context.max_tokens == 4160
 
 
 def test_close_frees_the_cache(make, prompts):
     generator = make()
     generator.generate(prompts, SAMPLED)
-    cache = weakref.ref(generator._engine.context.memory_buffer)
-    engine = weakref.ref(generator._engine)
+    cache = weakref.ref(generator.engine.context.memory_buffer)
+    engine = weakref.ref(generator.engine)
     assert cache() is not None
     gc.disable()
     try:
@@ -234,3 +243,66 @@ def test_training_backward_after_generation(model, make, prompts):
     for name in before:
         assert torch.equal(before[name], after[name]), name
     assert not any(p.is_inference() for p in chunk.parameters())
+
+
+def test_a_failed_capture_decodes_without_graphs_and_warns_once(make, prompts, monkeypatch):
+    expected = ids(make().generate(prompts, SAMPLED))
+    asked, build = [], BuiltEngine._build
+
+    def failing(self, cuda_graphs):
+        asked.append(cuda_graphs)
+        if cuda_graphs is not None:
+            raise torch.OutOfMemoryError("planted")
+        return build(self, cuda_graphs)
+
+    monkeypatch.setattr(BuiltEngine, "_build", failing)
+    monkeypatch.setattr(megatron_engine, "is_capturable", lambda *_: None)
+    monkeypatch.setattr(LayerGraphs, "lent", lambda _: nullcontext())
+    generator = make(cuda_graphs=3)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*planted") as warned:
+        assert ids(generator.generate(prompts, SAMPLED)) == expected
+        assert ids(generator.generate(prompts, SAMPLED)) == expected
+    assert asked == [3, None] and len(warned) == 1 and generator.graph_count == 0
+
+
+def test_angles_do_not_outlive_a_pass(make, prompts, monkeypatch):
+    """What a captured pass reads, it must have computed itself."""
+    expected = ids(make(burst_steps=4).generate(prompts, SAMPLED))
+    forget = PagedContext.follow_device
+
+    def keeps_angles(self):
+        angles = self._angles
+        forget(self)
+        self._angles = angles
+
+    monkeypatch.setattr(PagedContext, "follow_device", keeps_angles)
+    assert ids(make(burst_steps=4).generate(prompts, SAMPLED)) == expected
+
+
+def test_finished_samples_are_handed_back_as_they_end(make, prompts):
+    seen = {}
+    samples = make(max_requests=2).generate(
+        prompts, SAMPLED, on_finished=lambda i, sample: seen.setdefault(i, sample),
+        max_new_tokens=[12, 3, 5, 7, 2, 12, 4, 9, 1],
+    )
+    assert sorted(seen) == list(range(len(prompts))) and list(seen) != sorted(seen)
+    assert all(seen[i] is sample for i, sample in enumerate(samples))
+
+
+def test_seeds_of_their_own(make, prompts):
+    expected = ids(make().generate(prompts, SAMPLED))
+    other = replace(SAMPLED, seed=99)
+    assert ids(make().generate(prompts, other, seeds=[SAMPLED.seed] * len(prompts))) == expected
+    assert ids(make().generate(prompts, other)) != expected
+
+
+def test_the_cache_stays_over_pauses_if_it_may(make, prompts):
+    generator = make(keep_cache="true")
+    first = ids(generator.generate(prompts, SAMPLED))
+    engine = generator.engine
+    generator.pause()
+    assert generator.engine is engine and ids(generator.generate(prompts, SAMPLED)) == first
+    freed = make(keep_cache="auto")
+    freed.generate(prompts, SAMPLED)
+    freed.pause()
+    assert freed.engine is None, "nothing is known of the memory that training takes"

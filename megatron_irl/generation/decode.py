@@ -1,0 +1,185 @@
+"""Decoding in bursts: several steps on the device between two looks by the host.
+
+Megatron's engine does its bookkeeping on the host after every token. Where all requests decode, a
+burst does the same bookkeeping on the device, step by step, and hands the engine the sum of it.
+Prompts, a cache that is full, and requests that wait for room in it stay the engine's own steps.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_irl.generation.device_steps import DeviceSteps
+from megatron_irl.generation.requests import RequestTable
+from megatron_irl.parallel.topology import Topology
+
+
+class DecodeLoop:
+    """Bursts of decode steps on an engine's context.
+
+    Args:
+        engine: Megatron's dynamic engine.
+        steps: Longest burst. With 1 the host decides after every token.
+        captured: The layers run as CUDA graphs, and the sampling shall too.
+
+    Attributes:
+        step_count, seconds: Decode steps so far, and the time they took, waiting included.
+
+    Collectives: ``run`` runs over the model-parallel group, whose ranks hold equal requests and so
+    take equal decisions.
+    """
+
+    def __init__(
+        self, engine: Any, topology: Topology, *, steps: int, vocab_size: int,
+        device: torch.device, captured: bool,
+    ) -> None:
+        self._engine, self._topology, self.burst_steps = engine, topology, steps
+        self._context, self._controller = engine.context, engine.controller
+        self._captured = captured
+        self._device = DeviceSteps(
+            self._context, rows=self._context.max_requests, steps=steps, vocab_size=vocab_size,
+            device=device, capture=captured and topology.pp_size == 1,
+        )
+        self.step_count, self.seconds = 0, 0.0
+
+    def ready(self) -> bool:
+        """Whether there are requests, and all of them only decode."""
+        context = self._context
+        return (
+            context.total_request_count > 0
+            and context.paused_request_count == 0
+            and context.num_prefill_requests == 0
+            and context.chunked_prefill_request_id == -1
+        )
+
+    @torch.inference_mode()
+    def run(self, table: RequestTable, *, wanted: int | None) -> list[int]:
+        """Decode, at most until ``wanted`` requests have used their budgets up.
+
+        Args:
+            wanted: None where nobody waits for their places.
+
+        Returns:
+            The requests that have ended.
+        """
+        start, context = time.perf_counter(), self._context
+        rows = context.total_request_count
+        ids_B = context.request_ids[:rows].long()  # a copy: the update below moves rows about
+        requests = ids_B.tolist()
+        left_B = table.left(requests)
+        steps = self._reserve(left_B, self._length(left_B, wanted))
+        input_ids, position_ids, _ = self._controller._dynamic_step_context_init()
+        self._device.begin(table.uniforms(requests, steps), left_B, table.sampling)
+        for step in range(steps):
+            if step:
+                context.follow_device()
+            self._step(input_ids, position_ids)
+        tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
+        counts = was_live.sum(axis=0)
+        for row, request in enumerate(requests):
+            table.record(request, tokens[: counts[row], row], logprobs[: counts[row], row])
+        self.step_count += steps
+        self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
+        self.seconds += time.perf_counter() - start
+        return [request for request, live in zip(requests, live_B, strict=True) if not live]
+
+    def _length(self, left_B: np.ndarray, wanted: int | None) -> int:
+        if self.burst_steps == 1:
+            return 1
+        if wanted is None:
+            return int(min(self.burst_steps, left_B.max()))
+        # A stop id may end a request at any step, and somebody waits for its place.
+        longest = max(1, self.burst_steps // 2)
+        wanted = min(wanted, len(left_B))
+        return int(min(longest, np.partition(left_B, wanted - 1)[wanted - 1]))
+
+    def _reserve(self, left_B: np.ndarray, steps: int) -> int:
+        """Give each row the cache blocks of the burst; fewer steps where there are not enough."""
+        context = self._context
+        if steps == 1:
+            return 1  # the engine has seen to the next position
+        length, rows = context.block_size_tokens, len(left_B)
+        first_B = context.request_kv_length_offsets[:rows].numpy()
+        have_B = context.request_kv_block_counts[:rows].numpy()
+        allocator = context.kv_block_allocator
+        room = min(allocator.total_avail, allocator.get_active_avail())
+        while steps > 1:
+            last_B = first_B + np.minimum(steps, left_B) - 1
+            need_B = np.maximum(last_B // length + 1 - have_B, 0)
+            if need_B.sum() <= room:
+                break
+            steps //= 2
+        if steps > 1 and need_B.any():
+            blocks = allocator.allocate_memory_blocks(int(need_B.sum()))
+            taken = 0
+            for row in np.flatnonzero(need_B):
+                have, more = int(have_B[row]), int(need_B[row])
+                context.request_to_kv_block_ids[row, have : have + more] = blocks[
+                    taken : taken + more
+                ]
+                taken += more
+            context.request_kv_block_counts[:rows] += torch.from_numpy(need_B.astype(np.int32))
+        return steps
+
+    def _step(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Queue one forward pass and its sampling; on CUDA the host runs ahead of the device."""
+        rows = self._context.num_last_token_logits
+        logits_1BV = self._controller.inference_wrapped_model.run_one_forward_step(
+            {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
+        )
+        if self._topology.pp_size > 1:
+            # The last stage samples and tells the others tokens, not logits.
+            told_2B = torch.empty(2, rows, dtype=torch.float64, device=input_ids.device)
+            if self._topology.is_last_stage:
+                token_B, logprob_B = self._device.sample(logits_1BV[0, :rows])
+                told_2B[0], told_2B[1] = token_B, logprob_B
+            group = self._topology.pp_group
+            dist.broadcast(told_2B, dist.get_process_group_ranks(group)[-1], group=group)
+            self._device.advance(told_2B[0].long(), told_2B[1].float())
+            return
+        logits_BV = logits_1BV[0, :rows]
+        if self._captured:
+            # Captured sampling reads from one address.
+            fixed_BV = self._controller._all_logits_cuda[0, :rows]
+            logits_BV = fixed_BV.copy_(logits_BV)
+        self._device.step(logits_BV)
+
+    def _settle(
+        self, ids_B: Tensor, tokens: np.ndarray, counts: np.ndarray, live_B: Tensor
+    ) -> None:
+        """Tell the context and the engine what the burst did, as if its steps had been theirs."""
+        context, engine, (steps, rows) = self._context, self._engine, tokens.shape
+        for row, request in enumerate(ids_B.tolist()):
+            # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
+            done = tokens[: counts[row], row].tolist()
+            engine.get_request(request).generated_tokens += done
+        last_B = torch.from_numpy(tokens[counts - 1, np.arange(rows)])
+        if steps > 1:
+            # Rows that have ended are released below, wherever they are said to be.
+            context.request_kv_length_offsets[:rows] += steps - 1
+            position_B = context.request_kv_length_offsets[:rows].long()
+            length, width = context.block_size_tokens, context.request_to_kv_block_ids.shape[1]
+            column_B1 = (position_B // length).clamp(max=width - 1)[:, None]
+            context.request_last_kv_block_offset[:rows] = (position_B % length).int()
+            context.request_last_kv_block_id[:rows] = (
+                context.request_to_kv_block_ids[:rows].gather(1, column_B1)[:, 0]
+            )
+        state = {
+            "kv_stats": None, "active_token_count": rows, "step_count": context.step_count,
+            "chunked_prefill_request_id": -1,
+        }
+        updated = context.update_requests(live_B.byte(), last_B.clone()) or {}
+        context.step_count += steps
+        # To the engine, only those that have ended were in the step: it drops them. For the others
+        # there is nothing left to do.
+        ended = ids_B[~live_B]
+        result = {
+            "active_request_ids": ended, "finished_request_ids": ended,
+            "sample": last_B[~live_B], "accepted_tokens": None, "log_probs": None,
+            "cuda_graph_request_count": None, **updated,
+        }
+        engine._run_coroutine_sync(engine.async_bookkeep(result, state, 0.0))

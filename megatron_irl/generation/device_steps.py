@@ -1,0 +1,131 @@
+"""One decode step's decisions on the device: sample, stop, and move on to the next position.
+
+The state lives in tensors of fixed address and size, so that a step can be captured in a CUDA
+graph once per batch size and replayed with no work on the host.
+
+Shape letters: B rows of the step, R rows there is room for, K steps of a burst, V vocabulary.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.generation.sampling import sample_rows
+from megatron_irl.hardware.replay import Recorder
+
+
+class DeviceSteps:
+    """Rows of a burst: which live on, what they may still sample, and what they have sampled.
+
+    Args:
+        context: The dynamic context, whose device-side view of a step is advanced in place.
+        rows, steps: R and K.
+        capture: Replay a step's kernels as a CUDA graph, one per batch size and sampling.
+    """
+
+    def __init__(
+        self, context: Any, *, rows: int, steps: int, vocab_size: int, device: torch.device,
+        capture: bool,
+    ) -> None:
+        self._context, self._vocab_size, self._capture = context, vocab_size, capture
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._step = zeros(1, dtype=torch.long)
+        self._uniforms = zeros(steps, rows, dtype=torch.float64)
+        self._live = zeros(rows, dtype=torch.bool)
+        self._left = zeros(rows, dtype=torch.long)
+        self._tokens = zeros(steps, rows, dtype=torch.long)
+        self._logprobs = zeros(steps, rows, dtype=torch.float32)
+        self._was_live = zeros(steps, rows, dtype=torch.bool)
+        self._sampling = SamplingConfig()
+        # Captured steps read the stop ids of their sampling where they were.
+        self._stops: dict[SamplingConfig, Tensor] = {}
+        self._recorder = Recorder()
+        self._graphs: dict[Any, Any] = {}  # (rows, sampling) to a replay, or None once warmed up
+
+    def begin(self, uniforms: np.ndarray, left: np.ndarray, sampling: SamplingConfig) -> None:
+        """Start a burst of live rows.
+
+        Args:
+            uniforms: float64 [steps, rows], the random numbers of each.
+            left: int64 [rows], what their budgets still allow, 1 or more.
+        """
+        count, rows = uniforms.shape
+        self._sampling = sampling
+        if sampling not in self._stops:
+            stops = sorted(sampling.stop_set)
+            self._stops[sampling] = torch.tensor(stops, device=self._step.device)
+        # Small transfers to the device, which the host need not wait for.
+        self._uniforms[:count, :rows].copy_(torch.from_numpy(uniforms), non_blocking=True)
+        self._left[:rows].copy_(torch.from_numpy(left), non_blocking=True)
+        self._live.zero_()  # rows of padding sample, and nothing comes of it
+        self._live[:rows] = True
+        self._step.zero_()
+
+    def sample(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """(int64 [B], float32 [B]): tokens and log-probabilities of the step's rows."""
+        rows = logits_BV.shape[0]
+        uniform_B = self._uniforms[:, :rows].index_select(0, self._step)[0]
+        return sample_rows(logits_BV[:, : self._vocab_size], uniform_B, self._sampling)
+
+    def advance(self, token_B: Tensor, logprob_B: Tensor) -> None:
+        """Keep the step's tokens, end rows, and make the context's view that of the next step.
+
+        A row that has ended stays where it is: until the burst is over it computes its last
+        position again and again, in a block of the cache that no other row reads.
+        """
+        rows = token_B.shape[0]
+        live_B, left_B = self._live[:rows], self._left[:rows]
+        for buffer, value in (
+            (self._tokens, token_B), (self._logprobs, logprob_B), (self._was_live, live_B)
+        ):
+            buffer[:, :rows].index_copy_(0, self._step, value[None])
+        stopped_B = (token_B[:, None] == self._stops[self._sampling]).any(dim=1)
+        left_B -= live_B.long()
+        live_B &= (left_B > 0) & ~stopped_B
+        view, length = self._context.gpu_view, self._context.block_size_tokens
+        position_B = view.token_to_pos_ids[:rows]
+        position_B += live_B.long()
+        view.token_to_position_in_request[:rows] += live_B.int()
+        view.mha_kv_seq_lengths[:rows] += live_B.int()
+        table = view.mha_block_table[:rows]
+        column_B = (position_B // length).clamp(max=table.shape[1] - 1)
+        block_B = table.gather(1, column_B[:, None])[:, 0].long()
+        for place, value in (
+            (view.token_to_input_ids, token_B),
+            (view.token_to_block_idx, block_B),
+            (view.token_to_local_position_within_kv_block, (position_B % length).int()),
+        ):
+            place[:rows].copy_(torch.where(live_B, value, place[:rows]))
+        self._step += 1
+
+    def step(self, logits_BV: Tensor) -> None:
+        """``sample`` and ``advance``; ``logits_BV`` must keep its address where it is captured."""
+        if not self._capture:
+            self.advance(*self.sample(logits_BV))
+            return
+        key = (logits_BV.shape[0], logits_BV.data_ptr(), self._sampling)
+        if key not in self._graphs:
+            self._graphs[key] = None  # the first step runs as it is, and warms the kernels up
+            self.advance(*self.sample(logits_BV))
+            return
+        if self._graphs[key] is None:
+            self._graphs[key] = self._recorder.record(
+                lambda: self.advance(*self.sample(logits_BV))
+            )
+        self._graphs[key]()
+
+    def collect(self, steps: int, rows: int) -> tuple[np.ndarray, ...]:
+        """Bring a burst to the host: tokens, log-probabilities, was live, all [steps, rows]; and
+        which rows live on, [rows].
+
+        This is where the host waits for the device: once a burst.
+        """
+        found = (self._tokens, self._logprobs, self._was_live)
+        parts = [part[:steps, :rows].cpu().numpy() for part in found]
+        return *parts, self._live[:rows].cpu().numpy()

@@ -1,0 +1,209 @@
+"""Building Megatron's dynamic engine on a lent model: cache, context, controller and graphs."""
+
+import faulthandler
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_irl import hardware
+from megatron_irl.generation.cache_size import cache_gb, mixed_graph_tokens, step_tokens
+from megatron_irl.generation.context import PagedContext
+from megatron_irl.generation.decode import DecodeLoop
+from megatron_irl.generation.graphs import LayerGraphs
+from megatron_irl.generation.pipeline import StageWrapper
+from megatron_irl.generation.sampler import TableSampler
+from megatron_irl.parallel.topology import Topology
+
+from megatron.core.inference.batch_dimensions_utils import (  # isort: skip
+    InferenceBatchDimensions,
+)
+from megatron.core.inference.config import InferenceConfig  # isort: skip
+from megatron.core.inference.engines import DynamicInferenceEngine, dynamic_engine  # isort: skip
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
+    TextGenerationController,
+)
+
+# Importing the engine makes SIGTERM and SIGINT dump a stack; ending a run is no crash.
+for _number in (signal.SIGTERM, signal.SIGINT):
+    faulthandler.unregister(_number)
+
+BURST_STEPS = 32 if hardware.IS_CUDA else 1  # on CPU a row that has ended costs a row's work
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What shapes an engine.
+
+    Attributes:
+        max_sequence_length: Longest prompt plus response, in tokens.
+        max_requests: Requests decoded together, a multiple of the tensor-parallel size.
+        kv_cache_gb: Cache size of this rank in GiB; None: room for all requests at full length.
+        block_tokens: Length of a block of the cache.
+        cuda_graphs: How many graphs to capture; None: decode without, -1: as many as Megatron
+            thinks right (one per halving of ``max_requests``).
+        share_prompts: Equal prompts share the whole blocks of their cache.
+        burst_steps: Longest burst of decode steps between two looks by the host.
+    """
+
+    max_sequence_length: int
+    max_requests: int
+    kv_cache_gb: float | None
+    block_tokens: int
+    cuda_graphs: int | None = None
+    share_prompts: bool = False
+    burst_steps: int = BURST_STEPS
+
+
+class Controller(TextGenerationController):
+    """The engine's step, with our sampler and any number of stop ids; token ids only, no text."""
+
+    def __init__(self, wrapper: StageWrapper, sampler: TableSampler) -> None:
+        super().__init__(wrapper, tokenizer=None)
+        self._sampling = sampler
+
+    def detokenize(self, *_: Any, **__: Any) -> str:  # type: ignore[override]
+        return ""
+
+    def _apply_stop_word_finished_ids(self, request_ids: Tensor, active_mask: Tensor) -> None:
+        # The engine compares with one termination id per request; this hook runs right after.
+        del request_ids
+        active_mask[torch.from_numpy(self._sampling.stopped)] = 0
+
+
+class BuiltEngine:
+    """An engine on ``models``, which must be lent while it is built and whenever it is used.
+
+    Attributes:
+        engine: Megatron's.
+        loop: Its decode steps in bursts.
+        capture_seconds: What capturing took; 0 without graphs.
+
+    Collectives: building is collective over the model-parallel group.
+    """
+
+    def __init__(
+        self, models: list[Any], topology: Topology, sampler: TableSampler, options: EngineOptions
+    ) -> None:
+        self._models, self._topology, self._sampler = models, topology, sampler
+        self._options = options
+        self.graphs: LayerGraphs | None = None
+        self.capture_seconds = 0.0
+        if options.cuda_graphs is not None:
+            self._build_with_graphs()
+        if self.graphs is None:
+            self.engine = self._build(None)
+        self.loop = DecodeLoop(
+            self.engine, topology, steps=options.burst_steps, vocab_size=sampler.vocab_size,
+            device=sampler.device, captured=self.graphs is not None,
+        )
+
+    @property
+    def graph_count(self) -> int:
+        """Graphs of the layers that decoding can replay."""
+        return self.graphs.count if self.graphs else 0
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Within the block the models' decode steps replay the graphs, if there are any."""
+        if self.graphs is None:
+            yield
+            return
+        with self.graphs.lent():
+            yield
+
+    def release(self) -> None:
+        """Free cache and graphs, whatever reference cycles the engine leaves behind."""
+        del self.loop
+        if self.graphs is not None:
+            self.graphs.drop()
+        self.engine.context.release()
+        self.engine.controller._all_logits_cuda = None
+
+    def _build_with_graphs(self) -> None:
+        graphs = LayerGraphs(self._models)
+        start = time.perf_counter()
+        try:
+            with graphs.lent():
+                self.engine = self._build(self._options.cuda_graphs)
+        except (RuntimeError, AssertionError) as error:
+            # Whatever a kernel or a capture does not like, decoding goes on without graphs. (Out
+            # of memory and CUDA's own errors are RuntimeErrors, Megatron's refusals assertions.)
+            graphs.drop()
+            hardware.release_cached_memory()
+            reason = str(error).split("\n")[0]
+            warnings.warn(
+                "decoding runs without CUDA graphs, several times slower, because capturing them "
+                f"failed: {reason} Set generation.cuda_graphs=off to decode so from the start, or "
+                "lower generation.max_requests or generation.kv_cache_gb if memory ran out.",
+                stacklevel=2,
+            )
+            return
+        hardware.synchronize()
+        self.capture_seconds = time.perf_counter() - start
+        self.graphs = graphs
+
+    def _build(self, cuda_graphs: int | None) -> DynamicInferenceEngine:
+        options, models, tp_size = self._options, self._models, self._topology.tp_size
+        config = InferenceConfig(
+            block_size_tokens=options.block_tokens,
+            buffer_size_gb=cache_gb(  # pyright: ignore[reportArgumentType]
+                models[0].config, max_sequence_length=options.max_sequence_length,
+                max_requests=options.max_requests, block_tokens=options.block_tokens,
+                kv_cache_gb=options.kv_cache_gb,
+            ),
+            max_requests=options.max_requests,
+            # Steps are padded to the rounding, so a limit in between would be overrun.
+            max_tokens=PagedContext.round_up_tokens(
+                max(
+                    step_tokens(models[0].config), options.max_sequence_length,
+                    options.max_requests,
+                ),
+                tp_size,
+            ),
+            max_sequence_length=options.max_sequence_length,
+            pg_collection=self._topology.groups,
+            unified_memory_level=0,
+            num_cuda_graphs=cuda_graphs,
+            use_cuda_graphs_for_non_decode_steps=False,
+            materialize_only_last_token_logits=True,
+            # Blocks lose their hash with their last reader, so none outlives a change of weights.
+            enable_prefix_caching=options.share_prompts,
+        )
+        context = PagedContext(models[0].config, config)
+        context.map_layers(models)
+        if cuda_graphs is not None:
+            self._add_mixed_graphs(context)
+        wrapper = StageWrapper(models, context, fixed_buffers=cuda_graphs is not None)
+        with _no_progress_bar():
+            return DynamicInferenceEngine(Controller(wrapper, self._sampler), context)
+
+    def _add_mixed_graphs(self, context: PagedContext) -> None:
+        """Ask for graphs of steps with prompts as well, by total tokens alone.
+
+        Megatron's own grid is over tokens and prompts, and large. A place for a prompt can hold a
+        decoding request too, so a graph all of whose places are for prompts serves any mixture.
+        """
+        config, places = self._models[0].config, context.max_requests
+        for tokens in mixed_graph_tokens(config, places, context.max_tokens):
+            size = InferenceBatchDimensions(tokens, places, 0)
+            # Capturing fills the places evenly, and no place holds more than a whole sequence.
+            if size.is_valid(places, context.max_sequence_length, 0):
+                # Largest first, which Megatron's capture expects of its list.
+                context.cuda_graph_batch_dimensions_list.insert(0, size)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Capturing draws a bar on stderr, which is the user's terminal."""
+    old, dynamic_engine.HAVE_TQDM = dynamic_engine.HAVE_TQDM, False
+    try:
+        yield
+    finally:
+        dynamic_engine.HAVE_TQDM = old

@@ -1,0 +1,144 @@
+"""Requests, keys, bursts and memory: what decoding does beside the model."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_irl import hardware
+from megatron_irl.generation.cache_size import mixed_graph_tokens, step_tokens
+from megatron_irl.generation.device_steps import DeviceSteps
+from megatron_irl.generation.interface import SAMPLES_PER_PROMPT, SamplingConfig, request_key
+from megatron_irl.generation.requests import RequestTable
+from megatron_irl.generation.residency import Residency
+from megatron_irl.generation.sampling import bisect_nucleus, filter_weights, uniforms
+
+SAMPLING = SamplingConfig(max_new_tokens=6, eos_id=2, stop_ids=(9,))
+
+
+def test_keys_of_prompts_and_samples_never_meet():
+    keys = {request_key(o, s) for o in (0, 1, 2, 10**9) for s in (0, 1, SAMPLES_PER_PROMPT - 1)}
+    assert len(keys) == 12 and max(keys) < 2**63
+
+
+def test_a_request_draws_its_own_stream_however_it_is_asked():
+    table = RequestTable(SAMPLING, [6, 4], [(7, 100), (8, 5)])
+    np.testing.assert_array_equal(table.uniforms([0, 1], 3)[:, 0], uniforms(7, 100, 6)[:3])
+    table.record(0, np.array([5, 6]), np.array([-1.0, -2.0]))
+    block = table.uniforms([1, 0], 8)
+    np.testing.assert_array_equal(block[:4, 1], uniforms(7, 100, 6)[2:])
+    np.testing.assert_array_equal(block[:4, 0], uniforms(8, 5, 4))
+    assert not block[4:].any(), "nothing past a budget"
+
+
+def test_table_keeps_and_drops_a_response():
+    table = RequestTable(SAMPLING, [6], [(0, 0)])
+    table.record(0, np.array([5, 6]), np.array([-1.0, -2.0]))
+    table.record(0, np.array([9]), np.array([-3.0]))
+    assert table.left([0]).tolist() == [3] and table.lengths([0]).tolist() == [3]
+    sample = table.finish(0)
+    assert sample.token_ids.tolist() == [5, 6, 9] and sample.finish_reason == "stop"
+    assert sample.logprobs.tolist() == [-1.0, -2.0, -3.0] and table._rows == {}
+
+
+class _View:
+    def __init__(self, rows, blocks):
+        self.token_to_input_ids = torch.zeros(rows, dtype=torch.long)
+        self.token_to_pos_ids = torch.tensor([3, 5, 0, 0])
+        self.token_to_position_in_request = torch.tensor([3, 5, 0, 0], dtype=torch.int32)
+        self.token_to_block_idx = torch.tensor([10, 21, 99, 99])
+        self.token_to_local_position_within_kv_block = torch.tensor([3, 1, 0, 0], dtype=torch.int32)
+        self.mha_kv_seq_lengths = torch.tensor([4, 6, 0, 0], dtype=torch.int32)
+        self.mha_block_table = torch.tensor(blocks, dtype=torch.int32)
+
+
+class _Context:
+    block_size_tokens = 4
+
+    def __init__(self):
+        self.gpu_view = _View(4, [[10, 11, -1], [20, 21, 22], [-1] * 3, [-1] * 3])
+
+
+def test_rows_advance_stop_and_stay_by_hand():
+    context = _Context()
+    steps = DeviceSteps(
+        context, rows=4, steps=3, vocab_size=12, device=torch.device("cpu"), capture=False
+    )
+    steps.begin(np.zeros((3, 2)), np.array([3, 3]), SAMPLING)
+    for tokens in ([5, 6], [7, 2], [8, 1]):  # the second row ends with 2, padding rows never live
+        steps.advance(torch.tensor([*tokens, 0, 0]), torch.zeros(4))
+    tokens, _, was_live, live = steps.collect(3, 2)
+    assert tokens[:, 0].tolist() == [5, 7, 8] and was_live[:, 0].tolist() == [True] * 3
+    assert was_live[:, 1].tolist() == [True, True, False], "what comes after a stop is not its"
+    assert live.tolist() == [False, False], "the first used its budget up"
+    view = context.gpu_view
+    assert view.token_to_pos_ids.tolist() == [5, 6, 0, 0]
+    assert view.mha_kv_seq_lengths.tolist() == [6, 7, 0, 0]
+    assert view.token_to_block_idx.tolist() == [11, 21, 99, 99], "the next block; the dummy stays"
+    assert view.token_to_local_position_within_kv_block.tolist() == [1, 2, 0, 0]
+    assert view.token_to_input_ids.tolist() == [7, 6, 0, 0]
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_nucleus_without_sorting_is_the_sorted_one(top_p):
+    rng = torch.Generator().manual_seed(3)
+    weights = torch.rand(50, 700, generator=rng) ** 6
+    weights[:, ::7] = 0.0
+    expected = filter_weights(weights.clone(), 0, top_p)
+    got = weights.clone()
+    bisect_nucleus(got, top_p)
+    assert torch.equal(got, expected)
+
+
+class _Config:
+    num_layers, hidden_size, ffn_hidden_size, params_dtype = 22, 2048, 5632, torch.bfloat16
+    tensor_model_parallel_size, pipeline_model_parallel_size = 1, 1
+
+
+def test_graphs_of_steps_with_prompts_only_where_the_host_is_the_slower(monkeypatch):
+    small = mixed_graph_tokens(_Config, 64, 40960)
+    assert small == sorted(small) and small[0] > 64 and max(small) <= 40960
+    large = type("Large", (_Config,), {"hidden_size": 8192, "ffn_hidden_size": 28672})
+    assert max(mixed_graph_tokens(large, 64, 40960), default=0) < max(small)
+    halves = type("Tp", (_Config,), {"tensor_model_parallel_size": 3})
+    assert all(n % 3 == 0 for n in mixed_graph_tokens(halves, 63, 40960))
+    assert step_tokens(_Config) == 4096  # on CPU
+    monkeypatch.setattr("megatron_irl.generation.cache_size.hardware.IS_CUDA", True)
+    assert 4096 < step_tokens(_Config) <= 65536 and step_tokens(large) >= 4096
+
+
+def test_cache_stays_where_training_was_measured_to_leave_room():
+    residency = Residency("auto", None)
+    residency.cache_bytes = 20
+    assert not residency.fits(100, 0), "nothing is known of training yet"
+    residency.peak_train = 60
+    assert residency.fits(100, 0) and not residency.fits(100, 16) and not residency.fits(80, 0)
+    residency._resident = 20  # the measured phase held the cache already
+    residency.peak_train = 80
+    assert residency.fits(100, 0)
+
+
+@pytest.mark.parametrize(("keep", "stays"), [("auto", False), ("true", True), ("false", False)])
+def test_on_cpu_the_cache_stays_if_asked(keep, stays):
+    residency = Residency(keep, None)
+    residency.begin_generation()
+    assert residency.end_generation() is stays
+    assert residency.end_generation() is stays, "asked twice, answered alike"
+
+
+def test_only_training_counts_as_training(monkeypatch):
+    """A pass that only scores takes less than the optimizer will."""
+    peaks = iter([5, 70, 30, 60, 20, 50])
+    monkeypatch.setattr(hardware, "peak_memory", lambda: next(peaks))
+    residency = Residency("false", None)
+    residency.begin_generation()
+    residency.end_generation()
+    residency.begin_generation()  # after scoring alone
+    assert residency.peak_train is None and residency.peak_generation == 5
+    residency.end_generation()
+    residency.note_update()
+    residency.begin_generation()
+    assert residency.peak_train == 30
+    residency.end_generation()
+    residency.note_update()
+    residency.begin_generation()
+    assert residency.peak_train == 30, "the most there was"
