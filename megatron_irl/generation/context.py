@@ -180,8 +180,9 @@ class PagedContext(DynamicInferenceContext):
         if self._angles is None:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
             self._angles = (angles[positions], angles)
+        of_tokens, _ = self._angles
         return apply_rotary_pos_emb(
-            t=states, freqs=self._angles[0], config=config, cp_group=cp_group, mscale=mscale,
+            t=states, freqs=of_tokens, config=config, cp_group=cp_group, mscale=mscale,
             mla_rotary_interleaved=config.multi_latent_attention,
         )
 

@@ -107,6 +107,7 @@ class DecodeLoop:
         have_B = context.request_kv_block_counts[:rows].numpy()
         allocator = context.kv_block_allocator
         room = min(allocator.total_avail, allocator.get_active_avail())
+        need_B = np.zeros(rows, dtype=np.int64)
         while steps > 1:
             last_B = first_B + np.minimum(steps, left_B) - 1
             need_B = np.maximum(last_B // length + 1 - have_B, 0)
