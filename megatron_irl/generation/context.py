@@ -177,12 +177,12 @@ class PagedContext(DynamicInferenceContext):
         self, states: Tensor, angles: Tensor, config: Any, cp_group: Any, mscale: float
     ) -> Tensor:
         # Upstream looks the angles up anew in each layer, for q and for k, and copies q besides.
-        if self._angles is None:
+        known = self._angles
+        if known is None:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
-            self._angles = (angles[positions], angles)
-        of_tokens, _ = self._angles
+            known = self._angles = (angles[positions], angles)
         return apply_rotary_pos_emb(
-            t=states, freqs=of_tokens, config=config, cp_group=cp_group, mscale=mscale,
+            t=states, freqs=known[0], config=config, cp_group=cp_group, mscale=mscale,
             mla_rotary_interleaved=config.multi_latent_attention,
         )
 
