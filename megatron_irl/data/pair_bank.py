@@ -293,10 +293,9 @@ class PairBank:
 
 
 def chunk_seed(seed: int, round: int, chunk: int) -> int:
-    """Return the sampling seed of a chunk, in [0, 2**31).
+    """The sampling seed that release 0.1.0 gave a chunk of a round, in [0, 2**31).
 
-    A pure function, the same on every machine, so an interrupted generation resumes to the same
-    samples.
+    A pure function, the same on every machine: runs that the release began go on with its samples.
     """
     words = np.random.SeedSequence(seed, spawn_key=(round, chunk)).generate_state(1, np.uint32)
     return int(words[0]) >> 1  # 31 bits: whatever takes a seed takes this
