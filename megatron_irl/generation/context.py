@@ -52,7 +52,7 @@ class PagedContext(DynamicInferenceContext):
         if self.enable_prefix_caching or prefill_chunk_length is not None:
             super().add_request(req, prefill_chunk_length)
             return
-        row, first = self.total_request_count, self.active_token_count
+        row, first = int(self.total_request_count), int(self.active_token_count)
         prompt = req.remaining_prompt_tokens.numpy()
         length, block = len(prompt), self.block_size_tokens
         count = -(-length // block)
@@ -92,6 +92,7 @@ class PagedContext(DynamicInferenceContext):
         event = super().initialize_attention_state(**options)
         # Upstream bounds a captured step's longest query by all its tokens, and attention starts
         # blocks of threads for as much of each request.
+        assert self.active_attn_metadata is not None
         state = self.active_attn_metadata["mha_metadata"].state_data
         state["max_seqlen_q"] = min(state["max_seqlen_q"], self.max_sequence_length)
         return event
@@ -100,7 +101,7 @@ class PagedContext(DynamicInferenceContext):
         """Free the cache now, whatever reference cycles the engine leaves behind."""
         for name in [n for n, value in vars(self).items() if isinstance(value, Tensor)]:
             delattr(self, name)
-        self._angles = self._slots = None
+        self._angles = self._fused_angles = self._slots = None
         self.is_tensor_state_allocated = False
 
     def _allocate_memory_buffer(self) -> None:
@@ -128,7 +129,7 @@ class PagedContext(DynamicInferenceContext):
 
     def follow_device(self) -> None:
         """Derive anew what all layers share, after the device-side view of the step has changed."""
-        self._angles = None
+        self._angles = self._fused_angles = None
         if not hardware.IS_CUDA:
             tokens = slice(self.padded_active_token_count)
             self._slots = (
@@ -162,7 +163,7 @@ class PagedContext(DynamicInferenceContext):
             # use of the angles in the pass through a model chunk. They must not outlive it: a
             # CUDA graph has to compute them itself in each replay, and would otherwise read those
             # of the pass before its capture.
-            self._angles = None
+            self._angles = self._fused_angles = None
         return rotated
 
     def apply_rotary_emb_key(
@@ -177,11 +178,13 @@ class PagedContext(DynamicInferenceContext):
         self, states: Tensor, angles: Tensor, config: Any, cp_group: Any, mscale: float
     ) -> Tensor:
         # Upstream looks the angles up anew in each layer, for q and for k, and copies q besides.
-        if self._angles is None:
+        known = self._fused_angles = {} if self._fused_angles is None else self._fused_angles
+        columns = int(angles.storage_offset())  # as below
+        if columns not in known:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
-            self._angles = (angles[positions], angles)
+            known[columns] = angles[positions]
         return apply_rotary_pos_emb(
-            t=states, freqs=self._angles[0], config=config, cp_group=cp_group, mscale=mscale,
+            t=states, freqs=known[columns], config=config, cp_group=cp_group, mscale=mscale,
             mla_rotary_interleaved=config.multi_latent_attention,
         )
 

@@ -218,13 +218,14 @@ def _steps(
         if not engine.has_unfinished_requests():
             return
         waiting = len(engine.waiting_request_ids)
-        free = places - engine.context.total_request_count
+        free = int(places - engine.context.total_request_count)
         enough = cut or free >= min(together, waiting)
         if loop.ready() and not (waiting and enough and _fits(engine)):
             cut = False
             yield loop.run(table, wanted=max(1, together - free) if waiting else None)
             continue
-        records = engine.step_modern()["finished_request_records"]
+        done: Any = engine.step_modern()
+        records = done["finished_request_records"]
         left = len(engine.waiting_request_ids)
         cut = left > 0 and waiting - left < free
         yield [record[-1].request_id for record in records]
