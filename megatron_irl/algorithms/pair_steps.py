@@ -12,6 +12,7 @@ from megatron_irl.algorithms.round import Round
 from megatron_irl.config import Recipe
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.objectives import irft_loss, sequence_logprobs
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import add_references, open_pairs
 from megatron_irl.train.step import Objective
 from megatron_irl.types import LossOutput, PackedBatch, Pair
@@ -38,12 +39,15 @@ def previous_pairs(round: Round) -> list[Pair]:
         source = open_pairs(round.pairs.bank, round.index - 1)
         rows = np.cumsum([0, *(len(source.part(part)) for part in source.parts)]).tolist()
         bank.begin_round(round.index, list(zip(rows, rows[1:], strict=False)))
-        if topology.is_main:
+
+        def copy() -> None:
             for part in source.parts:
                 for pair in source.part(part):  # so that a run killed before the pass below
                     pair.ref_demo_logp = pair.ref_sample_logp = None  # repeats it
                 bank.write_part(round.index, part, source.part(part))
-        bank.finish_round(round.index)  # a barrier too: the pass reads what rank 0 has written
+
+        on_main(copy, topology)
+        bank.finish_round(round.index)  # the pass reads what rank 0 has written
         rescored = open_pairs(bank, round.index)
         add_references(
             round.policy, rescored, weights_of=round.reference_weights, console=round.console,

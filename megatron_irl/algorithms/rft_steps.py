@@ -1,5 +1,6 @@
 """The steps of rft: what each phase trains on, the round's rewards, and its products."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_irl.data.ledger import LedgerRow, write_ledger
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.errors import UserError
 from megatron_irl.model.reward_head import reward_head
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct
 from megatron_irl.types import Pair
@@ -73,8 +75,7 @@ def score_round(round: Round) -> None:
             rewards = score_distinct(pairs, lambda sequences: _score(round, sequences))
             for i, pair in enumerate(pairs):
                 pair.reward_demo, pair.reward_sample = rewards[2 * i], rewards[2 * i + 1]
-            if topology.is_main:
-                round.pairs.commit(part)
+            on_main(partial(round.pairs.commit, part), topology)
         round.pairs.finish()  # a barrier too: no step while a part may still be unwritten
         _write_ledger(round)
 
@@ -97,7 +98,8 @@ def _write_ledger(round: Round) -> None:
         rest = [d for d in demonstrations if d.ordinal not in known]
         rewards = _score(round, [(d.prompt_ids, d.response_ids) for d in rest])
         known |= dict(zip([d.ordinal for d in rest], rewards, strict=True))
-    if topology.is_main:
+
+    def write() -> None:
         rows = [
             LedgerRow.of(d, known[d.ordinal], _mean(samples.get(d.ordinal)))
             for d in demonstrations if d.ordinal in known
@@ -105,7 +107,8 @@ def _write_ledger(round: Round) -> None:
         write_ledger(
             round.ledger, round.index, rows, is_complete=len(rows) == len(demonstrations)
         )
-    topology.barrier()
+
+    on_main(write, topology)
 
 
 def _score(round: Round, sequences: Sequences) -> list[float]:

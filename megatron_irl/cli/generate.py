@@ -18,8 +18,7 @@ from megatron_irl.data.prompts import PromptRecord, load_prompts
 from megatron_irl.data.sources import Reading
 from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.parallel.reduce import from_main
-from megatron_irl.parallel.topology import Topology
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
 from megatron_irl.types import Sample
@@ -118,7 +117,8 @@ def _generate_rest(
     topology, each = model.topology, options.num_samples
     count = len(prompts) * each
     progress = Console(enabled=topology.is_main)
-    start = _finished(partial, topology)
+    # How many are there from an earlier start; a refusal reaches every rank.
+    start = on_main(lambda: partial.begin() if partial is not None else 0, topology)
     if start:
         what = "prompts" if each == 1 else "samples"
         progress.note(f"resuming: {start} of {count} {what} are done")
@@ -144,20 +144,6 @@ def _generate_rest(
                 if options.stream:
                     sys.stdout.buffer.writelines(map(json_line, written))
                     sys.stdout.buffer.flush()
-
-
-def _finished(partial: PartialJsonl | None, topology: Topology) -> int:
-    """How many prompts are done: on every rank what the main rank reads, or its refusal."""
-    found: int | str = 0
-    if partial is not None:
-        try:
-            found = partial.begin()
-        except UserError as error:
-            found = str(error)
-    found = from_main(found, topology)
-    if isinstance(found, str):
-        raise UserError(found)
-    return found
 
 
 def _advance(advance: Callable[..., None], finished: int, tokens: int, done: int, new: int) -> None:

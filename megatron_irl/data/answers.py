@@ -1,6 +1,9 @@
 """When a response is the reference answer."""
 
+import re
 from decimal import Decimal, InvalidOperation
+
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 
 
 def same_answer(response: str, answer: str) -> bool:
@@ -9,7 +12,8 @@ def same_answer(response: str, answer: str) -> bool:
     1, 1.0 and 1.00 are one number; tables turn integers into floats as soon as one of them is
     missing, and whether the answer or the response was written as one says nothing.
     """
-    response, answer = response.strip(), answer.strip()
+    # Where a response is worked out before its answer (GSM8K), the answer follows four hashes.
+    response, answer = response.rpartition("####")[2].strip(), answer.strip()
     if response == answer:
         return True
     numbers = _number(response), _number(answer)
@@ -17,6 +21,8 @@ def same_answer(response: str, answer: str) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "")
     try:
         number = Decimal(text)
     except InvalidOperation:

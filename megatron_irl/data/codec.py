@@ -54,7 +54,7 @@ class Codec:
     special_tokens: dict[str, Any]
     special_ids: frozenset[int]
     encode_batch: Callable[[list[str]], list[list[int]]]
-    split_batch: Callable[[list[tuple[str, Sequence[int]]]], list[Split]]
+    split_batch: Callable[[Sequence[tuple[str, Sequence[int]]]], list[Split]]
     decode: Callable[[list[int]], str]
     decode_all: Callable[[list[int]], str]
 
@@ -134,7 +134,7 @@ class _FastSplitter:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch(texts, add_special_tokens=False)]
 
-    def split_batch(self, texts: list[tuple[str, Sequence[int]]]) -> list[Split]:
+    def split_batch(self, texts: Sequence[tuple[str, Sequence[int]]]) -> list[Split]:
         if not self._is_reliable:
             return split_by_encoding(self.encode_batch, texts)
         encodings = self._backend.encode_batch([t for t, _ in texts], add_special_tokens=False)
@@ -192,7 +192,7 @@ def _load_hf(path: Path) -> tuple[Codec, str | None]:
             return hf(texts, add_special_tokens=False, return_attention_mask=False,
                       return_token_type_ids=False)["input_ids"] if texts else []
 
-        def split_batch(texts: list[tuple[str, Sequence[int]]]) -> list[Split]:
+        def split_batch(texts: Sequence[tuple[str, Sequence[int]]]) -> list[Split]:
             return split_by_encoding(encode_batch, texts)
     else:
         splitter = _FastSplitter(backend)

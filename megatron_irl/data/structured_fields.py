@@ -1,6 +1,7 @@
 """Tools, tool calls and thinking: rendered by the template, or refused by name."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megatron_irl.data.chat_template import REASONING_FIELDS, ChatTemplate
 from megatron_irl.data.conversation import Conversation, Messages
@@ -40,9 +41,8 @@ def check_structure(template: ChatTemplate, conversation: Conversation) -> None:
 
 def _structured_parts(conversation: Conversation) -> Iterator[tuple[str, Conversation]]:
     """Yield the name of each structured part, and the conversation without it."""
-    fields = vars(conversation)
     if conversation.tools:
-        yield '"tools"', Conversation(**fields | {"tools": None})
+        yield '"tools"', replace(conversation, tools=None)
     messages = conversation.messages
     for i, message in enumerate(messages):
         keys: tuple[str, ...] = ("tool_calls",)
@@ -53,4 +53,4 @@ def _structured_parts(conversation: Conversation) -> Iterator[tuple[str, Convers
                 names = {key} if key == "tool_calls" else set(REASONING_FIELDS)
                 bare = {k: v for k, v in message.items() if k not in names}
                 changed = [*messages[:i], bare, *messages[i + 1 :]]
-                yield f'"messages"[{i}]."{key}"', Conversation(**fields | {"messages": changed})
+                yield f'"messages"[{i}]."{key}"', replace(conversation, messages=changed)

@@ -19,11 +19,11 @@ from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.rewards import raw_scores, reward_numbers
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import add_references, generate, open_pairs, sample_pairs
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct
-from megatron_irl.storage.commit import replacing
+from megatron_irl.storage.commit import read_json, write_file
 from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.types import Demonstration, Pair
@@ -188,14 +188,12 @@ class Evaluator:
         path, topology = self.preference_references, self.policy.topology
         sequences = self._preference_sequences()
         digest = digest_of(sequences)
-        kept = json.loads(path.read_text()) if topology.is_main and path.exists() else None
-        kept = from_main(kept, topology)
+        kept: Any = on_main(lambda: read_json(path), topology)
         if not isinstance(kept, dict) or kept.get("digest") != digest:
             with self.policy.with_weights_of(Path(self.recipe.model.hf)):
                 kept = {"digest": digest, "logps": self._scores(sequences)}
-            if topology.is_main:
-                with replacing(path) as file:
-                    file.write(json.dumps(kept).encode())
+            text = json.dumps(kept).encode()
+            on_main(lambda: write_file(path, text), topology)
         return np.array(kept["logps"]).reshape(-1, 2).tolist()
 
     def _sample_numbers(

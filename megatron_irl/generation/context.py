@@ -25,7 +25,7 @@ class PagedContext(DynamicInferenceContext):
         TOKEN_ROUNDER = 1
         REQUEST_ROUNDER = 1
 
-    _angles: dict[int, tuple[Tensor, Tensor]] | None = None
+    _angles: dict[int, tuple[Tensor, ...]] | None = None
     _slots: Tensor | None = None
     _last_layers: set[int] = set()
     _in_last_layer = False
@@ -92,8 +92,8 @@ class PagedContext(DynamicInferenceContext):
         event = super().initialize_attention_state(**options)
         # Upstream bounds a captured step's longest query by all its tokens, and attention starts
         # blocks of threads for as much of each request.
-        assert self.active_attn_metadata is not None
-        state = self.active_attn_metadata["mha_metadata"].state_data
+        metadata: Any = self.active_attn_metadata
+        state = metadata["mha_metadata"].state_data
         state["max_seqlen_q"] = min(state["max_seqlen_q"], self.max_sequence_length)
         return event
 
@@ -101,7 +101,7 @@ class PagedContext(DynamicInferenceContext):
         """Free the cache now, whatever reference cycles the engine leaves behind."""
         for name in [n for n, value in vars(self).items() if isinstance(value, Tensor)]:
             delattr(self, name)
-        self._angles = self._fused_angles = self._slots = None
+        self._angles = self._slots = None
         self.is_tensor_state_allocated = False
 
     def _allocate_memory_buffer(self) -> None:
@@ -129,7 +129,7 @@ class PagedContext(DynamicInferenceContext):
 
     def follow_device(self) -> None:
         """Derive anew what all layers share, after the device-side view of the step has changed."""
-        self._angles = self._fused_angles = None
+        self._angles = None
         if not hardware.IS_CUDA:
             tokens = slice(self.padded_active_token_count)
             self._slots = (
@@ -163,7 +163,7 @@ class PagedContext(DynamicInferenceContext):
             # use of the angles in the pass through a model chunk. They must not outlive it: a
             # CUDA graph has to compute them itself in each replay, and would otherwise read those
             # of the pass before its capture.
-            self._angles = self._fused_angles = None
+            self._angles = None
         return rotated
 
     def apply_rotary_emb_key(
@@ -178,13 +178,13 @@ class PagedContext(DynamicInferenceContext):
         self, states: Tensor, angles: Tensor, config: Any, cp_group: Any, mscale: float
     ) -> Tensor:
         # Upstream looks the angles up anew in each layer, for q and for k, and copies q besides.
-        known = self._fused_angles = {} if self._fused_angles is None else self._fused_angles
-        columns = int(angles.storage_offset())  # as below
+        known = self._angles = {} if self._angles is None else self._angles
+        columns = int(angles.storage_offset())
         if columns not in known:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
-            known[columns] = angles[positions]
+            known[columns] = (angles[positions],)
         return apply_rotary_pos_emb(
-            t=states, freqs=known[columns], config=config, cp_group=cp_group, mscale=mscale,
+            t=states, freqs=known[columns][0], config=config, cp_group=cp_group, mscale=mscale,
             mla_rotary_interleaved=config.multi_latent_attention,
         )
 

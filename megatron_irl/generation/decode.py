@@ -107,14 +107,13 @@ class DecodeLoop:
         have_B = context.request_kv_block_counts[:rows].numpy()
         allocator = context.kv_block_allocator
         room = min(allocator.total_avail, allocator.get_active_avail())
-
-        def needed(steps: int) -> np.ndarray:
+        need_B = np.zeros(rows, dtype=np.int64)
+        while steps > 1:
             last_B = first_B + np.minimum(steps, left_B) - 1
-            return np.maximum(last_B // length + 1 - have_B, 0)
-
-        while steps > 1 and needed(steps).sum() > room:
+            need_B = np.maximum(last_B // length + 1 - have_B, 0)
+            if need_B.sum() <= room:
+                break
             steps //= 2
-        need_B = needed(steps)
         if steps > 1 and need_B.any():
             blocks = allocator.allocate_memory_blocks(int(need_B.sum()))
             taken = 0

@@ -17,6 +17,8 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [
     (UserWarning, "MimoModelConfig is experimental", "imported by Megatron, not used"),
     (UserWarning, "The .grad attribute of a Tensor that is not a leaf",
      "Megatron's optimizer looks at the gradients of shards, which have none"),
+    (RuntimeWarning, "Detected a Jax installation",
+     "Transformer Engine looks for its extension to a framework that is not used here"),
     (FutureWarning, "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is",
      "called by Megatron"),
     (FutureWarning, "`torch.distributed._(all_gather|reduce_scatter)_base` is",

@@ -40,10 +40,10 @@ def attend(
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     scores = soft_cap((grouped @ k[:, :, None].transpose(-1, -2)).float() * factor, softcap)
     if mask is not None:
-        mask = mask if mask.dim() == 2 else mask[:, :, None]
-        if mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, float("-inf"))
+        shaped: Tensor = mask if mask.dim() == 2 else mask[:, :, None]
+        if shaped.dtype == torch.bool:
+            scores = scores.masked_fill(~shaped, float("-inf"))
         else:
-            scores = scores + mask
+            scores = scores + shaped
     weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0).to(v.dtype)
     return (weights @ v[:, :, None]).flatten(1, 2)

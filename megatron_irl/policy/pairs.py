@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from megatron_irl.console import Console
 from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.generation.interface import SamplingConfig, request_key
-from megatron_irl.parallel.main_rank import everywhere
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.reduce import gather_over_data_parallel
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct, summed
@@ -60,7 +61,8 @@ def sample_pairs(
         for first, last in bank.begin_round(round_index, bounds)
     ]
     bank.discard_others(round_index, parts)
-    left = [n for n in range(len(parts)) if n not in bank.done_parts(round_index)]
+    done = bank.done_parts(round_index)  # once: it is collective, and reads every part
+    left = [number for number in range(len(parts)) if number not in done]
     start = time.perf_counter()
     with clock.timed("generation"):
         if scheme == 1:
@@ -97,8 +99,8 @@ def _sample_by_part(
             policy, [d.prompt_ids for d in parts[number]], replace(sampling, seed=seed), console
         )
         tokens += sum(len(sample.token_ids) for sample in samples)
-        if policy.topology.is_main:
-            bank.write_part(round_index, number, _pairs(parts[number], samples, round_index))
+        pairs = _pairs(parts[number], samples, round_index)
+        on_main(partial(bank.write_part, round_index, number, pairs), policy.topology)
     return tokens
 
 
@@ -197,7 +199,7 @@ def add_references(
 
     Collectives: every rank must call.
     """
-    mismatch = _Mismatch()
+    mismatch = Mismatch()
     with clock.timed("reference"):
         if weights_of is not None and pairs.parts:
             # The policy's own pass, on one part, for the mismatch.
@@ -212,8 +214,7 @@ def add_references(
                 sums = summed(scores)
                 for i, pair in enumerate(part):
                     pair.ref_demo_logp, pair.ref_sample_logp = sums[2 * i], sums[2 * i + 1]
-                if policy.topology.is_main:
-                    pairs.commit(number)
+                on_main(partial(pairs.commit, number), policy.topology)
         pairs.finish()  # a barrier too: no update before every reference is on disk
     return {"mismatch": mismatch.summary()}
 
@@ -226,26 +227,39 @@ def _score_pairs(policy: Policy, pairs: list[Pair], console: Console) -> list[np
     return score_distinct(pairs, score)
 
 
-class _Mismatch:
-    """Difference of the engine's and the trainer's log-probability of every sampled token."""
+class Mismatch:
+    """Difference of the engine's and the trainer's log-probability of every sampled token.
+
+    Sums alone are kept: a round has as many differences as its samples have tokens.
+    """
 
     def __init__(self) -> None:
-        self.differences: list[np.ndarray] = []
+        self._tokens = 0
+        self._sum = self._sum_abs = self._max_abs = 0.0  # nats
 
     def add(self, pairs: Sequence[Pair], scores: Sequence[np.ndarray]) -> None:
+        """Count the samples of pairs.
+
+        Args:
+            scores: Of [demonstration, sample] of each pair: nats of each token.
+        """
         for pair, trainer in zip(pairs, scores[1::2], strict=True):
             if len(pair.sample_ids):
-                self.differences.append(pair.sample_logprobs.astype(np.float64) - trainer)
+                difference = pair.sample_logprobs.astype(np.float64) - trainer
+                absolute = np.abs(difference)
+                self._tokens += len(difference)
+                self._sum += float(difference.sum())
+                self._sum_abs += float(absolute.sum())
+                self._max_abs = max(self._max_abs, float(absolute.max()))
 
     def summary(self) -> dict[str, float]:
         """``kl`` estimates KL(engine || trainer) per token from the engine's own samples."""
-        if not self.differences:
+        if not self._tokens:
             return {}
-        difference = np.concatenate(self.differences)
         return {
-            "mean_abs": float(np.abs(difference).mean()),
-            "max_abs": float(np.abs(difference).max()),
-            "kl": float(difference.mean()),
+            "mean_abs": self._sum_abs / self._tokens,
+            "max_abs": self._max_abs,
+            "kl": self._sum / self._tokens,
         }
 
 

@@ -109,6 +109,8 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
         )
     state.step += 1
     state.step_in_round += 1
+    # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
+    # its log cannot be written the launcher ends the other ranks, who wait in the next step.
     run.recorder.step(
         state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
     )
@@ -137,7 +139,7 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     }
     if run.algorithm.draws_samples:
         record |= {"beta": algorithm.beta[state.round], "reference": algorithm.reference}
-    run.recorder.round(record)
+    on_main(lambda: run.recorder.round(record), run.topology)
     state.round += 1
     state.step_in_round = 0
     state.evaluation = evaluation

@@ -12,7 +12,7 @@ from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.model.build import build_chunks, unwrap
 from megatron_irl.model.kernels import Kernels, describe_kernels
 from megatron_irl.model.specs import choose_spec
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.run.folder import RunFolder
@@ -69,10 +69,10 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     )
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds)
-    recorder = Recorder(
+    recorder = everywhere(lambda: Recorder(
         folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
         fence=lease.check, kept=saved.get("log"),
-    )
+    ), topology)
     policy.open_generator(
         max_sequence_length=generation_length(recipe),
         max_requests=recipe.generation.max_requests, kv_cache_gb=recipe.generation.kv_cache_gb,
@@ -82,7 +82,8 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     sampling = sampling_config(recipe, inputs.tokenizer)
     evaluator = Evaluator(
         recipe, inputs.algorithm, policy, inputs.tokenizer, inputs.data, sampling, heldout_bank,
-        folder.preference_references, console, clock, folder.sampling,
+        folder.preference_references, console, clock,
+        on_main(lambda: folder.sampling, topology),  # not what each rank finds in run.json
     )
     return Run(
         recipe=recipe, algorithm=inputs.algorithm, topology=topology, policy=policy,

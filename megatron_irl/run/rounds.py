@@ -1,19 +1,20 @@
 """The start of a round: sample from the policy, cache the reference, commit both to the bank."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from megatron_irl.algorithms.round import Round
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.data.sampler import OrderedSampler
+from megatron_irl.data.token_table import MappedRows
 from megatron_irl.evaluation.hacking import hacking_signs
-from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import add_references, open_pairs, sample_pairs
 from megatron_irl.run.run import Run
-from megatron_irl.storage.commit import replacing
+from megatron_irl.storage.commit import read_json, write_file
 from megatron_irl.train.offload import offloaded
 from megatron_irl.types import Demonstration, Pair
 
@@ -57,9 +58,8 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
     """
     topology = run.topology
     summary_path = run.folder.pairs / f"round_{round_index:04d}" / "summary.json"
-    known = _read_json(summary_path) if topology.is_main else None
-    known = from_main(known, topology)
-    if run.bank.is_finished(round_index) and known is not None:
+    known = on_main(lambda: read_json(summary_path), topology)
+    if run.bank.has_references(round_index) and known is not None:
         return open_pairs(run.bank, round_index), known
     if run.state.step_in_round:  # what is measured at a round's start cannot be any more
         return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
@@ -74,26 +74,26 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
             ),
             sampling=run.sampling, part_size=run.recipe.generation.chunk_size,
             samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe),
-            scheme=run.folder.sampling, console=run.console, clock=run.clock,
+            scheme=run.evaluator.scheme, console=run.console, clock=run.clock,
         )
     pairs = open_pairs(run.bank, round_index)
     references = add_references(
         run.policy, pairs, weights_of=run.reference_weights, console=run.console, clock=run.clock
     )
     summary = {"generation": generation, **references}
-    if topology.is_main:
-        with replacing(summary_path) as file:
-            file.write(json.dumps(summary).encode())
-    topology.barrier()
+    on_main(lambda: write_file(summary_path, json.dumps(summary).encode()), topology)
     return pairs, summary
 
 
 def round_demonstrations(
-    demonstrations: list[Demonstration], size: int, seed: int, round_index: int
-) -> list[Demonstration]:
+    demonstrations: Sequence[Demonstration], size: int, seed: int, round_index: int
+) -> Sequence[Demonstration]:
     """The demonstrations of a round: disjoint slices of one shuffle, epoch after epoch."""
     sampler = OrderedSampler(len(demonstrations), seed, round_index * size)
-    return [demonstrations[i] for i in sampler.take(size)]
+    taken = sampler.take(size)
+    if isinstance(demonstrations, MappedRows):
+        return demonstrations.chosen(taken)  # made as they are sampled for
+    return [demonstrations[i] for i in taken]
 
 
 def describe_samples(drawn: list[Pair]) -> dict[str, Any]:
@@ -103,7 +103,3 @@ def describe_samples(drawn: list[Pair]) -> dict[str, Any]:
         "truncated": sum(pair.finish_reason == "length" for pair in drawn),
         **hacking_signs(drawn),
     }
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None

@@ -109,6 +109,15 @@ def write_file(path: str | Path, content: bytes) -> None:
         file.write(content)
 
 
+def read_json(path: str | Path) -> dict[str, Any] | None:
+    """The object in a file that can be made again; None where it is missing or damaged."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def write_jsonl_atomically(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
     """Write one JSON object per line; the file appears only once it is complete.
 

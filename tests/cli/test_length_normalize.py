@@ -31,7 +31,8 @@ def root(model, data, tmp_path_factory):
 
 def scored(tmp_path, records, *options):
     pairs = write_jsonl(tmp_path / "p.jsonl", records)
-    result = run("score", "--pairs", pairs, "--out", tmp_path / "o.jsonl", *options)
+    result = run("score", "--pairs", pairs, "--out", tmp_path / "o.jsonl", "--overwrite",
+                 *options)
     assert result.code == 0, result.err
     return np.array([line["rewards"] for line in read_jsonl(tmp_path / "o.jsonl")])
 

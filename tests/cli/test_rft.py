@@ -240,8 +240,8 @@ def test_unfinished_run_scores_from_its_checkpoint(sections, tmp_path, monkeypat
     np.testing.assert_allclose(scored, ledger, atol=1e-5)
     assert np.std(scored) > 0
     prompts = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "1+1"}])
-    result = run("generate", "--model", tmp_path / "run", "--prompts", prompts, "--out", out,
-                 "--max-new-tokens", 2)
+    result = run("generate", "--model", tmp_path / "run", "--prompts", prompts, "--out",
+                 tmp_path / "g.jsonl", "--max-new-tokens", 2)
     assert result.code == 0, result.err  # a model without the head reads the checkpoint too
 
 
