@@ -76,9 +76,13 @@ def _digests(paths: Sequence[Path]) -> list[list[str]]:
 
 def _content(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        # Whoever reads it next says so in the user's words; no corpus is kept of such a file.
+        return f"{error}"
     return digest.hexdigest()
 
 

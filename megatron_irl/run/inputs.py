@@ -93,30 +93,38 @@ def read_inputs(
     )
     check_vocabulary(tokenizer, arch.vocab_size)
     start = describe_start(hf_dir, tokenizer, date)
+    data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
+    return Inputs(
+        resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
+        optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],
+    )
+
+
+def _read_data(
+    recipe: Recipe, algorithm: Algorithm, folder: RunFolder, tokenizer: Tokenizer,
+    start: dict[str, str], *, keeps: bool,
+) -> tuple[Corpus, Recipe]:
+    """The data, and the recipe resolved for so much of it; both are those of the run's folder."""
     key = algorithm.preferences
     trained_on = (key, value_at(recipe, key)) if key else None
 
     def read(gather: Gather | None) -> Corpus:
         return read_corpus(recipe, tokenizer, preferences=trained_on, gather=gather)
 
-    if not keeps_tokens:
+    if not keeps:
         data = read(None)
-        resolved = _resolved(recipe, folder, data, start)
-    else:
-        tokens = Tokens(TokenStore(folder.tokens))
-        data = tokens.corpus(
-            lambda: token_key(recipe, tokenizer, trained_on[1] if trained_on else ()), read
-        )
-        try:
-            resolved = _resolved(recipe, folder, data, start)
-        except UserError:
-            tokens.settle(accepted=False)
-            raise
-        tokens.settle(accepted=True)
-    return Inputs(
-        resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
-        optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],
+        return data, _resolved(recipe, folder, data, start)
+    tokens = Tokens(TokenStore(folder.tokens))
+    data = tokens.corpus(
+        lambda: token_key(recipe, tokenizer, trained_on[1] if trained_on else ()), read
     )
+    try:
+        resolved = _resolved(recipe, folder, data, start)
+    except UserError:
+        tokens.settle(accepted=False)
+        raise
+    tokens.settle(accepted=True)
+    return data, resolved
 
 
 def _resolved(recipe: Recipe, folder: RunFolder, data: Corpus, start: dict[str, str]) -> Recipe:

@@ -9,7 +9,15 @@ from megatron_irl.data import demonstrations
 from megatron_irl.data.token_store import TokenStore
 from megatron_irl.data.token_table import MappedRows
 from megatron_irl.run.inputs import read_inputs
-from tests.cli.harness import deterministic, refused, run, snapshot, write_recipe
+from tests.cli import jobs
+from tests.cli.harness import (
+    deterministic,
+    refused,
+    run,
+    snapshot,
+    write_jsonl,
+    write_recipe,
+)
 from tests.cli.test_resume import Killed, kill_after, small
 
 
@@ -86,3 +94,20 @@ def test_plan_writes_nothing_and_training_maps(sections, tmp_path, monkeypatch, 
     (kept,) = (tmp_path / "run" / "tokens").iterdir()
     found = TokenStore(kept.parent).open(kept.name)
     assert isinstance(found.demonstrations, MappedRows) and len(found.demonstrations) == seen[0]
+
+
+def test_one_of_two_ranks_tokenises_and_tells_for_both(pool, sections, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", **small(sections, tmp_path / "run"))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"messages": 3}])
+
+    def start(*overrides):
+        return pool.run(2, jobs.batches_encoded, arguments=[
+            "train", str(recipe), "parallel.data_parallel_size=2", *overrides])
+
+    start_bad = start(f"data.train={bad}")
+    assert [code for code, *_ in start_bad] == [2, 2]
+    assert f"{bad}:1" in start_bad[0][2] and start_bad[1][2] == ""
+    first = start()
+    assert [code for code, *_ in first] == [0, 0], first
+    assert first[0][1] > 0 and first[1][1] == 0
+    assert [code for code, *_ in start()] == [0, 0]

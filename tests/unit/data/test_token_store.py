@@ -4,6 +4,7 @@ import json
 import os
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,18 @@ def test_key_names_contents_and_not_times(recipe, tokenizer, tmp_path):
     assert token_key(recipe, tokenizer) != before
     file.write_text(text)
     assert token_key(recipe, tokenizer) == before
+
+
+def test_a_file_that_cannot_be_read_is_for_its_reader_to_tell(recipe, tokenizer, monkeypatch):
+    before, opens = token_key(recipe, tokenizer), Path.open
+
+    def refuses(self, *arguments, **named):
+        if self.suffix == ".jsonl":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opens(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", refuses)
+    assert token_key(recipe, tokenizer) != before
 
 
 def test_key_names_tokenizer_template_and_preferences(recipe, tokenizer, tmp_path):
