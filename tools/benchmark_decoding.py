@@ -170,7 +170,8 @@ def peer(config: dict[str, Any], prompts: list[np.ndarray], options: argparse.Na
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     with torch.device("cuda"):
-        model = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16).eval()
+        model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    model = model.to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=0,
         max_new_tokens=options.new_tokens,

@@ -24,7 +24,7 @@ def describe_plan(recipe: Recipe, show: int | None = None) -> str:
         UserError: As ``train`` would.
     """
     dp_size = check_layout(recipe, None)
-    inputs = read_inputs(recipe, check_hardware=False)
+    inputs = read_inputs(recipe, check_hardware=False, keeps_tokens=False)
     lines = [*inputs.notes, *_work(inputs), *_memory(inputs, dp_size)]
     if recipe.precision == "fp8":
         lines.append("the hardware was not checked: precision=fp8 needs GPUs of compute capability "

@@ -1,21 +1,28 @@
 """What the user gave to learn from and to judge by, read once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from megatron_irl.config import DataSource, Recipe
-from megatron_irl.data.demonstrations import LoadReport, load_demonstrations
+from megatron_irl.data.demonstrations import LoadReport, read_demonstrations
 from megatron_irl.data.digest import digest_of
 from megatron_irl.data.preferences import Preference, load_preferences
 from megatron_irl.data.sources import Reading, evaluation_reading, training_reading
+from megatron_irl.data.token_table import ids_of, masks_of
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.types import Demonstration
 
+Fill = Callable[[Callable[[Demonstration], object]], LoadReport]
+"""Given what takes a demonstration, gives it all there are."""
+Gather = Callable[[str, Fill], tuple[Sequence[Demonstration], LoadReport]]
+"""(``train`` or ``eval``, what fills it) -> the demonstrations, wherever they are kept."""
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of everything a run reads.
+    """Token ids of everything a run reads; the sequences may be mapped files, see ``token_table``.
 
     Attributes:
         demonstrations: Of ``data.train``.
@@ -27,8 +34,8 @@ class Corpus:
         report: What became of the records of ``data.train``.
     """
 
-    demonstrations: list[Demonstration]
-    heldout: list[Demonstration] = field(default_factory=list)
+    demonstrations: Sequence[Demonstration]
+    heldout: Sequence[Demonstration] = ()
     preferences: Sequence[Preference] = ()
     heldout_preferences: Sequence[Preference] = ()
     digest: str = ""
@@ -39,11 +46,13 @@ class Corpus:
 def read_corpus(
     recipe: Recipe, tokenizer: Tokenizer, *,
     preferences: tuple[str, Sequence[str | DataSource]] | None = None,
+    gather: Gather | None = None,
 ) -> Corpus:
     """Read and encode every file of a recipe.
 
     Args:
         preferences: Dotted key and files of the preferences that are trained on.
+        gather: Where demonstrations are kept; None: in lists.
 
     Raises:
         UserError: A record or file is wrong; held-out or training preferences without any.
@@ -55,31 +64,39 @@ def read_corpus(
     }
     turns = recipe.data.turns
     notes = list(tokenizer.notes)
-    demonstrations, report = load_demonstrations(
-        training_reading(recipe.data, notes), tokenizer, turns=turns, **limits
-    )
+    gather = gather or _in_lists
+    training = training_reading(recipe.data, notes)
+    demonstrations, report = gather("train", lambda keep: read_demonstrations(
+        training, tokenizer, keep, turns=turns, **limits
+    ))
     notes.append(f"data.train: {report.summary()}")
-    heldout: list[Demonstration] = []
+    heldout: Sequence[Demonstration] = ()
     held_out = evaluation_reading(recipe.data, notes)
     if held_out is not None:
-        heldout, eval_report = load_demonstrations(
+        heldout, eval_report = gather("eval", lambda keep: read_demonstrations(
             # One sequence of all turns cannot be generated for; each turn alone has the same
             # tokens to be likely.
-            held_out, tokenizer, turns="each" if turns == "all" else turns,
+            held_out, tokenizer, keep, turns="each" if turns == "all" else turns,
             limit=recipe.data.eval_limit, **limits,
-        )
+        ))
         notes.append(f"data.eval: {eval_report.summary()}")
     trained_on = _read_preferences(*preferences, recipe, tokenizer, notes) if preferences else []
     heldout_preferences = _read_preferences(
         "data.eval_preferences", recipe.data.eval_preferences, recipe, tokenizer, notes
     )
-    digest = digest_of([
-        *((d.prompt_ids, d.response_ids) for d in demonstrations),
-        *((p.prompt_ids, ids) for p in trained_on for ids in (p.chosen_ids, p.rejected_ids)),
-    ], (d.loss_mask for d in demonstrations))
+    digest = digest_of(chain(
+        ids_of(demonstrations),
+        ((p.prompt_ids, ids) for p in trained_on for ids in (p.chosen_ids, p.rejected_ids)),
+    ), masks_of(demonstrations))
     return Corpus(
         demonstrations, heldout, trained_on, heldout_preferences, digest, tuple(notes), report
     )
+
+
+def _in_lists(name: str, fill: Fill) -> tuple[Sequence[Demonstration], LoadReport]:
+    del name
+    kept: list[Demonstration] = []
+    return kept, fill(kept.append)
 
 
 def _read_preferences(

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -157,20 +157,47 @@ def load_demonstrations(
         UserError: Malformed records, named by file and line; a file that is missing or empty;
             nothing left to train on.
     """
+    kept: list[Demonstration] = []
+    report = read_demonstrations(
+        paths, tokenizer, kept.append, max_prompt_length=max_prompt_length,
+        max_response_length=max_response_length, overlong=overlong, turns=turns, limit=limit,
+    )
+    return kept, report
+
+
+def read_demonstrations(
+    paths: Paths | Reading,
+    tokenizer: Tokenizer,
+    keep: Callable[[Demonstration], object],
+    *,
+    max_prompt_length: int,
+    max_response_length: int,
+    overlong: Overlong = "drop",
+    turns: Turns = "last",
+    limit: int | None = None,
+) -> LoadReport:
+    """As ``load_demonstrations``, but gives each to ``keep`` and holds none.
+
+    Bad records are told of after the last one: ``keep`` has then been given the good ones.
+    """
     builder = _Builder(tokenizer, Limits(max_prompt_length, max_response_length, overlong))
 
     def share(batch: list[Conversation]) -> list[Turned | RecordError]:
         return encode_turns(tokenizer, batch, turns)
 
-    records = collect_in_batches(
-        paths, lambda conversation: conversation, share, builder.build, limit)
-    demonstrations = [demonstration for built in records for demonstration in built]
+    def build(record: Conversation, found: Turned | RecordError) -> bool | None:
+        built = builder.build(record, found)
+        for demonstration in built or ():
+            keep(demonstration)
+        return bool(built) or None  # only how many there are counts here
+
+    collect_in_batches(paths, lambda conversation: conversation, share, build, limit)
     report = builder.report()
-    if not demonstrations:
+    if not report.kept:
         raise UserError(f"no demonstration is left in {Reading.of(paths)}: {report.summary()}. "
                         f"Raise data.max_prompt_length={max_prompt_length} or "
                         f"data.max_response_length={max_response_length}.")
-    return demonstrations, report
+    return report
 
 
 class _Builder:

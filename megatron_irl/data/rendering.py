@@ -91,7 +91,9 @@ def encode_conversations(
             texts.append(render_conversation(tokenizer, conversation))
         except RecordError as error:
             texts.append(error)
-    ready = [(t.text, (t.position,)) for t in texts if isinstance(t, Text)]
+    ready: list[tuple[str, Sequence[int]]] = [
+        (t.text, (t.position,)) for t in texts if isinstance(t, Text)
+    ]
     splits = iter(tokenizer.codec.split_batch(ready) if ready else ())
     encoded: list[Encoded | RecordError] = []
     for text in texts:

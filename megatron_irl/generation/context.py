@@ -25,7 +25,7 @@ class PagedContext(DynamicInferenceContext):
         TOKEN_ROUNDER = 1
         REQUEST_ROUNDER = 1
 
-    _angles: dict[int, tuple[Tensor, Tensor]] | None = None
+    _angles: dict[int, tuple[Tensor, ...]] | None = None
     _slots: Tensor | None = None
     _last_layers: set[int] = set()
     _in_last_layer = False
@@ -52,7 +52,7 @@ class PagedContext(DynamicInferenceContext):
         if self.enable_prefix_caching or prefill_chunk_length is not None:
             super().add_request(req, prefill_chunk_length)
             return
-        row, first = self.total_request_count, self.active_token_count
+        row, first = int(self.total_request_count), int(self.active_token_count)
         prompt = req.remaining_prompt_tokens.numpy()
         length, block = len(prompt), self.block_size_tokens
         count = -(-length // block)
@@ -92,7 +92,8 @@ class PagedContext(DynamicInferenceContext):
         event = super().initialize_attention_state(**options)
         # Upstream bounds a captured step's longest query by all its tokens, and attention starts
         # blocks of threads for as much of each request.
-        state = self.active_attn_metadata["mha_metadata"].state_data
+        metadata: Any = self.active_attn_metadata
+        state = metadata["mha_metadata"].state_data
         state["max_seqlen_q"] = min(state["max_seqlen_q"], self.max_sequence_length)
         return event
 
@@ -177,12 +178,13 @@ class PagedContext(DynamicInferenceContext):
         self, states: Tensor, angles: Tensor, config: Any, cp_group: Any, mscale: float
     ) -> Tensor:
         # Upstream looks the angles up anew in each layer, for q and for k, and copies q besides.
-        known = self._angles
-        if known is None:
+        known = self._angles = {} if self._angles is None else self._angles
+        columns = int(angles.storage_offset())
+        if columns not in known:
             positions = self.gpu_view.token_to_pos_ids[: self.padded_active_token_count]
-            known = self._angles = (angles[positions], angles)
+            known[columns] = (angles[positions],)
         return apply_rotary_pos_emb(
-            t=states, freqs=known[0], config=config, cp_group=cp_group, mscale=mscale,
+            t=states, freqs=known[columns][0], config=config, cp_group=cp_group, mscale=mscale,
             mla_rotary_interleaved=config.multi_latent_attention,
         )
 

@@ -207,7 +207,7 @@ def _steps(
     requests are filled several at a time, unless the host looks at every step anyway.
     """
     engine, loop = built.engine, built.loop
-    places = engine.context.max_requests
+    places = int(engine.context.max_requests)
     together = max(1, places // 8) if loop.burst_steps > 1 else 1
     queue = iter(range(len(prompts)))
     cut = False  # the last step took fewer prompts than there were places for
@@ -218,13 +218,14 @@ def _steps(
         if not engine.has_unfinished_requests():
             return
         waiting = len(engine.waiting_request_ids)
-        free = places - engine.context.total_request_count
+        free = places - int(engine.context.total_request_count)
         enough = cut or free >= min(together, waiting)
         if loop.ready() and not (waiting and enough and _fits(engine)):
             cut = False
             yield loop.run(table, wanted=max(1, together - free) if waiting else None)
             continue
-        records = engine.step_modern()["finished_request_records"]
+        stepped: Any = engine.step_modern()
+        records = stepped["finished_request_records"]
         left = len(engine.waiting_request_ids)
         cut = left > 0 and waiting - left < free
         yield [record[-1].request_id for record in records]

@@ -199,7 +199,7 @@ def add_references(
 
     Collectives: every rank must call.
     """
-    mismatch = _Mismatch()
+    mismatch = Mismatch()
     with clock.timed("reference"):
         if weights_of is not None and pairs.parts:
             # The policy's own pass, on one part, for the mismatch.
@@ -227,26 +227,39 @@ def _score_pairs(policy: Policy, pairs: list[Pair], console: Console) -> list[np
     return score_distinct(pairs, score)
 
 
-class _Mismatch:
-    """Difference of the engine's and the trainer's log-probability of every sampled token."""
+class Mismatch:
+    """Difference of the engine's and the trainer's log-probability of every sampled token.
+
+    Sums alone are kept: a round has as many differences as its samples have tokens.
+    """
 
     def __init__(self) -> None:
-        self.differences: list[np.ndarray] = []
+        self._tokens = 0
+        self._sum = self._sum_abs = self._max_abs = 0.0  # nats
 
     def add(self, pairs: Sequence[Pair], scores: Sequence[np.ndarray]) -> None:
+        """Count the samples of pairs.
+
+        Args:
+            scores: Of [demonstration, sample] of each pair: nats of each token.
+        """
         for pair, trainer in zip(pairs, scores[1::2], strict=True):
             if len(pair.sample_ids):
-                self.differences.append(pair.sample_logprobs.astype(np.float64) - trainer)
+                difference = pair.sample_logprobs.astype(np.float64) - trainer
+                absolute = np.abs(difference)
+                self._tokens += len(difference)
+                self._sum += float(difference.sum())
+                self._sum_abs += float(absolute.sum())
+                self._max_abs = max(self._max_abs, float(absolute.max()))
 
     def summary(self) -> dict[str, float]:
         """``kl`` estimates KL(engine || trainer) per token from the engine's own samples."""
-        if not self.differences:
+        if not self._tokens:
             return {}
-        difference = np.concatenate(self.differences)
         return {
-            "mean_abs": float(np.abs(difference).mean()),
-            "max_abs": float(np.abs(difference).max()),
-            "kl": float(difference.mean()),
+            "mean_abs": self._sum_abs / self._tokens,
+            "max_abs": self._max_abs,
+            "kl": self._sum / self._tokens,
         }
 
 

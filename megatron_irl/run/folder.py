@@ -19,6 +19,7 @@ from megatron_irl.config import (
     resolve,
     to_yaml,
 )
+from megatron_irl.data.token_store import is_token_store
 from megatron_irl.errors import UserError
 from megatron_irl.policy.provenance import date_of
 from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
@@ -46,6 +47,7 @@ class RunFolder:
         self.pairs = path / "pairs"
         self.heldout = path / "heldout"
         self.previous = path / "previous"
+        self.tokens = path / "tokens"
         self._identity = path / "run.json"
 
     @property
@@ -58,7 +60,8 @@ class RunFolder:
         if not self._identity.exists():
             # A run killed while it claimed the folder leaves no more than these.
             passing = (TEMPORARY_PATTERN, LEASE_PATTERN)
-            found = [p for p in self.path.glob("*") if not any(map(p.match, passing))]
+            found = [p for p in self.path.glob("*") if not any(map(p.match, passing))
+                     and not (p == self.tokens and is_token_store(p))]
             if found and not self._said_in_recipe():
                 raise UserError(
                     f"output_dir={self.path} is not empty and is not a run of megatron-irl. Set "

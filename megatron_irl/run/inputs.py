@@ -13,13 +13,16 @@ from megatron_irl.config.bounds import value_at
 from megatron_irl.convert.certificate import certificate_notes
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import validate_hf_folder
-from megatron_irl.data.corpus import Corpus, read_corpus
+from megatron_irl.data.corpus import Corpus, Gather, read_corpus
+from megatron_irl.data.token_key import token_key
+from megatron_irl.data.token_store import TokenStore
 from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
 from megatron_irl.model.build import build_config, build_ddp_config
 from megatron_irl.policy.provenance import describe_start, today
 from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.tokens import Tokens
 from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
@@ -53,10 +56,17 @@ class Inputs:
     notes: list[str]
 
 
-def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
+def read_inputs(
+    recipe: Recipe, *, check_hardware: bool = True, keeps_tokens: bool = True
+) -> Inputs:
     """Read and check recipe, model folder, data and output folder; needs no process group.
 
-    Without ``check_hardware`` the recipe may ask for what this machine does not have.
+    Every rank calls it, and one of each machine tokenises for all of them.
+
+    Args:
+        check_hardware: Otherwise the recipe may ask for what this machine does not have.
+        keeps_tokens: Keep token ids in the output folder, for the other ranks and the next start.
+            Otherwise nothing is written.
 
     Raises:
         UserError: Anything that is wrong with the user's input.
@@ -83,16 +93,45 @@ def read_inputs(recipe: Recipe, *, check_hardware: bool = True) -> Inputs:
     )
     check_vocabulary(tokenizer, arch.vocab_size)
     start = describe_start(hf_dir, tokenizer, date)
-    key = algorithm.preferences
-    data = read_corpus(
-        recipe, tokenizer, preferences=(key, value_at(recipe, key)) if key else None
-    )
-    resolved = resolve(recipe, len(data.demonstrations))
-    folder.check(resolved, data.digest, len(data.demonstrations), start)
+    data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
         optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],
     )
+
+
+def _read_data(
+    recipe: Recipe, algorithm: Algorithm, folder: RunFolder, tokenizer: Tokenizer,
+    start: dict[str, str], *, keeps: bool,
+) -> tuple[Corpus, Recipe]:
+    """The data, and the recipe resolved for so much of it; both are those of the run's folder."""
+    key = algorithm.preferences
+    trained_on = (key, value_at(recipe, key)) if key else None
+
+    def read(gather: Gather | None) -> Corpus:
+        return read_corpus(recipe, tokenizer, preferences=trained_on, gather=gather)
+
+    if not keeps:
+        data = read(None)
+        return data, _resolved(recipe, folder, data, start)
+    tokens = Tokens(TokenStore(folder.tokens))
+    data = tokens.corpus(
+        lambda: token_key(recipe, tokenizer, trained_on[1] if trained_on else ()), read
+    )
+    try:
+        resolved = _resolved(recipe, folder, data, start)
+    except UserError:
+        tokens.settle(accepted=False)
+        raise
+    tokens.settle(accepted=True)
+    return data, resolved
+
+
+def _resolved(recipe: Recipe, folder: RunFolder, data: Corpus, start: dict[str, str]) -> Recipe:
+    """The recipe for so much data, if it is what the folder was begun with."""
+    resolved = resolve(recipe, len(data.demonstrations))
+    folder.check(resolved, data.digest, len(data.demonstrations), start)
+    return resolved
 
 
 def check_lengths(recipe: Recipe, arch: Architecture, config: TransformerConfig) -> None:

@@ -1,6 +1,7 @@
 """The start of a round: sample from the policy, cache the reference, commit both to the bank."""
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -8,6 +9,7 @@ from megatron_irl.algorithms.round import Round
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.data.sampler import OrderedSampler
+from megatron_irl.data.token_table import MappedRows
 from megatron_irl.evaluation.hacking import hacking_signs
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import add_references, open_pairs, sample_pairs
@@ -84,11 +86,14 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
 
 
 def round_demonstrations(
-    demonstrations: list[Demonstration], size: int, seed: int, round_index: int
-) -> list[Demonstration]:
+    demonstrations: Sequence[Demonstration], size: int, seed: int, round_index: int
+) -> Sequence[Demonstration]:
     """The demonstrations of a round: disjoint slices of one shuffle, epoch after epoch."""
     sampler = OrderedSampler(len(demonstrations), seed, round_index * size)
-    return [demonstrations[i] for i in sampler.take(size)]
+    taken = sampler.take(size)
+    if isinstance(demonstrations, MappedRows):
+        return demonstrations.chosen(taken)  # made as they are sampled for
+    return [demonstrations[i] for i in taken]
 
 
 def describe_samples(drawn: list[Pair]) -> dict[str, Any]:

@@ -42,3 +42,21 @@ def states_saved(arguments: list[str]) -> list[dict[str, Any]]:
         Checkpointer.save = original
     assert code == 0, errors
     return states
+
+
+def batches_encoded(arguments: list[str]) -> tuple[int, int, str]:
+    """Exit code of a command, batches of records this rank tokenised in it, standard error."""
+    from megatron_irl.data import demonstrations
+
+    original, calls = demonstrations.encode_turns, []
+
+    def spy(*given: Any) -> Any:
+        calls.append(given)
+        return original(*given)
+
+    demonstrations.encode_turns = spy
+    try:
+        code, errors = command(arguments)
+    finally:
+        demonstrations.encode_turns = original
+    return code, len(calls), errors

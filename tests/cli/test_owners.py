@@ -6,6 +6,7 @@ import pytest
 
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.run.state import RunState
+from megatron_irl.storage.shared_bank import SharedBank
 from tests.cli import jobs
 from tests.cli.harness import deterministic, read_jsonl, run, write_recipe
 from tests.cli.test_resume import Killed, kill_after, small
@@ -83,12 +84,12 @@ def test_everything_is_built_once(recipe, monkeypatch, no_report):
 
     count(load, "check_recipe")
     for kind, made in ((TransformerConfig, "__post_init__"), (OptimizerConfig, "__post_init__"),
-                       (RunFolder, "__init__"), (PairBank, "__init__")):
+                       (RunFolder, "__init__"), (SharedBank, "__init__")):
         count(kind, made)
     assert run("train", recipe).code == 0
     assert Counter(name for name, _ in built) == {
         "megatron_irl.config.load": 1, "TransformerConfig": 1, "OptimizerConfig": 1, "RunFolder": 1,
-        "PairBank": 3,  # the run's, the held-out one, that of earlier rounds
+        "SharedBank": 3,  # the run's, the held-out one, that of earlier rounds
     }
 
 

@@ -196,3 +196,19 @@ def test_unfinished_run_generates_from_its_checkpoint(
                  "--max-new-tokens", 4)
     assert result.code == 0, result.err
     assert len(read_jsonl(tmp_path / "o.jsonl")) == 1
+
+
+def test_the_cut_into_parts_changes_no_sample(sections, tmp_path, no_report):
+    """Nor do the places there are: what is drawn depends on the prompt and its number alone."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder, (size, requests) in zip(folders, ((256, 64), (3, 2)), strict=True):
+        options = small(sections, folder, rounds=1, steps_per_round=1, prompts_per_round=8)
+        options["generation"] = sections.get("generation", {}) | {
+            "chunk_size": size, "max_requests": requests,
+        }
+        assert run("train", write_recipe(tmp_path / f"{folder.name}.yaml", **options)).code == 0
+    cut = [len(list((folder / "pairs" / "round_0000").glob("part_*.parquet")))
+           for folder in folders]
+    assert cut == [1, 3]
+    drawn = [[(o, ids) for o, ids, *_ in pairs_of(folder, 1)] for folder in folders]
+    assert drawn[0] == drawn[1]

@@ -20,7 +20,7 @@ from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_megatron_optimizer
 from tests.convert.tiny import make_tiny_llama
 
-from megatron.core import parallel_state  # isort: skip
+from megatron.core import parallel_state, tensor_parallel  # isort: skip
 from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip
 
@@ -31,21 +31,33 @@ def joined():
     shutdown()
 
 
-def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, monkeypatch):
+@pytest.fixture
+def topology_on_cuda(joined, monkeypatch):
+    """The topology as built on a GPU; random states that graphs can hold need a real one."""
+    seed = tensor_parallel.model_parallel_cuda_manual_seed
+
+    def seed_without_graphs(*args, use_cudagraphable_rng, **options):
+        assert use_cudagraphable_rng
+        seed(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_parallel, "model_parallel_cuda_manual_seed", seed_without_graphs)
+        patch.setattr(hardware, "IS_CUDA", True)
+        return build_topology(ParallelConfig())
+
+
+def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, topology_on_cuda):
     assert joined.host_dp_group is joined.dp_group
-    monkeypatch.setattr(hardware, "IS_CUDA", True)
-    topology = build_topology(ParallelConfig())
+    topology = topology_on_cuda
     assert topology.host_dp_group is not topology.dp_group
     assert dist.get_backend(topology.host_dp_group) == "gloo"
     assert topology.host_dp_group.size() == topology.dp_size
 
 
-def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(joined, monkeypatch, tmp_path):
+def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(topology_on_cuda, monkeypatch, tmp_path):
     """Otherwise each GPU holds the whole optimizer state of its data-parallel group."""
     hf = make_tiny_llama(tmp_path / "hf", layers=1)
-    monkeypatch.setattr(hardware, "IS_CUDA", True)
-    topology = build_topology(ParallelConfig())
-    monkeypatch.setattr(hardware, "IS_CUDA", False)
+    topology = topology_on_cuda
     arch = architecture(read_hf_config(hf))
     config = build_config(arch, ParallelConfig())
     chunks = wrap_data_parallel(
