@@ -37,11 +37,14 @@ def sharded(sharded_model, tmp_path):
 
 @pytest.fixture
 def refuse(recipe, tmp_path):  # noqa: F811
-    """Assert that training refuses a folder in these words and leaves no run folder."""
+    """Assert that training refuses a folder in these words and claims no run folder.
+
+    The token ids may stay: the data was right, and the next start finds them.
+    """
 
     def check(folder, *named):
         refused("train", recipe, f"model.hf={folder}", named=named)
-        assert not (tmp_path / "run").exists()
+        assert {path.name for path in (tmp_path / "run").glob("*")} <= {"tokens"}
 
     return check
 
