@@ -86,18 +86,6 @@ def training_flops(arch: Architecture, pairs: Sequence[Pair]) -> float:
             + 12.0 * layers * dims["q"] * squares)
 
 
-def decode_bytes(arch: Architecture, requests: int, context: float) -> float:
-    """Bytes a decoding step must read in bf16: the weights once, and every request's cache.
-
-    Args:
-        context: Mean tokens in the cache of a request.
-    """
-    dims, layers = arch.dims, arch.transformer["num_layers"]
-    weights = layer_parameters(arch) + dims["hidden"] * dims["vocab"]  # embedding rows: negligible
-    cache = 2 * layers * dims["kv"] * context * requests
-    return 2.0 * (weights + cache)
-
-
 def random_pairs(
     arch: Architecture, count: int, seed: int, *, low: int = 256, high: int = 512
 ) -> list[Pair]:

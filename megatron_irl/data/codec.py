@@ -183,7 +183,7 @@ def _load_hf(path: Path) -> tuple[Codec, str | None]:
         template = None if hf.chat_template is None else hf.get_chat_template()
         bare, full = hf.encode("a", add_special_tokens=False), hf.encode("a")
         vocab_size = max(hf.get_vocab().values()) + 1
-    except Exception as error:
+    except Exception as error:  # a tokenizer's files can make their library stumble over anything
         raise UserError(f"tokenizer={path} cannot be loaded: {_reason(error)}. Look at its "
                         "tokenizer.json and tokenizer_config.json.") from error
     backend = getattr(hf, "backend_tokenizer", None) if hf.is_fast else None

@@ -80,11 +80,6 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Whether a folder is what ``datasets.save_to_disk`` writes (one split, or several)."""
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-
-
 def _reader(path: Path) -> Iterator[Row]:
     kind = kind_of(path)
     if kind in LINES:
