@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_irl.data.codec import Split
 from megatron_irl.data.conversation import Conversation
-from megatron_irl.data.readers import RecordError
+from megatron_irl.data.readers import EmptyAnswer, RecordError
 from megatron_irl.data.structured_fields import check_structure, rendered
 from megatron_irl.data.tokenizer import Tokenizer
 
@@ -201,7 +201,7 @@ def _encoded(tokenizer: Tokenizer, text: Text, split: Split, allow_empty: bool) 
         raise RecordError("the prompt and the beginning of its answer are one token; write a space "
                           "between them" if is_merged else "the prompt has no tokens")
     if len(response) == 1 and not allow_empty:
-        raise RecordError("the response has no tokens")
+        raise EmptyAnswer("the response has no tokens")
     ids = ids[:start] + response
     return Encoded(ids, [(start, len(ids))], tuple(remarks))
 
