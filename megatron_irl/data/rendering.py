@@ -117,10 +117,13 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
 
     Raises:
         UserError: Messages, but no chat template.
-        RecordError: The template refuses or leaves out what the conversation has.
+        RecordError: The template refuses or leaves out what the conversation has, or the model
+            has no embedding for a token.
     """
     if conversation.plain:
-        return _with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
+        ids = _with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
+        tokenizer.check_ids(ids)
+        return ids
     template = tokenizer.require_chat_template()
     check_structure(template, conversation)
     text = rendered(template, conversation, conversation.messages, True)
@@ -128,7 +131,9 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     if header and text.endswith(header):
         text = text[: -len(header)]
     ids = tokenizer.encode(text)
-    return ids[: len(ids) - tokenizer.shape.unstable]
+    ids = ids[: len(ids) - tokenizer.shape.unstable]
+    tokenizer.check_ids(ids)
+    return ids
 
 
 def render_conversation(tokenizer: Tokenizer, conversation: Conversation) -> Text:
@@ -203,6 +208,7 @@ def _encoded(tokenizer: Tokenizer, text: Text, split: Split, allow_empty: bool) 
     if len(response) == 1 and not allow_empty:
         raise EmptyAnswer("the response has no tokens")
     ids = ids[:start] + response
+    tokenizer.check_ids(ids)
     return Encoded(ids, [(start, len(ids))], tuple(remarks))
 
 
