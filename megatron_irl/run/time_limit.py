@@ -25,13 +25,13 @@ class TimeLimit:
 
     def is_near(self) -> bool:
         """Whether time is up."""
-        if self.seconds is None or self._end is None or time.time() < self._end - self.seconds:
+        if self.seconds is None or self._end is None or not self._is_within(self.seconds):
             return False
-        asked = _ask_slurm()
-        if asked is not None and asked > self._end:
-            self._end = asked
-            return self.is_near()
-        return True
+        self._end = _ask_slurm() or self._end
+        return self._is_within(self.seconds)
+
+    def _is_within(self, seconds: float) -> bool:
+        return self._end is not None and time.time() >= self._end - seconds
 
 
 def _first_end() -> float | None:
