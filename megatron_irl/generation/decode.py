@@ -82,6 +82,7 @@ class DecodeLoop:
         counts = was_live.sum(axis=0)
         for row, request in enumerate(requests):
             table.record(request, tokens[: counts[row], row], logprobs[: counts[row], row])
+        live_B = live_B & ~table.has_ended(requests)
         self.step_count += steps
         self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
         self.seconds += time.perf_counter() - start

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.generation.interface import Ends, SamplingConfig
 from megatron_irl.generation.sampling import uniforms
 from megatron_irl.types import Sample
 
@@ -20,6 +20,7 @@ class _Row:
     tokens: np.ndarray  # int32 [budget]
     logprobs: np.ndarray  # float32 [budget]
     length: int = 0
+    has_ended: bool = False  # because the caller said so
 
 
 class RequestTable:
@@ -29,12 +30,15 @@ class RequestTable:
         sampling: One setting for all of them.
         budgets: Most tokens of each.
         streams: (seed, key) of each: its Philox stream, whose t-th number draws its t-th token.
+        ends: As in ``Generator.generate``.
     """
 
     def __init__(
-        self, sampling: SamplingConfig, budgets: Sequence[int], streams: Sequence[tuple[int, int]]
+        self, sampling: SamplingConfig, budgets: Sequence[int], streams: Sequence[tuple[int, int]],
+        ends: Ends | None = None,
     ) -> None:
         self.sampling, self.budgets, self._streams = sampling, budgets, streams
+        self._ends = ends
         self._stops = np.array(sorted(sampling.stop_set))
         self._rows: dict[int, _Row] = {}
         self.token_count = 0
@@ -73,11 +77,21 @@ class RequestTable:
         """Bool [B], whether a token ends its response."""
         return np.isin(tokens, self._stops)
 
+    def has_ended(self, requests: Sequence[int]) -> np.ndarray:
+        """Bool [B], whether the caller wants no more of a response than was recorded."""
+        ended = np.zeros(len(requests), dtype=bool)
+        if self._ends is not None:
+            for i, request in enumerate(requests):
+                row = self._row(request)
+                row.has_ended = ended[i] = self._ends(request, row.tokens[: row.length])
+        return ended
+
     def finish(self, request: int) -> Sample:
         """The response, whose row is dropped."""
         row = self._rows.pop(request)
         tokens = row.tokens[: row.length].copy()
-        reason = "stop" if int(tokens[-1]) in self.sampling.stop_set else "length"
+        is_stop = row.has_ended or int(tokens[-1]) in self.sampling.stop_set
+        reason = "stop" if is_stop else "length"
         return Sample(tokens, row.logprobs[: row.length].copy(), reason)
 
     def _row(self, request: int) -> _Row:

@@ -41,7 +41,7 @@ class TableSampler(Sampling):
         logprobs = logprob_B.cpu().numpy()
         for row, request in enumerate(requests):
             self.table.record(request, tokens[row : row + 1], logprobs[row : row + 1])
-        self.stopped = self.table.is_stop(tokens)
+        self.stopped = self.table.is_stop(tokens) | self.table.has_ended(requests)
         return token_B if output is None else output.copy_(token_B)
 
     def log_probs_kernel(
