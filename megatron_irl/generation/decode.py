@@ -6,6 +6,7 @@ Prompts, a cache that is full, and requests that wait for room in it stay the en
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,15 @@ class DecodeLoop:
         )
 
     @torch.inference_mode()
-    def run(self, table: RequestTable, *, wanted: int | None) -> list[int]:
+    def run(
+        self, table: RequestTable, *, wanted: int | None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[int]:
         """Decode, at most until ``wanted`` requests have used their budgets up.
 
         Args:
             wanted: None where nobody waits for their places.
+            meanwhile: The host's work for while the device decodes.
 
         Returns:
             The requests that have ended.
@@ -78,6 +83,7 @@ class DecodeLoop:
             if step:
                 context.follow_device()
             self._step(input_ids, position_ids)
+        meanwhile()
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
         counts = was_live.sum(axis=0)
         for row, request in enumerate(requests):

@@ -1,7 +1,7 @@
 """The requests of one ``generate`` call: what was asked for and what has been sampled.
 
-A request's random numbers are drawn when it is first sampled for and dropped with its last token,
-so that a queue of any length costs no more than its prompts.
+A request's random numbers are drawn shortly before it starts and dropped with its last token, so
+that a queue of any length costs no more than its prompts.
 """
 
 from collections.abc import Sequence
@@ -38,6 +38,10 @@ class RequestTable:
         self._stops = np.array(sorted(sampling.stop_set))
         self._rows: dict[int, _Row] = {}
         self.token_count = 0
+
+    def prepare(self, request: int) -> None:
+        """Draw a request's random numbers ahead of its first token."""
+        self._row(request)
 
     def lengths(self, requests: Sequence[int]) -> np.ndarray:
         """int64 [B], tokens sampled so far, which is the position of the next one."""
