@@ -86,8 +86,7 @@ class DecodeLoop:
         meanwhile()
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
         counts = was_live.sum(axis=0)
-        for row, request in enumerate(requests):
-            table.record(request, tokens[: counts[row], row], logprobs[: counts[row], row])
+        table.record(requests, tokens, logprobs, counts)
         self.step_count += steps
         self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
         self.seconds += time.perf_counter() - start
@@ -160,10 +159,10 @@ class DecodeLoop:
     ) -> None:
         """Tell the context and the engine what the burst did, as if its steps had been theirs."""
         context, engine, (steps, rows) = self._context, self._engine, tokens.shape
-        for row, request in enumerate(ids_B.tolist()):
+        sampled_BK = tokens.T.tolist()
+        for request, done, count in zip(ids_B.tolist(), sampled_BK, counts.tolist(), strict=True):
             # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
-            done = tokens[: counts[row], row].tolist()
-            engine.get_request(request).generated_tokens += done
+            engine.get_request(request).generated_tokens += done[:count]
         last_B = torch.from_numpy(tokens[counts - 1, np.arange(rows)])
         if steps > 1:
             # Rows that have ended are released below, wherever they are said to be.

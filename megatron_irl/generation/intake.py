@@ -5,6 +5,7 @@ done while a burst of decode steps runs, and the places of ended requests are fi
 time, in numbers that fill a captured size of the step.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -78,7 +79,7 @@ class Intake:
         self.prepare()
         context, engine = self._engine.context, self._engine
         free = self._places - int(context.total_request_count) - len(engine.waiting_request_ids)
-        lengths = [len(r.prompt_tokens) for r, _ in zip(self._prepared, range(max(0, free)))]
+        lengths = [len(r.prompt_tokens) for r in itertools.islice(self._prepared, max(0, free))]
         for _ in range(take(lengths, int(context.total_request_count), self._captured)):
             engine._add_request(self._prepared.popleft())
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from megatron_irl import hardware
+from megatron_irl.collector import no_collection
 from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
@@ -147,7 +147,7 @@ class MegatronGenerator:
             assert self._built is not None
             table = self._sampler.table = RequestTable(sampling, budgets, streams)
             try:
-                with self._built.lent():
+                with self._built.lent(), no_collection():
                     return self._run(self._built, prompts, table, on_progress, on_finished)
             except BaseException:
                 self.close()  # requests in flight would haunt the next call
