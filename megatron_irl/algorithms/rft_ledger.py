@@ -7,6 +7,7 @@ import numpy as np
 from megatron_irl.algorithms.round import Round
 from megatron_irl.data.ledger import LedgerRow, write_ledger
 from megatron_irl.data.token_table import ids_of
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.train.batches import chosen
 
@@ -32,6 +33,7 @@ def write_round_ledger(round: Round) -> None:
             sequences = list(ids_of(chosen(demonstrations, block.tolist())))
             with round.console.rewards(len(sequences)) as advance:
                 rewards[block] = round.policy.score_rewards(sequences, on_progress=advance)
+            stop_if_asked(round.policy.topology)
     known = np.flatnonzero(~np.isnan(rewards))
     samples = _mean_by_ordinal(index)
 

@@ -11,7 +11,6 @@ import jinja2
 # The environment that transformers renders in (its filters, its sandbox, the generation tag) is the
 # definition of a chat template; what is private here is pinned with the library's version.
 from transformers.utils.chat_template_utils import (
-    _REASONING_FIELDS,  # pyright: ignore[reportPrivateUsage]
     _compile_jinja_template,  # pyright: ignore[reportPrivateUsage]
     _render_with_assistant_indices,  # pyright: ignore[reportPrivateUsage]
 )
@@ -20,7 +19,7 @@ from megatron_irl.data.conversation import Messages
 from megatron_irl.data.readers import RecordError
 from megatron_irl.errors import UserError
 
-REASONING_FIELDS: tuple[str, ...] = _REASONING_FIELDS
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 """Names under which messages carry what was thought before the answer."""
 
 

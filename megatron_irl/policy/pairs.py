@@ -12,8 +12,10 @@ from megatron_irl.console import Console
 from megatron_irl.data.pair_bank import Bounds
 from megatron_irl.data.token_table import ordinals_of
 from megatron_irl.generation.interface import SamplingConfig, request_key
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.reduce import gather_over_data_parallel
+from megatron_irl.policy.interruptible import Interruptible
 from megatron_irl.policy.policy import Policy
 from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
@@ -39,6 +41,9 @@ def sample_pairs(
     Returns:
         ``samples``, ``seconds`` and ``tokens_per_second`` of what this call sampled, and on CUDA
         what capturing graphs took and the phases' peaks of memory in GiB.
+
+    Raises:
+        RunStopped: A rank was asked to stop; the parts that are complete are on disk.
 
     Collectives: every rank must call.
     """
@@ -141,6 +146,7 @@ def _sample_by_part(
         tokens += sum(len(sample.token_ids) for sample in samples)
         pairs = _pairs(part, samples, round_index)
         on_main(partial(bank.write_part, round_index, number, pairs), policy.topology)
+        stop_if_asked(policy.topology)
     return tokens
 
 
@@ -158,6 +164,7 @@ def _sample_share(
     keys = parts.keys()
     places = [(number, i) for number, part in mine.items() for i in range(len(part))]
     drawn: dict[int, dict[int, Sample]] = {number: {} for number in mine}
+    queue = Interruptible(topology, drawn)
     failed: list[Exception] = []
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
     tokens = 0
@@ -179,9 +186,14 @@ def _sample_share(
             except Exception as error:  # the replica's other ranks go on generating with this one
                 failed.append(error)
 
-    with console.generation(len(places)) as advance:
+    with console.generation(len(places)) as advance, queue.may_end():
+
+        def look(finished: int, tokens: int) -> None:
+            advance(finished, tokens)
+            queue.look()
+
         policy.generate_share(
-            [mine[number][i].prompt_ids for number, i in places], sampling, advance,
+            [mine[number][i].prompt_ids for number, i in places], sampling, look,
             keys=[keys[number][i] for number, i in places], on_finished=keep,
         )
 
@@ -190,6 +202,7 @@ def _sample_share(
             raise failed[0]
 
     everywhere(raise_failed, topology)
+    stop_if_asked(topology)
     return sum(gather_over_data_parallel(tokens, topology))
 
 

@@ -14,6 +14,7 @@ from megatron_irl.console import Console
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.data.pair_index import INDEX, index_of
 from megatron_irl.data.round_pairs import RoundPairs
+from megatron_irl.parallel.agreement import ReplicaStop, stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere
 from megatron_irl.parallel.reduce import gather_in_turn
 from megatron_irl.parallel.topology import Topology
@@ -67,6 +68,7 @@ def score_parts[T](
 
     Raises:
         UserError: Of any rank. ``TrainingDiverged`` is one.
+        RunStopped: A rank was asked to stop; parts scored by then are written.
     """
     topology, mine = policy.topology, _share(pairs, policy.topology)
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
@@ -74,6 +76,7 @@ def score_parts[T](
 
     def work() -> None:
         failed: list[Exception] = []
+        stop = ReplicaStop(topology)
         # A replica without a part of its own repeats the last one: with ddp.overlap_param_gather
         # replicas exchange parameters in the first forward after an update, so each runs one.
         for number in mine or pairs.parts[-1:]:
@@ -83,10 +86,13 @@ def score_parts[T](
                     pairs.commit(number)
                 except Exception as error:  # the replica's other ranks go on with this one
                     failed.append(error)
+            if stop.level():
+                break
         if failed:
             raise failed[0]
 
     everywhere(work, topology)
+    stop_if_asked(topology)  # what is scored is on disk, and is scored again to the same
     pairs.release(but=mine)  # of the others this rank has what they were before
     pairs.finish()  # a barrier too: no update before every part is on disk
     return gather_in_turn(found[: len(mine)], topology)
