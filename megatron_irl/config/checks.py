@@ -31,7 +31,8 @@ _AT_LEAST_ONE = (
     "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )
 _NOT_NEGATIVE = ("algorithm.nll_coefficient", "generation.temperature", "generation.top_k",
-                 "checkpoint.stop_part_seconds", "logging.samples", "seed")
+                 "checkpoint.stop_part_seconds", "parallel.hang_seconds",
+                 "logging.samples", "seed")
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -184,6 +184,10 @@ class ParallelConfig:
     timeout_minutes: int = 30
     """How long a rank waits for the others before the run ends in an error; more than any save or
     export takes. Reading the data does not count."""
+    hang_seconds: float = 600.0
+    """How long a rank may show no progress (a step, some decoded tokens, a pack of scores) before
+    the run is ended, with the stacks of every rank in the log; saving and exporting have
+    ``timeout_minutes``. 0: for ever."""
 
     @property
     def model_parallel_size(self) -> int:

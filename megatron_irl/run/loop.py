@@ -30,6 +30,7 @@ from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
+from megatron_irl.run.watchdog import Watchdog
 from megatron_irl.storage.shared_folder import check_shared, hold
 from megatron_irl.train.step import streams_of
 
@@ -43,18 +44,26 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         Console(enabled=topology.is_main).note(f"{inputs.folder.path} is finished; nothing to do.")
         return
     lease = hold(inputs.folder.path, topology)
+    options = inputs.recipe.parallel
+    watchdog = Watchdog(
+        topology, seconds=options.hang_seconds, slow_seconds=60 * options.timeout_minutes,
+        folder=inputs.folder.path / "hangs",
+    )
+    watchdog.start()
     try:
         check_shared(inputs.folder.path, topology)
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
             train_rounds(open_run(inputs, topology, argv or sys.argv, lease))
     finally:
+        watchdog.stop()
         lease.release()
 
 
 def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
-    state = run.state
+    state, heart = run.state, run.topology.heart
+    heart.phase, heart.is_slow = "training", False
     try:
         stop_if_asked(run.topology)
         if state.step == 0 and not state.evaluation and evaluates_before(run.recipe):
