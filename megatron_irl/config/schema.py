@@ -151,6 +151,20 @@ class TrainConfig:
     logprob_chunk_size: int = 2048
     """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
     they stay in the model's precision, and so many more as fit the same memory are taken."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite: stop the run, or leave weights and
+    optimizer as they are and go on with the next batch. Either way the batch is kept in
+    ``nonfinite/`` of the run folder."""
+    max_skips: int = 10
+    """Most steps of a run that are skipped; then it stops."""
+    on_spike: Literal["ignore", "warn", "halve_lr", "end_round"] = "ignore"
+    """A loss far above those of the last 20 steps: halve the learning rate for the rest of the
+    run, or end the round's phase there and sample afresh."""
+    spike_factor: float = 6.0
+    """How many robust standard deviations above the median of those steps a spike is."""
+    on_collapse: Literal["warn", "halve_lr", "end_round"] = "warn"
+    """The same, where the guard warns within a round: demonstrations that are being forgotten,
+    samples that no longer teach or have collapsed."""
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,14 @@ from megatron_irl.errors import RunStopped, TrainingDiverged
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.run.between_steps import between_steps
+from megatron_irl.run.between_steps import between_steps, skip_or_stop
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
 from megatron_irl.run.watchdog import Watchdog
 from megatron_irl.storage.shared_folder import check_shared, hold
+from megatron_irl.train.finite import NotFinite
 from megatron_irl.train.step import streams_of
 
 
@@ -124,18 +125,21 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     )
     lr = run.trainer.lr
     with run.clock.timed("train"):
-        result, tokens = run.trainer.step(
-            streams, work.objective, heads=work.heads, frozen=work.frozen,
-            where=f"at step {state.step + 1}",
-        )
+        try:
+            result, tokens = run.trainer.step(
+                streams, work.objective, heads=work.heads, frozen=work.frozen,
+                where=f"at step {state.step + 1}",
+            )
+        except NotFinite as bad:
+            result, tokens = skip_or_stop(run, phase.name, bad)
     state.step += 1
     state.step_in_round += 1
     # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
     # its log cannot be written the launcher ends the other ranks, who wait in the next step.
-    run.recorder.step(
+    wanted = run.recorder.step(
         state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
     )
-    between_steps(run)
+    between_steps(run, phase, wanted)
 
 
 def close_round(run: Run, summary: dict[str, Any]) -> None:

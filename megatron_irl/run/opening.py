@@ -57,6 +57,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
             resume, policy.chunks, trainer.optimizer, trainer.scheduler
         )
         state = RunState.from_dict(saved)
+        trainer.stepper.lr_scale = state.lr_scale
         console.note(f"resuming at step {state.step}, round {state.round}")
     kernels = announce_kernels(policy, console)
     # What is wrong with the weights on any rank is known before anything is written.
