@@ -68,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     keep.add_argument("run_folder", type=_path, metavar="RUN",
                       help="run folder with a ledger (rft)")
     keep.add_argument("--out", type=_path, required=True, help="JSONL file to write")
+    keep.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
     keep.add_argument("--min-reward", type=float, help="keep rewards of at least this")
     keep.add_argument("--top-quantile", type=float, help="keep the best share, in (0, 1]")
     keep.add_argument("--round", type=int, help="round of the ledger (default: the newest)")
@@ -213,7 +214,7 @@ def _filter(options: argparse.Namespace, argv: list[str]) -> int:
     del argv
     _say(filter_demonstrations(
         options.run_folder, options.out, min_reward=options.min_reward,
-        top_quantile=options.top_quantile, round=options.round,
+        top_quantile=options.top_quantile, round=options.round, overwrite=options.overwrite,
     ))
     return 0
 

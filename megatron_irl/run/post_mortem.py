@@ -23,21 +23,23 @@ def write_post_mortem(run: Run, phase: str, bad: NotFinite) -> Path:
     place = {"step": state.step + 1, "round": state.round, "phase": phase,
              "step_in_round": state.step_in_round, "lr": run.trainer.lr,
              "loss": str(bad.loss), "grad_norm": str(bad.grad_norm)}
-    files: dict[str, Any] = {}
-    if topology.is_main:
-        files["batch.json"] = place | {"items": [_plain(item) for item in bad.batch]}
-    if bad.local_losses and topology.tp_rank == 0:
-        files[f"rank_{topology.rank:05d}.json"] = {
-            "rank": topology.rank, "data_parallel_rank": topology.dp_rank,
-            "pipeline_rank": topology.pp_rank,
-            "microbatch_losses": [str(loss) for loss in bad.local_losses],
-        }
-    for name, content in files.items():
-        try:
-            write_file(folder / name, json.dumps(content).encode())
-        except UserError as error:
-            run.console.warn(f"the batch could not be kept: {error}")
+    try:
+        if topology.is_main:
+            items = [item for stream in bad.streams for item in run.trainer.drawn(stream)]
+            _write(folder / "batch.json", place | {"items": [_plain(item) for item in items]})
+        if bad.local_losses and topology.tp_rank == 0:
+            _write(folder / f"rank_{topology.rank:05d}.json", {
+                "rank": topology.rank, "data_parallel_rank": topology.dp_rank,
+                "pipeline_rank": topology.pp_rank,
+                "microbatch_losses": [str(loss) for loss in bad.local_losses],
+            })
+    except UserError as error:
+        run.console.warn(f"the batch could not be kept: {error}")
     return folder
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_file(path, json.dumps(content).encode())
 
 
 def _plain(item: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Updates only by finite gradients: Megatron's optimizers outside fp16 do not look."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from megatron_irl.errors import TrainingDiverged
@@ -12,7 +13,7 @@ class NotFinite(TrainingDiverged):
     Attributes:
         loss, grad_norm: Of the step, as all ranks see them; NaN where it did not come so far.
         local_losses: Of this rank's microbatches; empty but on the last pipeline stage.
-        batch: The items of the step, which the trainer adds.
+        streams, tokens: What the step drew from and how many tokens; the trainer adds them.
     """
 
     def __init__(
@@ -22,7 +23,8 @@ class NotFinite(TrainingDiverged):
         super().__init__(text)
         self.loss, self.grad_norm = loss, grad_norm
         self.local_losses = local_losses or []
-        self.batch: list[Any] = []
+        self.streams: Sequence[Any] = ()
+        self.tokens = 0
 
 
 class _BadGradient(Exception):
