@@ -57,7 +57,6 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
             resume, policy.chunks, trainer.optimizer, trainer.scheduler
         )
         state = RunState.from_dict(saved)
-        trainer.stepper.lr_scale = state.lr_scale
         console.note(f"resuming at step {state.step}, round {state.round}")
     kernels = announce_kernels(policy, console)
     # What is wrong with the weights on any rank is known before anything is written.
@@ -92,7 +91,6 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
-        saved=(state.step, state.round, state.step_in_round),
     )
 
 

@@ -100,8 +100,12 @@ class Trial:
         killed = self.cluster.kill_node("n2")
         self.say(f"node n2 is dead: slurmd and {len(killed) - 1} other processes killed")
         self.wait("it is back in the queue", lambda: self.restarts() >= 2)
+        # Not before the node is whole again: a slurmd that comes back in the moment in which the
+        # job starts does not know it, and Slurm takes the node out of the job.
+        self.cluster.call("scontrol", "hold", self.job)
         self.cluster.start_node("n2")
-        self.wait("node n2 is back", lambda: self.state() in ("RUNNING", "PENDING"))
+        self.wait("node n2 is back", self.cluster.is_idle)
+        self.cluster.call("scontrol", "release", self.job)
         self.start_now()
 
     def finish(self) -> None:

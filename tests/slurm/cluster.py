@@ -74,8 +74,11 @@ class Cluster:
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
             self.start_node(node)
-        self._wait(lambda: self.ask("sinfo", "-h", "-o", "%D %t").strip() == "2 idle", 90,
-                   "the nodes do not become idle")
+        self._wait(self.is_idle, 90, "the nodes do not become idle")
+
+    def is_idle(self) -> bool:
+        """Whether both nodes wait for work."""
+        return self.ask("sinfo", "-h", "-o", "%D %t").strip() == "2 idle"
 
     def start_node(self, node: str) -> None:
         """Start the slurmd of a node."""
