@@ -1,0 +1,71 @@
+"""Adapters over the rounds of a run: merged at a round's start, merged again when it resumes."""
+
+from pathlib import Path
+
+from megatron_irl.adapters.export import export_adapter, join_adapters
+from megatron_irl.adapters.peft_folder import PeftFolder
+from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.provenance import start_of
+from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.run import Run
+from megatron_irl.run.state import RunState
+
+
+def merge_round(run: Run) -> None:
+    """At the start of a round but the first: merge what the last one learnt, if the recipe asks.
+
+    The adapters are written before they are merged: a checkpoint holds those of its own round only,
+    and a run that resumes merges the others again, in the same order to the same bits.
+
+    Collectives: every rank must call.
+    """
+    adapters, state = run.policy.adapters, run.state
+    if adapters is None or not run.recipe.adapter.merge_each_round:
+        return
+    run.policy.complete_gather()
+    _write(run, run.folder.round_adapter(state.round - 1))
+    adapters.merge_and_begin(state.round)
+    run.trainer.optimizer.reload_model_params()
+
+
+def restore_base(policy: Policy, folder: RunFolder, state: RunState, *, merges: bool) -> None:
+    """Merge into a resumed run's base what earlier rounds learnt.
+
+    The round at whose start the run stands has not merged the last one yet. Collectives: none.
+
+    Raises:
+        UserError: The adapter of a round is gone or damaged.
+    """
+    adapters = policy.adapters
+    if adapters is None or not merges:
+        return
+    merged = state.round if state.step_in_round else state.round - 1
+    with adapters.set_aside():
+        for index in range(merged):
+            adapters.read(PeftFolder.read(folder.round_adapter(index)))
+            adapters.merge_for_good()
+
+
+def write_adapter(run: Run) -> None:
+    """Leave the adapter as a product of the run: what it adds to the model it began with.
+
+    Merged rounds and the last one become one adapter, of the sum of their ranks. Collective.
+    """
+    folder, adapters = run.folder, run.policy.adapters
+    assert adapters is not None
+    if adapters.rounds_merged == 0:
+        _write(run, folder.adapter)
+        return
+    last = adapters.rounds_merged
+    _write(run, folder.round_adapter(last))
+    parts = [folder.round_adapter(index) for index in range(last + 1)]
+    base, digest = Path(run.recipe.model.hf), start_of(folder.path)["model.hf"]
+    on_main(lambda: join_adapters(parts, folder.adapter, base=base, digest=digest), run.topology)
+
+
+def _write(run: Run, path: Path) -> None:
+    adapters = run.policy.adapters
+    assert adapters is not None
+    digest = on_main(lambda: start_of(run.folder.path)["model.hf"], run.topology)
+    export_adapter(adapters, path, base=Path(run.recipe.model.hf), digest=digest)
