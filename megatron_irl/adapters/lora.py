@@ -58,6 +58,8 @@ class LoraAdapter(nn.Module):
         self.is_applied = True
         self.lora_A = nn.Parameter(torch.zeros(len(layer.parts) * spec.rank, into, **options))
         self.lora_B = nn.Parameter(torch.zeros(out, spec.rank, **options))
+        split: Any
+        whole: Any
         split, whole = (self.lora_A, self.lora_B) if layer.splits_input else (
             self.lora_B, self.lora_A)
         set_tensor_model_parallel_attributes(split, True, int(layer.splits_input), 1)
@@ -164,5 +166,6 @@ def _drop(x: Tensor, rate: float, *, differs: bool) -> Tensor:
     """Dropout, of random numbers that differ between tensor-parallel ranks or are the same."""
     if not differs:
         return F.dropout(x, rate)
-    with get_cuda_rng_tracker().fork():
+    tracker: Any = get_cuda_rng_tracker()
+    with tracker.fork():
         return F.dropout(x, rate)

@@ -75,7 +75,7 @@ class _BlockedLogprobs(torch.autograd.Function):
             grad_logits = block.gradient(grad_R[rows])
             del block
             grad_hidden[rows] = grad_logits @ weight_VpH
-            if grad_low is not None and grad_factor is not None:
+            if grad_low is not None and grad_factor is not None and low_Rr is not None:
                 grad_low[rows] = grad_logits @ low_Vpr
                 grad_factor.addmm_(grad_logits.T, low_Rr[rows])
             if ctx.needs_input_grad[1]:

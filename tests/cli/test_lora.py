@@ -55,7 +55,7 @@ def losses(out):
 def references(out, round_index):
     """log pi_ref of the demonstrations, by ordinal."""
     bank = PairBank(out / "pairs")
-    return {p.ordinal: p.ref_demo_logp for p in bank.read_round(round_index)}
+    return {p.ordinal: p.ref_demo_logp or 0.0 for p in bank.read_round(round_index)}
 
 
 @pytest.mark.parametrize("merges", [False, True], ids=["keep", "merge"])

@@ -11,7 +11,7 @@ from megatron_irl.convert.safe_metadata import read_metadata
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, lora_jobs
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
+SEED = int(np.random.SeedSequence().generate_state(1)[0] % 2**31)  # fresh inputs; printed with a failure
 VOCAB, NUM_PAIRS, STEPS, LR = lora_jobs.VOCAB, 8, 5, 0.05
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 SGD = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0, "clip_grad": 0.0}
@@ -76,7 +76,7 @@ def peft_steps(base, adapter, pairs):
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            gradients = {name: p.grad.clone() for name, p in named.items()}
+            gradients = {n: p.grad.clone() for n, p in named.items() if p.grad is not None}
         optimizer.step()
     return losses, gradients, {name: p.detach().clone() for name, p in named.items()}
 
