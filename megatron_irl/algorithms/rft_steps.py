@@ -16,6 +16,7 @@ from megatron_irl.data.ledger import LedgerRow, write_ledger
 from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.errors import UserError
 from megatron_irl.model.reward_head import reward_head
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct
@@ -76,6 +77,7 @@ def score_round(round: Round) -> None:
             for i, pair in enumerate(pairs):
                 pair.reward_demo, pair.reward_sample = rewards[2 * i], rewards[2 * i + 1]
             on_main(partial(round.pairs.commit, part), topology)
+            stop_if_asked(topology)
         round.pairs.finish()  # a barrier too: no step while a part may still be unwritten
         _write_ledger(round)
 

@@ -24,7 +24,7 @@ from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.prompts import ScoreRecord, load_score_records
 from megatron_irl.data.sources import Reading
-from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_irl.data.tokenizer import Tokenizer, fitted, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
@@ -136,7 +136,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         arguments=recipe.data.chat_template_args if recipe else None,
         date=date_of(start_of(options.model)) if recipe else None,
     )
-    check_vocabulary(tokenizer, arch.vocab_size)
+    tokenizer = fitted(tokenizer, arch.vocab_size)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
     if with_reward_head:

@@ -26,6 +26,7 @@ DEMONSTRATIONS = pyarrow.schema({
 PREFERENCES = pyarrow.schema({
     "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "source": BYTES,
 })
+_PROMPT = json.JSONEncoder(default=str)
 BATCH_ROWS = 8192  # of a record batch at most, and
 BATCH_TOKENS = 1 << 22  # so many tokens, for the writer's memory
 
@@ -53,7 +54,7 @@ class TableWriter:
     def demonstration(self, each: Demonstration) -> None:
         """Append one; its ordinal is its row."""
         mask = None if each.loss_mask is None else each.loss_mask.astype(bool).tobytes()
-        prompt = json.dumps(each.prompt, default=str)
+        prompt = _PROMPT.encode(each.prompt)
         self._add(each.prompt_ids, each.response_ids, mask, prompt.encode(),
                   _bytes(each.response), _bytes(each.answer), _bytes(each.source))
 
@@ -63,7 +64,7 @@ class TableWriter:
 
     def _add(self, *row: Any) -> None:
         self._rows.append(row)
-        self._tokens += sum(len(value) for value in row if isinstance(value, np.ndarray))
+        self._tokens += len(row[0]) + len(row[1])  # of preferences the greater part
         if len(self._rows) >= BATCH_ROWS or self._tokens >= BATCH_TOKENS:
             self._flush()
 

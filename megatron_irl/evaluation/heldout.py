@@ -19,6 +19,7 @@ from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.rewards import raw_scores, reward_numbers
 from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import add_references, generate, open_pairs, sample_pairs
 from megatron_irl.policy.policy import Policy
@@ -227,6 +228,7 @@ class Evaluator:
         ids: list[np.ndarray] = []
         with self.clock.timed("generation"):
             for start in range(0, len(demonstrations), size):
+                stop_if_asked(self.policy.topology)
                 prompts = [d.prompt_ids for d in demonstrations[start : start + size]]
                 samples = generate(self.policy, prompts, greedy, self.console)
                 ids += [sample.token_ids for sample in samples]

@@ -13,8 +13,10 @@ from megatron_irl.console import Console
 from megatron_irl.data.pair_bank import PairBank, chunk_seed
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.generation.interface import SamplingConfig, request_key
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.reduce import gather_over_data_parallel
+from megatron_irl.policy.interruptible import Interruptible
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences, score_distinct, summed
 from megatron_irl.storage.shared_bank import SharedBank
@@ -49,6 +51,9 @@ def sample_pairs(
     Returns:
         ``samples``, ``seconds`` and ``tokens_per_second`` of what this call sampled, and on CUDA
         what capturing graphs took and the phases' peaks of memory in GiB.
+
+    Raises:
+        RunStopped: A rank was asked to stop; the parts that are complete are on disk.
 
     Collectives: every rank must call.
     """
@@ -101,6 +106,7 @@ def _sample_by_part(
         tokens += sum(len(sample.token_ids) for sample in samples)
         pairs = _pairs(parts[number], samples, round_index)
         on_main(partial(bank.write_part, round_index, number, pairs), policy.topology)
+        stop_if_asked(policy.topology)
     return tokens
 
 
@@ -117,6 +123,7 @@ def _sample_share(
     numbered, mine = _number_samples(parts), left[topology.dp_rank :: topology.dp_size]
     places = [(number, i) for number in mine for i in range(len(parts[number]))]
     drawn: dict[int, dict[int, Sample]] = {number: {} for number in mine}
+    queue = Interruptible(topology, drawn)
     failed: list[Exception] = []
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
     tokens = 0
@@ -138,9 +145,14 @@ def _sample_share(
             except Exception as error:  # the replica's other ranks go on generating with this one
                 failed.append(error)
 
-    with console.generation(len(places)) as advance:
+    with console.generation(len(places)) as advance, queue.may_end():
+
+        def look(finished: int, tokens: int) -> None:
+            advance(finished, tokens)
+            queue.look()
+
         policy.generate_share(
-            [parts[number][i].prompt_ids for number, i in places], sampling, advance,
+            [parts[number][i].prompt_ids for number, i in places], sampling, look,
             keys=[numbered[number][i] for number, i in places], on_finished=keep,
         )
 
@@ -149,6 +161,7 @@ def _sample_share(
             raise failed[0]
 
     everywhere(raise_failed, topology)
+    stop_if_asked(topology)
     return sum(gather_over_data_parallel(tokens, topology))
 
 
@@ -215,6 +228,7 @@ def add_references(
                 for i, pair in enumerate(part):
                     pair.ref_demo_logp, pair.ref_sample_logp = sums[2 * i], sums[2 * i + 1]
                 on_main(partial(pairs.commit, number), policy.topology)
+                stop_if_asked(policy.topology)
         pairs.finish()  # a barrier too: no update before every reference is on disk
     return {"mismatch": mismatch.summary()}
 

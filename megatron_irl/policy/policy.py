@@ -145,7 +145,8 @@ class Policy:
         parameters = [p for chunk in self.chunks for p in chunk.parameters()]
         with torch.no_grad():
             aside = [p.detach().clone() for p in parameters]
-            self.load_weights(hf_dir)
+            with self.topology.heart.within("reading reference weights", slow=True):
+                self.load_weights(hf_dir)
         try:
             yield
         finally:

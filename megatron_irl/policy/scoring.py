@@ -45,6 +45,7 @@ def score_in_packs(
     group = max(8, 2 * topology.pp_size)  # packs in flight: enough to fill the pipeline
     for start in range(0, len(mine), group):
         part = mine[start : start + group]
+        topology.heart.beat()
         outputs = compute([
             pack([sequences[i] for i in indices], None, multiple_of=multiple_of)
             for indices in part

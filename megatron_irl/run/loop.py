@@ -21,10 +21,12 @@ from megatron_irl.algorithms.round import Round
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
-from megatron_irl.errors import TrainingDiverged
+from megatron_irl.errors import RunStopped, TrainingDiverged
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.adapter_rounds import write_adapter
+from megatron_irl.run.between_steps import between_steps
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
@@ -55,10 +57,13 @@ def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
     state = run.state
     try:
-        if state.step == 0 and evaluates_before(run.recipe):
+        stop_if_asked(run.topology)
+        if state.step == 0 and not state.evaluation and evaluates_before(run.recipe):
             state.evaluation = run.evaluator.evaluate(next_round=0)
+            run.saved = None
         while state.round < run.recipe.algorithm.rounds:
             run_round(run)
+        stop_if_asked(run.topology)
     except TrainingDiverged as error:
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
@@ -66,7 +71,14 @@ def train_rounds(run: Run) -> None:
             f"{run.checkpointer.describe_latest()}. Set optimizer.lr lower or more warmup, "
             "and a new output_dir."
         ) from error
-    finish(run)
+    except RunStopped as stop:
+        run.save_unless_saved()
+        raise RunStopped(
+            f"{stop}; stopped at step {state.step}, round {state.round}. The run goes on from "
+            f"{run.checkpointer.describe_latest()} when the same command is started again."
+        ) from None
+    with run.topology.heart.within("export", slow=True):
+        finish(run)
 
 
 def run_round(run: Run) -> None:
@@ -115,9 +127,7 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     run.recorder.step(
         state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
     )
-    interval = run.recipe.checkpoint.interval
-    if interval and state.step % interval == 0:
-        run.save()
+    between_steps(run)
 
 
 def close_round(run: Run, summary: dict[str, Any]) -> None:
