@@ -1,14 +1,16 @@
 """Adapters over the rounds of a run: merged at a round's start, merged again when it resumes."""
 
 from pathlib import Path
+from typing import Any
 
 from megatron_irl.adapters.export import export_adapter, join_adapters
 from megatron_irl.adapters.peft_folder import PeftFolder
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.errors import UserError
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import start_of
-from megatron_irl.run.folder import RunFolder
-from megatron_irl.run.run import Run
+from megatron_irl.run.inputs import Inputs
+from megatron_irl.run.run import BASE, Run
 from megatron_irl.run.state import RunState
 
 
@@ -29,22 +31,38 @@ def merge_round(run: Run) -> None:
     run.trainer.optimizer.reload_model_params()
 
 
-def restore_base(policy: Policy, folder: RunFolder, state: RunState, *, merges: bool) -> None:
+def restore_base(
+    inputs: Inputs, policy: Policy, state: RunState, saved: dict[str, Any]
+) -> None:
     """Merge into a resumed run's base what earlier rounds learnt.
 
-    The round at whose start the run stands has not merged the last one yet. Collectives: none.
+    The round at whose start the run stands has not merged the last one yet. Collective.
+
+    Args:
+        saved: What the checkpoint kept besides tensors.
 
     Raises:
-        UserError: The adapter of a round is gone or damaged.
+        UserError: The base is another one; the adapter of a round is gone or damaged.
     """
-    adapters = policy.adapters
-    if adapters is None or not merges:
+    adapters, digest = policy.adapters, inputs.start["model.hf"]
+    if adapters is None:
         return
+    if saved.get(BASE, digest) != digest:
+        raise UserError(
+            f"the newest checkpoint of {inputs.folder.path} is of adapters of another base: its "
+            f"digest was {saved[BASE]} and that of model.hf={inputs.recipe.model.hf} is {digest}. "
+            "Put the files of the base back."
+        )
     merged = state.round if state.step_in_round else state.round - 1
-    with adapters.set_aside():
-        for index in range(merged):
-            adapters.read(PeftFolder.read(folder.round_adapter(index)))
-            adapters.merge_for_good()
+
+    def merge() -> None:
+        with adapters.set_aside():
+            for index in range(merged):
+                adapters.read(PeftFolder.read(inputs.folder.round_adapter(index)))
+                adapters.merge_for_good()
+
+    if inputs.recipe.adapter.merge_each_round:
+        everywhere(merge, policy.topology)
 
 
 def write_adapter(run: Run) -> None:

@@ -55,11 +55,9 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
     if resume is not None:
-        saved = checkpointer.load(
-            resume, policy.chunks, trainer.optimizer, trainer.scheduler
-        )
+        saved = checkpointer.load(resume, policy.chunks, trainer.optimizer, trainer.scheduler)
         state = RunState.from_dict(saved)
-        restore_base(policy, folder, state, merges=recipe.adapter.merge_each_round)
+        restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
     kernels = announce_kernels(policy, console)
     # What is wrong with the weights on any rank is known before anything is written.
