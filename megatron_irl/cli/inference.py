@@ -32,7 +32,7 @@ from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import check_weights, date_of, start_of
-from megatron_irl.policy.scoring import summed
+from megatron_irl.policy.scoring import rounded
 from megatron_irl.storage.checkpoint import Checkpointer
 
 
@@ -273,10 +273,10 @@ def _score(
     sequences = scored_sequences(
         model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     policy = model.policy
-    logps = np.array(summed(policy.score(sequences)))
+    logps = np.array(rounded(policy.score_sums(sequences).logp))
     policy.load_weights(reference)
     rewards = implicit_rewards(
-        logps, np.array(summed(policy.score(sequences))),
+        logps, np.array(rounded(policy.score_sums(sequences).logp)),
         np.array([len(response) for _, response in sequences]), beta=beta,
         length_normalize=model.source.length_normalize,
     )

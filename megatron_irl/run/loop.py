@@ -18,12 +18,13 @@ from typing import Any
 
 from megatron_irl.algorithms.base import Phase, Work
 from megatron_irl.algorithms.round import Round
+from megatron_irl.collector import settled
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
 from megatron_irl.errors import RunStopped, TrainingDiverged
 from megatron_irl.parallel.agreement import stop_if_asked
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.adapter_rounds import write_adapter
 from megatron_irl.run.between_steps import between_steps
@@ -32,7 +33,7 @@ from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
 from megatron_irl.storage.shared_folder import check_shared, hold
-from megatron_irl.train.step import streams_of
+from megatron_irl.train.step import Stream, streams_of
 
 
 def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> None:
@@ -48,7 +49,9 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         check_shared(inputs.folder.path, topology)
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
-            train_rounds(open_run(inputs, topology, argv or sys.argv, lease))
+            run = open_run(inputs, topology, argv or sys.argv, lease)
+            with settled():
+                train_rounds(run)
     finally:
         lease.release()
 
@@ -102,18 +105,28 @@ def run_phase(run: Run, round: Round, phase: Phase) -> None:
         run.recorder.warn(f"{phase.name} steps of round {state.round}: {warning}")
     if not work.items:
         state.step_in_round = phase.last
+    steps = range(state.step_in_round, phase.last)
+    everywhere(
+        lambda: run.trainer.read_ahead(streams_at(run, phase, work, step) for step in steps),
+        run.topology,
+    )
     while state.step_in_round < phase.last:
         optimizer_step(run, phase, work)
+
+
+def streams_at(run: Run, phase: Phase, work: Work, step: int) -> list[Stream]:
+    """What the update takes its global batch of, ``step`` steps into the round."""
+    return streams_of(
+        ((work.items, work.outlasts_round), (work.second, True)), seed=run.recipe.seed,
+        round=run.state.round, step=step, first=phase.first, last=phase.last,
+    )
 
 
 def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     """One update on a global batch; log and checkpoint after it."""
     state = run.state
     start = time.perf_counter()
-    streams = streams_of(
-        ((work.items, work.outlasts_round), (work.second, True)), seed=run.recipe.seed,
-        round=state.round, step=state.step_in_round, first=phase.first, last=phase.last,
-    )
+    streams = streams_at(run, phase, work, state.step_in_round)
     lr = run.trainer.lr
     with run.clock.timed("train"):
         result, tokens = run.trainer.step(

@@ -46,7 +46,7 @@ def uninterrupted(model, data, tmp_path_factory):
 
 STEP = "megatron_irl.train.step.Stepper.train_step"
 PART = "megatron_irl.storage.shared_bank.SharedBank.write_part"
-SCORE = "megatron_irl.policy.pairs._score_pairs"
+SCORE = "megatron_irl.data.round_pairs.RoundPairs.commit"
 # where, which call of it, the signal, and the step that the run then stands at
 CASES = {
     "in a step": (STEP, 1, signal.SIGTERM, 1),
