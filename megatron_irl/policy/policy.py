@@ -16,7 +16,7 @@ from megatron_irl.convert.load import load_hf_weights_once
 from megatron_irl.data.packing import alignment
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.generation.borrow import complete_gather
-from megatron_irl.generation.interface import Finished, SamplingConfig
+from megatron_irl.generation.interface import Ends, Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import wrap_data_parallel
@@ -286,6 +286,7 @@ class Policy:
     def generate(
         self, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
         on_progress: OnGenerated | None = None, *, keys: Sequence[int] | None = None,
+        on_finished: Finished | None = None, ends: Ends | None = None,
     ) -> list[Sample]:
         """A response to every prompt, split over data parallelism; all samples on every rank.
 
@@ -294,6 +295,8 @@ class Policy:
             on_progress: Called with what this replica has done: (responses, tokens).
             keys: One integer per prompt (its position by default): with the seed, all that its
                 sample depends on, so that neither layout nor batching changes a sample.
+            on_finished, ends: As in ``Generator.generate``; called for this replica's share, with
+                positions in ``prompts``.
 
         Collectives: every rank must call.
         """
@@ -301,9 +304,12 @@ class Policy:
         topology = self.topology
         share = slice(topology.dp_rank, None, topology.dp_size)
         keys = range(len(prompts)) if keys is None else keys
+        places = range(len(prompts))[share]
         with self._ready_to_sample():
             samples = self.generator.generate(
-                list(prompts[share]), sampling, on_progress, keys=keys[share]
+                list(prompts[share]), sampling, on_progress, keys=keys[share],
+                on_finished=on_finished and (lambda i, sample: on_finished(places[i], sample)),
+                ends=ends and (lambda i, token_ids: ends(places[i], token_ids)),
             )
         return gather_in_turn(samples, topology)
 
