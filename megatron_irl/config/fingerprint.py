@@ -17,7 +17,7 @@ NOT_THE_EXPERIMENT = (
     "train.max_skips", "train.on_spike", "train.spike_factor", "train.on_collapse",
     "generation.max_requests",
     "generation.kv_cache_gb", "generation.cuda_graphs", "generation.keep_cache",
-    "generation.share_prompts", "generation.offload_optimizer",
+    "generation.share_prompts", "adapter.generation", "generation.offload_optimizer",
 )
 
 
