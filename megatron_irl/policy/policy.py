@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_irl import hardware
@@ -143,24 +142,10 @@ class Policy:
                 if not self.adapters.rounds_merged:
                     hf_dir = None
             if hf_dir is not None:
-                stack.enter_context(self._swapped(hf_dir))
+                stack.enter_context(weights_set_aside(self.chunks))
+                with self.topology.heart.within("reading reference weights", slow=True):
+                    self.load_weights(hf_dir)
             yield
-
-    @contextmanager
-    def _swapped(self, hf_dir: Path) -> Iterator[None]:
-        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
-        with torch.no_grad():
-            aside = [p.detach().clone() for p in parameters]
-            with self.topology.heart.within("reading reference weights", slow=True):
-                self.load_weights(hf_dir)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, saved in zip(parameters, aside, strict=True):
-                    parameter.copy_(saved)
-            del aside
-            hardware.release_cached_memory()
 
     # --- scores
 
