@@ -29,6 +29,7 @@ from megatron_irl.policy.scoring import (
     score_in_packs,
     sum_in_packs,
 )
+from megatron_irl.policy.set_aside import weights_set_aside
 from megatron_irl.types import PackedBatch, Sample
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
