@@ -1,6 +1,6 @@
 """The recipes of the methods that a study compares, as plain mappings.
 
-Common settings: ``lr``; ``steps`` on demonstrations, the same for all methods of a study; ``batch``.
+Common settings: ``lr``; ``batch``; ``steps`` on demonstrations, the same for all of a study.
 ``irft`` and ``spin`` also read ``rounds`` (T; then K = steps / T), ``beta``, ``loss``, ``anchor``
 and ``reference``; ``rft`` reads ``rounds``, ``beta``, ``anchor``, ``head_lr``, ``policy_steps`` of
 each round and ``samples`` of each prompt.

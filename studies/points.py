@@ -1,4 +1,4 @@
-"""One point of a study: a task, a seed, a method with its settings. Kept by what it is, and resumed.
+"""One point of a study: task, seed, method and settings. Kept by what it is, and resumed.
 
 A point's folder is named by the digest of everything that shapes it, so points are shared between
 studies, and a study that is stopped goes on where it was.
@@ -84,7 +84,8 @@ def _data(point: Point, out: Path) -> Path:
     folder = out / "data" / digest({"task": point.task, "seed": point.seed})
     if not (folder / "test.jsonl").exists():
         sizes = {name: value for name, value in point.task.items() if name != "name"}
-        for split, examples in make_examples(TASKS[point.task["name"]], point.seed, **sizes).items():
+        splits = make_examples(TASKS[point.task["name"]], point.seed, **sizes)
+        for split, examples in splits.items():
             write_jsonl_atomically(folder / f"{split}.jsonl", map(_record, examples))
     return folder
 
