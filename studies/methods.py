@@ -41,6 +41,12 @@ def _sft(settings: Settings) -> dict[str, Any]:
     return {"algorithm": {"name": "sft", "steps_per_round": settings["steps"]}}
 
 
+def _dft(settings: Settings) -> dict[str, Any]:
+    recipe = _sft(settings)
+    recipe["algorithm"]["token_weight"] = "probability"
+    return recipe
+
+
 def _irft(settings: Settings) -> dict[str, Any]:
     rounds = settings["rounds"]
     return {"algorithm": {
@@ -64,4 +70,4 @@ def _rft(settings: Settings) -> dict[str, Any]:
     }
 
 
-ALGORITHMS = {"sft": _sft, "irft": _irft, "rft": _rft}
+ALGORITHMS = {"sft": _sft, "dft": _dft, "irft": _irft, "rft": _rft}

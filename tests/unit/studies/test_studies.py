@@ -108,4 +108,4 @@ def test_the_table_compares_with_sft():
 
     text = table({"name": "n", "hypothesis": "h", "metric": "sampled", "levels": {
         "": {"sft": entry([0.0, 0.0]), "rft": entry([1.0, 1.0])}}})
-    assert "| rft | lr 1 | 50.0 | 100.0 | 75.0 | +100.0 [+100.0, +100.0] |" in text
+    assert "| rft | lr 1 | 50.0 | 100.0 | 75.0 | +0.0 [+0.0, +0.0] | 1.0000 | +100.0 [" in text
