@@ -48,10 +48,10 @@ def draw(items: Sequence[Item], seed: int, step: int, size: int) -> list[Item]:
 
 def num_tokens(item: Item) -> int:
     """Tokens a step processes for one item: prompt and response of each of its sequences."""
-    return sum(len(prompt) + len(response) for prompt, response in _sequences(item))
+    return sum(len(prompt) + len(response) for prompt, response in sequences_of(item))
 
 
-def _sequences(item: Item) -> Sequences:
+def sequences_of(item: Item) -> Sequences:
     match item:
         case Pair():
             responses = [item.demo_ids, item.sample_ids]
@@ -65,7 +65,7 @@ def _sequences(item: Item) -> Sequences:
 
 
 def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
-    sequences = [sequence for item in items for sequence in _sequences(item)]
+    sequences = [sequence for item in items for sequence in sequences_of(item)]
     pairs = [item for item in items if isinstance(item, Pair)]
     rollouts = [item for item in items if isinstance(item, Rollout)]
     refs: list[float] = [rollout.ref_logp for rollout in rollouts]

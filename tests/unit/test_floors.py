@@ -25,6 +25,7 @@ FLOORS = [
     ("policy",),
     ("train", "evaluation"),
     ("algorithms",),
+    ("planning",),
     ("run",),
     ("cli", "__main__"),
 ]
