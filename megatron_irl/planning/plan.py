@@ -74,15 +74,19 @@ class Plan:
 def make_plan(
     recipe: Recipe, arch: Architecture, machine: Machine, lengths: Lengths, *,
     data_parallel_size: int, parameters: Mapping[int, Any] | None = None,
+    work: Workload | None = None,
 ) -> Plan:
     """Plan a resolved recipe. In a process without a process group.
+
+    Args:
+        parameters, work: What ``stage_parameters`` and ``workload_of`` say of it, if known.
 
     Raises:
         UserError: The layout does not divide the model, or Megatron refuses the configuration.
     """
     setup = setup_of(recipe, arch, machine, data_parallel_size)
     algorithm = algorithm_of(recipe)
-    work = workload_of(recipe, algorithm, lengths, data_parallel_size)
+    work = work or workload_of(recipe, algorithm, lengths, data_parallel_size)
     known = parameters or stage_parameters(setup, algorithm)
     profile = activations_of(setup)
     stages, worst = (tuple(

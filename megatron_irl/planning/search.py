@@ -8,9 +8,10 @@ from megatron_irl.algorithms.base import algorithm_of
 from megatron_irl.config import Recipe, check_layout
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
+from megatron_irl.planning.flops import layer_parameters
 from megatron_irl.planning.machines import Machine
 from megatron_irl.planning.plan import Plan, make_plan, setup_of, stage_parameters
-from megatron_irl.planning.workload import Lengths
+from megatron_irl.planning.workload import Lengths, Workload, workload_of
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -42,6 +43,7 @@ def layouts_that_fit(
     on the host. Of layouts that differ in one of the last three the fastest is kept.
     """
     parameters: dict[tuple[int, int], Any] = {}
+    works: dict[tuple[int, int], Workload] = {}
     best: dict[tuple[int, int, int], Found] = {}
     for candidate, dp in _candidates(recipe, arch, machine, world_size):
         parallel = candidate.parallel
@@ -52,8 +54,11 @@ def layouts_that_fit(
             if key[:2] not in parameters:
                 setup = setup_of(candidate, arch, machine, dp)
                 parameters[key[:2]] = stage_parameters(setup, algorithm_of(candidate))
+            packed = dp, candidate.train.micro_batch_size
+            if packed not in works:
+                works[packed] = workload_of(candidate, algorithm_of(candidate), lengths, dp)
             plan = make_plan(candidate, arch, machine, lengths, data_parallel_size=dp,
-                             parameters=parameters[key[:2]])
+                             parameters=parameters[key[:2]], work=works[packed])
         except UserError:  # the sizes do not divide the model or the batch
             continue
         if plan.always_fits and (
@@ -70,6 +75,8 @@ def _candidates(
     for tp in (n for n in (1, 2, 4, 8) if n <= min(world_size, machine.per_node)):
         for pp in (n for n in range(1, 17) if layers % n == 0 and world_size % (tp * n) == 0):
             dp = world_size // (tp * pp)
+            if _least(recipe, arch) / (tp * pp) > machine.memory:
+                continue
             for vpp in {None, *(n for n in (2, 4, 5) if pp > 1 and layers % (pp * n) == 0)}:
                 parallel = replace(
                     recipe.parallel, tensor_model_parallel_size=tp,
@@ -78,6 +85,13 @@ def _candidates(
                 )
                 for changed in _variants(replace(recipe, parallel=parallel)):
                     yield changed, dp
+
+
+def _least(recipe: Recipe, arch: Architecture) -> float:
+    """Bytes of weights and gradients of all layers, which every layout has to hold."""
+    weights = arch.transformer["num_layers"] * layer_parameters(arch)
+    gradients = 4.0 if recipe.ddp.get("grad_reduce_in_fp32", True) else 2.0
+    return weights * (gradients + (4.0 if recipe.precision == "fp32" else 2.0))
 
 
 def _variants(recipe: Recipe) -> Iterator[Recipe]:

@@ -10,7 +10,7 @@ from megatron_irl.config import Recipe
 from megatron_irl.data.packing import assign, assign_by_tokens
 from megatron_irl.planning.flops import Tokens
 
-_DRAWS = 24  # steps whose packs are looked at
+_DRAWS = 16  # steps whose packs are looked at
 
 
 @dataclass(frozen=True)
