@@ -197,9 +197,17 @@ class CheckpointConfig:
     """Checkpoints a killed run resumes from."""
 
     interval: int | None = None
-    """Optimizer steps between checkpoints; none: at the end of each round."""
+    """Optimizer steps between checkpoints, besides those at the end of each round."""
+    interval_minutes: float | None = 10.0
+    """Minutes of training after which one is saved too, at the end of a step; none: never."""
     keep: int = 2
     """Newest checkpoints kept."""
+    stop_before: float | None = None
+    """Seconds before the time limit of a Slurm job at which the run saves and stops (exit code
+    75); none: it waits for a signal (SIGTERM, SIGUSR1, SIGINT), which does the same."""
+    stop_part_seconds: float = 60.0
+    """How long parts of generation that are begun may still take when a run is asked to stop;
+    then, and at a second signal, they are given up, to be sampled again to the same."""
 
 
 @dataclass(frozen=True)
