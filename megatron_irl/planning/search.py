@@ -130,4 +130,5 @@ def _overrides(before: Recipe, after: Recipe) -> tuple[str, ...]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(
+        value)

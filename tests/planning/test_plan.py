@@ -68,7 +68,9 @@ def test_parameters_are_exact(folder, layout):
 def plan(*arguments, capsys):
     """(exit code, the JSON object)."""
     result = run("plan", *arguments, "--json")
-    return result.code, json.loads(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said, result.err
+    return result.code, json.loads(said)
 
 
 def seventy(*more):
@@ -116,7 +118,7 @@ def test_layouts_that_fit_fit(capsys, tmp_path):
     (["--world-size", "0"], ("--world-size 0",)),
     (["--lengths", "long"], ("--lengths long", "PROMPT,RESPONSE")),
     (["model.hf=/nowhere"], ("model.hf=/nowhere", "not a folder")),
-    (["train.global_batch_size=63"], ("train.global_batch_size=63",)),
+    (["train.micro_batch_size=5"], ("train.global_batch_size=64", "train.micro_batch_size=5")),
 ])
 def test_wrong_input(more, named):
     refused("plan", *seventy(*more), named=named)
