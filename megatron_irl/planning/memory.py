@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_irl.flops import Tokens
 from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb
 from megatron_irl.planning.activations import PerToken
-from megatron_irl.planning.flops import Tokens
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.workload import PhaseWork, Workload

@@ -8,7 +8,7 @@ from megatron_irl.algorithms.base import algorithm_of
 from megatron_irl.config import Recipe, check_layout
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
-from megatron_irl.planning.flops import layer_parameters
+from megatron_irl.flops import layer_parameters
 from megatron_irl.planning.machines import Machine
 from megatron_irl.planning.plan import Plan, make_plan, setup_of, stage_parameters
 from megatron_irl.planning.workload import Lengths, Workload, workload_of

@@ -6,7 +6,7 @@ same shares of theirs. docs/scaling.md compares with figures that were not used.
 
 from dataclasses import dataclass
 
-from megatron_irl.planning.flops import Tokens, attended, layer_parameters
+from megatron_irl.flops import Tokens, attended, layer_parameters
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.workload import PhaseWork, Workload
 

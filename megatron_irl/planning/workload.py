@@ -8,7 +8,7 @@ import numpy as np
 from megatron_irl.algorithms.base import Algorithm, Phase
 from megatron_irl.config import Recipe
 from megatron_irl.data.packing import assign, assign_by_tokens
-from megatron_irl.planning.flops import Tokens
+from megatron_irl.flops import Tokens
 
 _DRAWS = 16  # steps whose packs are looked at
 

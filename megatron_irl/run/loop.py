@@ -29,6 +29,7 @@ from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.between_steps import between_steps
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
+from megatron_irl.run.profiling import recorded
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
 from megatron_irl.storage.shared_folder import check_shared, hold
@@ -127,8 +128,11 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     start = time.perf_counter()
     streams = streams_at(run, phase, work, state.step_in_round)
     lr = run.trainer.lr
-    with run.clock.timed("train"):
-        result, tokens = run.trainer.step(
+    watched = recorded(
+        run.recipe.profile, run.folder.path, step=state.step + 1, rank=run.topology.rank
+    )
+    with run.clock.timed("train"), watched:
+        result, tokens, work_done = run.trainer.step(
             streams, work.objective, heads=work.heads, frozen=work.frozen,
             where=f"at step {state.step + 1}",
         )
@@ -136,8 +140,10 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     state.step_in_round += 1
     # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
     # its log cannot be written the launcher ends the other ranks, who wait in the next step.
+    seconds = time.perf_counter() - start
     run.recorder.step(
-        state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
+        state, result, lr=lr, tokens=tokens, seconds=seconds, phase=phase.name,
+        speed=run.speedometer.step(work_done, seconds, has_head=work.heads != "rewards"),
     )
     between_steps(run)
 

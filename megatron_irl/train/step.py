@@ -17,6 +17,7 @@ from megatron_irl.config import Recipe
 from megatron_irl.data.sampler import order_seed
 from megatron_irl.data.stored import Stored
 from megatron_irl.errors import TrainingDiverged
+from megatron_irl.flops import Tokens
 from megatron_irl.parallel.reduce import reduce_metrics
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import (
@@ -26,6 +27,7 @@ from megatron_irl.train.batches import (
     microbatches_for,
     share_of,
     token_counts,
+    work_of,
 )
 from megatron_irl.train.optimizer import (
     Frozen,
@@ -156,11 +158,12 @@ class Trainer:
     def step(
         self, streams: Sequence[Stream], objective: Objective, *, heads: HeadChoice,
         frozen: Frozen, where: str,
-    ) -> tuple[StepResult, int]:
+    ) -> tuple[StepResult, int, Tokens]:
         """One update on a global batch of every stream.
 
         Returns:
-            What the step did, and the tokens it processed over all ranks.
+            What the step did, the tokens it processed over all ranks, and the work of this
+            rank's replica.
 
         Raises and collectives: as ``Stepper.train_step``.
         """
@@ -169,7 +172,7 @@ class Trainer:
             microbatches, objective, heads=heads, frozen=frozen, where=where
         )
         self.scheduler.step(1)
-        return result, tokens
+        return result, tokens, work_of(microbatches)
 
     def draw_batch(self, streams: Sequence[Stream]) -> tuple[list[PackedBatch], int]:
         """This rank's microbatches of the next global batch, and the tokens of all of it."""

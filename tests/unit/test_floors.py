@@ -19,7 +19,7 @@ FLOORS = [
      "families", "convert.hf_config", "convert.hf_folder"),
     ("algorithms.registry", "algorithms.rules"),
     ("config",),
-    ("hardware", "compat", "collector", "console", "timing", "parallel", "storage.commit",
+    ("flops", "hardware", "compat", "collector", "console", "timing", "parallel", "storage.commit",
      "storage.partial", "storage.tables", "data"),
     ("model", "generation", "storage", "convert"),
     ("policy",),

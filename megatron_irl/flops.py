@@ -1,6 +1,6 @@
 """Operations of a training step, counted from what its packs hold."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,9 +87,3 @@ def training_flops(
     attention = 4.0 * layers * arch.dims["q"] * attended(arch, tokens)
     return 2 * (weights + logits) + 3 * attention + 6.0 * adapter_parameters * tokens.sum
 
-
-def lengths_of(items: Sequence[object]) -> list[tuple[int, int]]:
-    """(prompt tokens, response tokens) of every sequence of a step's items."""
-    from megatron_irl.train.batches import sequences_of
-
-    return [(len(p), len(r)) for item in items for p, r in sequences_of(item)]  # type: ignore[arg-type]
