@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.adapters.adapters import add_adapters
+from megatron_irl.adapters.spec import AdapterSpec, adapter_spec
 from megatron_irl.config import ParallelConfig, Precision
+from megatron_irl.config.schema import AdapterConfig
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
@@ -45,7 +48,8 @@ class Footprint:
 
 
 def footprint(
-    config: Any, arch: Architecture, topology: Topology, lengths: list[int]
+    config: Any, arch: Architecture, topology: Topology, lengths: list[int],
+    attach: Attach | None = None,
 ) -> list[Footprint]:
     """Of each chunk of this rank, for a microbatch of sequences of these lengths; without the head.
 
@@ -59,6 +63,8 @@ def footprint(
     layout = padded_layout(cu_seqlens.tolist(), torch.device("cpu"))
     with fake_tensors() as mode:
         chunks: list[Any] = build_chunks(config, arch, topology, spec="local")
+        if attach is not None:
+            attach(chunks, topology)
         packed = PackedSeqParams(
             # Sizes that are read on the host stand in numpy: fake tensors have no values.
             qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,  # pyright: ignore
@@ -71,7 +77,8 @@ def footprint(
 def _of_chunk(chunk: Any, packed: PackedSeqParams, total: int, config: Any) -> Footprint:
     tokens = torch.empty(1, total, dtype=torch.long)
     for parameter in chunk.parameters():  # Megatron's DDP adds gradients to its buffer, and frees
-        parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
     if isinstance(chunk.rotary_pos_emb, PackedRotaryEmbedding):
         chunk.rotary_pos_emb.positions_T = tokens[0]
     chunk.train()
@@ -154,6 +161,7 @@ class PerToken:
 def per_token(
     arch: Architecture, precision: Precision, overrides: dict[str, Any], *, tp: int,
     sequence_parallel: bool, lean: bool, lengths: tuple[int, ...],
+    adapter: AdapterConfig | None = None,
 ) -> PerToken:
     """What layers keep, from a model of a few of them on one pipeline stage.
 
@@ -162,6 +170,7 @@ def per_token(
         lean: As Transformer Engine's kernels would have it.
         lengths: Of a microbatch's sequences. What is kept is linear in them as far as attention
             keeps no scores.
+        adapter: What is trained alone, if it is.
     """
     overrides = {k: v for k, v in overrides.items() if k not in ("fp8_recipe", "fp8")}
     overrides = overrides | {"recompute_modules": _recomputable(overrides)} if overrides.get(
@@ -177,7 +186,8 @@ def per_token(
             config = build_config(
                 model, parallel, precision=plain, overrides=overrides, check_hardware=False
             )
-            (chunk,) = footprint(config, model, topology, list(lengths) * times)
+            attach = attach_adapter(adapter, model, parallel)
+            (chunk,) = footprint(config, model, topology, list(lengths) * times, attach)
             return chunk
 
     tokens, one, two, long = sum(lengths), look(together, 1), look(2 * together, 1), look(
@@ -190,6 +200,25 @@ def per_token(
         # Transformer Engine's layers add theirs to the buffer as they compute them.
         0.0 if lean else max(0.0, two.backward - backward * tokens),
     )
+
+
+def attach_adapter(
+    adapter: AdapterConfig | None, arch: Architecture, parallel: ParallelConfig
+) -> Attach | None:
+    """What gives chunks the adapters of a recipe, with nothing in them."""
+    if adapter is None:
+        return None
+    spec = adapter_spec(adapter, arch, parallel, seed=0)
+    assert spec is not None
+    # What they begin with is of no matter here, and fake tensors hold nothing.
+    bare = replace(spec, start=None, dropout=0.0)
+    return lambda chunks, topology: _add_bare(chunks, bare, arch, topology)
+
+
+def _add_bare(
+    chunks: list[Any], spec: AdapterSpec, arch: Architecture, topology: Topology
+) -> None:
+    add_adapters(chunks, spec, arch, topology)
 
 
 def _recomputable(overrides: dict[str, Any]) -> list[str]:

@@ -201,6 +201,8 @@ def _host(setup: Setup, trained: int, terms: dict[str, float]) -> dict[str, floa
     found = {"optimizer gathered to save (first replica)": trained * state}
     if setup.recipe.generation.offload_optimizer:
         found["optimizer while generating"] = terms["gradients"] + terms["optimizer"]
+    if setup.recipe.adapter.enabled and setup.recipe.adapter.generation == "merged":
+        found["base weights while sampling"] = terms["weights"]
     if share := _offloaded(setup):
         dp = setup.dp if setup.shards_optimizer else 1
         found["offloaded optimizer"] = trained * (state + 4) / dp * share

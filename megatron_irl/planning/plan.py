@@ -8,11 +8,19 @@ from typing import Any
 
 from megatron_irl.algorithms.base import Algorithm, algorithm_of
 from megatron_irl.config import Recipe
+from megatron_irl.config.schema import AdapterConfig
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.model.build import build_config
 from megatron_irl.model.specs import VARIABLE
-from megatron_irl.planning.activations import PerToken, parameters_of_stage, per_token
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.planning.activations import (
+    Attach,
+    PerToken,
+    attach_adapter,
+    parameters_of_stage,
+    per_token,
+)
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB, Machine
@@ -129,10 +137,14 @@ def stage_parameters(
                 overrides={k: v for k, v in recipe.model.overrides.items()
                            if not k.startswith("fp8")},
             )
-            built[stage] = parameters_of_stage(
-                plain, setup.arch, topology,
-                functools.partial(algorithm.attach_heads, recipe),
-            )
+            add = attach_adapter(adapter_of(recipe), setup.arch, recipe.parallel)
+
+            def attach(chunks: list[Any], place: Topology, add: Attach | None = add) -> None:
+                if add is not None:
+                    add(chunks, place)
+                algorithm.attach_heads(recipe, chunks, place)
+
+            built[stage] = parameters_of_stage(plain, setup.arch, topology, attach)
     return {stage: built[stage if stage in built else 1] for stage in range(setup.pp)}
 
 
@@ -143,7 +155,13 @@ def activations_of(setup: Setup) -> PerToken:
     return _profile(
         _Same(setup.arch), setup.recipe.precision, tuple(sorted(kept.items(), key=str)).__repr__(),
         _Same(kept), setup.tp, parallel.sequence_parallel, setup.lean,
+        adapter_of(setup.recipe),
     )
+
+
+def adapter_of(recipe: Recipe) -> AdapterConfig | None:
+    """What is trained alone, if anything is."""
+    return recipe.adapter if recipe.adapter.enabled else None
 
 
 class _Same:
@@ -163,12 +181,12 @@ class _Same:
 @functools.lru_cache(maxsize=256)
 def _profile(
     arch: _Same, precision: Any, named: str, overrides: _Same, tp: int, sequence_parallel: bool,
-    lean: bool,
+    lean: bool, adapter: AdapterConfig | None,
 ) -> PerToken:
     del named  # the overrides, as text
     return per_token(
         arch.value, precision, overrides.value, tp=tp, sequence_parallel=sequence_parallel,
-        lean=lean, lengths=PROFILE_TOKENS,
+        lean=lean, lengths=PROFILE_TOKENS, adapter=adapter,
     )
 
 
