@@ -82,7 +82,7 @@ def stage_memory(
         parts["generation"] = (*kept, "KV cache", "graphs", "prefill")
         terms["reference pass"] = PACK_TOKENS * activations.forward
         parts["reference"] = (*held, "reference pass")
-        if setup.recipe.algorithm.reference == "initial":
+        if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
             terms["reference weights"] = terms["weights"]
             parts["reference"] += ("reference weights",)
     return StageMemory(
