@@ -26,7 +26,8 @@ _AT_LEAST_ONE = (
     "generation.max_requests", "generation.chunk_size", "evaluation.limit",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.global_batch_size",
     "train.logprob_chunk_size",
-    "checkpoint.interval", "checkpoint.keep", "logging.interval",
+    "checkpoint.interval", "checkpoint.keep", "checkpoint.keep_every",
+    "logging.interval",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
     "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )

@@ -200,6 +200,14 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; none: at the end of each round."""
     keep: int = 2
     """Newest checkpoints kept."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept too; none: only the newest."""
+    asynchronous: bool = True
+    """Write in the background: training waits while the state is copied to host memory, which needs
+    room for one rank's share of weights and optimizer."""
+    verify: Literal["sizes", "hashes"] = "hashes"
+    """What is compared with a checkpoint's manifest before a run resumes from it: the sizes of its
+    files, or their bytes too, which reads them once more. One that is damaged is passed over."""
 
 
 @dataclass(frozen=True)

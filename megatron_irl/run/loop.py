@@ -45,7 +45,11 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         check_shared(inputs.folder.path, topology)
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
-            train_rounds(open_run(inputs, topology, argv or sys.argv, lease))
+            run = open_run(inputs, topology, argv or sys.argv, lease)
+            try:
+                train_rounds(run)
+            finally:
+                run.checkpointer.abandon()  # nothing where it ended well
     finally:
         lease.release()
 
@@ -59,6 +63,7 @@ def train_rounds(run: Run) -> None:
         while state.round < run.recipe.algorithm.rounds:
             run_round(run)
     except TrainingDiverged as error:
+        run.checkpointer.wait()
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
             f"{run.trainer.lr:.3g}); training stopped. The last good state is "
@@ -112,8 +117,10 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
     # its log cannot be written the launcher ends the other ranks, who wait in the next step.
     run.recorder.step(
-        state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
+        state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name,
+        saved=run.checkpointer.take_measured(),
     )
+    run.checkpointer.poll()
     interval = run.recipe.checkpoint.interval
     if interval and state.step % interval == 0:
         run.save()
@@ -145,13 +152,13 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     state.evaluation = evaluation
     state.summary = {}
     state.seconds.clear()  # the clock counts on in the same dictionary
-    run.save()
-    run.recorder.publish(record)
+    run.save(then=lambda: run.recorder.publish(record))
 
 
 def finish(run: Run) -> None:
     """Leave the policy, and what else was learnt, as HF folders; mark the run finished."""
     folder, policy = run.folder, run.policy
+    run.checkpointer.wait()
     run.console.note(f"writing {folder.hf}")
     export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
     run.algorithm.export(policy, folder.path, run.companions, run.console.note)

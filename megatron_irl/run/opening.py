@@ -44,11 +44,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     """
     recipe, folder = inputs.recipe, inputs.folder
     console = Console(enabled=topology.is_main)
-    checkpointer = Checkpointer(
-        folder.checkpoints, topology, keep=recipe.checkpoint.keep, fence=lease.check
-    )
-    checkpointer.put_back()
-    resume = checkpointer.latest()
+    checkpointer, resume = open_checkpoints(inputs, topology, lease, console)
     policy = build_policy(inputs, topology, weights=resume is None)
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
@@ -92,6 +88,26 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
     )
+
+
+def open_checkpoints(
+    inputs: Inputs, topology: Topology, lease: Lease, console: Console
+) -> tuple[Checkpointer, int | None]:
+    """The run's checkpoints, and the step of the newest intact one. Collective.
+
+    Raises:
+        UserError: There are some, and all of them are damaged.
+    """
+    options = inputs.recipe.checkpoint
+    checkpointer = Checkpointer(
+        inputs.folder.checkpoints, topology, keep=options.keep, keep_every=options.keep_every,
+        asynchronous=options.asynchronous, verify=options.verify, fence=lease.check,
+    )
+    checkpointer.clean()
+    newest = checkpointer.latest()
+    for text in checkpointer.passed_over:
+        console.warn(f"a checkpoint is passed over: {text}")
+    return checkpointer, newest
 
 
 def announce_kernels(policy: Policy, console: Console) -> Kernels:

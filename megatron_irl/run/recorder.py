@@ -57,8 +57,11 @@ class Recorder:
         )
 
     def step(self, state: RunState, result: StepResult, *, lr: float, tokens: int,
-             seconds: float, phase: str) -> None:
+             seconds: float, phase: str, saved: dict[str, float] | None = None) -> None:
         """Record one optimizer step.
+
+        Args:
+            saved: What is to be said of a checkpoint that was finished since the last one.
 
         Raises:
             UserError: The log cannot be written.
@@ -69,7 +72,7 @@ class Recorder:
             "step": state.step, "round": state.round, "loss": result.loss,
             "grad_norm": result.grad_norm, "lr": lr, **result.metrics, "tokens": tokens,
             "time/step": seconds, "tokens_per_second": tokens / seconds,
-            "staleness": state.step_in_round - 1,
+            "staleness": state.step_in_round - 1, **(saved or {}),
         }
         if self._has_phases:  # losses of several phases are not one curve
             line |= {"phase": phase, f"{phase}/loss": result.loss}

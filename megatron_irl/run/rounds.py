@@ -39,6 +39,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         run.evaluator.cache_references(state.round, run.reference_weights)
         if run.topology.is_main:
             summary["generation"] |= describe_samples(pairs.all())
+    run.checkpointer.poll()  # of the round before
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
         previous_bank=run.previous_bank, ledger=run.folder.ledger,

@@ -1,5 +1,6 @@
 """A run in progress on this rank: who owns what."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,14 @@ class Run:
         is_initial = self.recipe.algorithm.reference == "initial"
         return Path(self.recipe.model.hf) if is_initial and self.state.step > 0 else None
 
-    def save(self) -> None:
+    def save(self, then: Callable[[], None] | None = None) -> None:
         """Checkpoint the run as it stands. Collective.
+
+        Everything that the state refers to is on disk before: pairs, ledger and logs are written
+        when they are made.
+
+        Args:
+            then: Called on every rank after the checkpoint is in its place, maybe later.
 
         Raises:
             TrainingDiverged: The weights give no finite log-probability; nothing is saved, and
@@ -86,5 +93,5 @@ class Run:
         state = from_main(self.state.to_dict() | {"log": self.recorder.log.recent()}, self.topology)
         self.checkpointer.save(
             self.state.step, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
-            state,
+            state, then,
         )
