@@ -15,18 +15,23 @@ _PIECE = 64 << 20  # bytes that a thread copies at a time
 _THREADS = 8
 
 
-def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+def copy_to_host(tensors: Sequence[Tensor], *, huge_pages: bool = False) -> list[Tensor]:
     """Copies that no later change of the tensors reaches, each with a storage of its own.
 
-    One mapping holds them all, in huge pages where the system has them: its memory is given back
-    at once when the last copy goes, and the first touch of a page is most of what copying costs.
-    On CUDA several threads copy, each over a stream of its own; one alone moves a quarter of what
-    the bus can. Waits for the device.
+    One mapping holds them all, whose memory is given back at once when the last copy goes. On CUDA
+    several threads copy, each over a stream of its own: what costs is the first touch of a page,
+    and one thread moves a fraction of what the bus can. Waits for the device.
+
+    Args:
+        huge_pages: Ask the system for them. Where memory is fragmented it may take long to find
+            them: a virtual machine took three times as long with as without.
     """
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
     room = sum(map(_aligned, sizes))
-    memory = mmap.mmap(-1, max(room, mmap.PAGESIZE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    memory = mmap.mmap(
+        -1, max(room, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     copies, start = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
