@@ -18,3 +18,14 @@ def is_told_elsewhere(error: UserError) -> bool:
 
 class TrainingDiverged(UserError):
     """The loss or the gradient is not finite; the last good checkpoint is kept."""
+
+
+STOPPED, HUNG = 75, 76
+"""Exit codes: stopped as asked, and ended by the watchdog; the same command resumes both."""
+
+
+class RunStopped(BaseException):
+    """A run was asked to stop, and every rank does. No error: nothing that handles errors sees it.
+
+    The message says who asked.
+    """

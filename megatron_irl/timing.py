@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_irl import hardware
+from megatron_irl.parallel.heartbeat import Heartbeat
 
 
 class Clock:
@@ -12,13 +13,17 @@ class Clock:
 
     Args:
         seconds: By phase of the round in progress; added to, and cleared by whoever closes a round.
+        heart: Is told of every phase.
 
     Attributes:
         total: By phase since this process started.
     """
 
-    def __init__(self, seconds: dict[str, float] | None = None) -> None:
+    def __init__(
+        self, seconds: dict[str, float] | None = None, heart: Heartbeat | None = None
+    ) -> None:
         self.seconds = {} if seconds is None else seconds
+        self._heart = heart or Heartbeat()
         self.total: dict[str, float] = {}
         self._inner = 0.0
         self._started = time.perf_counter()
@@ -29,8 +34,9 @@ class Clock:
         outer, self._inner = self._inner, 0.0
         hardware.synchronize()  # a sync: queued kernels belong to the phase that queued them
         start = time.perf_counter()
-        yield
-        hardware.synchronize()
+        with self._heart.within(phase):
+            yield
+            hardware.synchronize()
         elapsed = time.perf_counter() - start
         seconds = elapsed - self._inner
         self._inner = outer + elapsed

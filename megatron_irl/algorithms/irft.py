@@ -45,4 +45,4 @@ class Irft(Algorithm):
         from megatron_irl.algorithms.pair_steps import learn_from_pairs
 
         del step
-        return learn_from_pairs(round, round.pairs.all())
+        return learn_from_pairs(round, round.pairs.rows())

@@ -1,6 +1,5 @@
 """The steps of irft and spin: pairs, their implicit reward, and the loss of it."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,24 +9,30 @@ from torch import Tensor
 from megatron_irl.algorithms.base import Work
 from megatron_irl.algorithms.round import Round
 from megatron_irl.config import Recipe
-from megatron_irl.data.pair_bank import usable_pairs
+from megatron_irl.data.pair_index import USABLE
+from megatron_irl.data.round_pairs import PairRows
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.main_rank import on_main
-from megatron_irl.policy.pairs import add_references, open_pairs
+from megatron_irl.policy.references import add_references, open_pairs, survey
 from megatron_irl.train.step import Objective
-from megatron_irl.types import LossOutput, PackedBatch, Pair
+from megatron_irl.types import LossOutput, PackedBatch
 
 
-def learn_from_pairs(round: Round, drawn: Sequence[Pair]) -> Work:
+def learn_from_pairs(round: Round, drawn: PairRows) -> Work:
     """The usable ones of ``drawn`` under the implicit reward."""
-    pairs, _ = usable_pairs(drawn)
+    pairs = usable(drawn)
     return Work(
         pairs, pair_objective(round.recipe, round.index), num_unusable=len(drawn) - len(pairs),
         summary={"lengths": mean_lengths(pairs)},
     )
 
 
-def previous_pairs(round: Round) -> list[Pair]:
+def usable(drawn: PairRows) -> PairRows:
+    """Those that can teach."""
+    return drawn.chosen(np.flatnonzero(drawn.numbers["kind"] == USABLE))
+
+
+def previous_pairs(round: Round) -> PairRows:
     """The pairs of the round before, with reference log-probabilities of this round's policy.
 
     They are kept in a bank of their own: those in the run's bank belong to the round before.
@@ -36,15 +41,17 @@ def previous_pairs(round: Round) -> list[Pair]:
     # The bank's answers are equal on every rank: what follows is collective.
     bank, topology = round.previous_bank, round.policy.topology
     if not bank.has_references(round.index):
-        source = open_pairs(round.pairs.bank, round.index - 1)
-        rows = np.cumsum([0, *(len(source.part(part)) for part in source.parts)]).tolist()
+        source, before = round.pairs.bank, round.index - 1
+        manifest = source.manifest(before) or {}
+        rows = np.cumsum([0, *(manifest[part].rows for part in sorted(manifest))]).tolist()
         bank.begin_round(round.index, list(zip(rows, rows[1:], strict=False)))
 
         def copy() -> None:
-            for part in source.parts:
-                for pair in source.part(part):  # so that a run killed before the pass below
-                    pair.ref_demo_logp = pair.ref_sample_logp = None  # repeats it
-                bank.write_part(round.index, part, source.part(part))
+            for part in sorted(manifest):
+                pairs = source.read_part(before, part)
+                for pair in pairs:  # so that a run killed before the pass below repeats it
+                    pair.ref_demo_logp = pair.ref_sample_logp = None
+                bank.write_part(round.index, part, pairs)
 
         on_main(copy, topology)
         bank.finish_round(round.index)  # the pass reads what rank 0 has written
@@ -53,8 +60,8 @@ def previous_pairs(round: Round) -> list[Pair]:
             round.policy, rescored, weights_of=round.reference_weights, console=round.console,
             clock=round.clock,
         )
-        return rescored.all()
-    return open_pairs(bank, round.index).all()
+        return survey(rescored, topology).rows()
+    return survey(open_pairs(bank, round.index), topology).rows()
 
 
 def pair_objective(recipe: Recipe, round_index: int) -> Objective:
@@ -74,10 +81,10 @@ def _irft(logprobs_R: Tensor, batch: PackedBatch, **options: Any) -> LossOutput:
     return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, **options)
 
 
-def mean_lengths(pairs: Sequence[Pair]) -> dict[str, float]:
+def mean_lengths(pairs: PairRows) -> dict[str, float]:
     """Mean tokens of demonstrations and samples."""
     count = max(1, len(pairs))
     return {
-        "demo_mean": sum(len(pair.demo_ids) for pair in pairs) / count,
-        "sample_mean": sum(len(pair.sample_ids) for pair in pairs) / count,
+        "demo_mean": int(pairs.numbers["demo_length"].sum()) / count,
+        "sample_mean": int(pairs.numbers["sample_length"].sum()) / count,
     }

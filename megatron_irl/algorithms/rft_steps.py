@@ -1,36 +1,33 @@
 """The steps of rft: what each phase trains on, the round's rewards, and its products."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_irl.algorithms.advantages import describe_rewards, make_rollouts
+from megatron_irl.algorithms.advantages import RolloutRows, advantages, describe_rewards
 from megatron_irl.algorithms.base import Work
-from megatron_irl.algorithms.pair_steps import mean_lengths
+from megatron_irl.algorithms.pair_steps import mean_lengths, usable
+from megatron_irl.algorithms.rft_ledger import write_round_ledger
 from megatron_irl.algorithms.rft_objectives import policy_objective, reward_objective
 from megatron_irl.algorithms.round import Round
 from megatron_irl.convert.reward_export import export_hf_reward
-from megatron_irl.data.ledger import LedgerRow, write_ledger
-from megatron_irl.data.pair_bank import usable_pairs
 from megatron_irl.errors import UserError
 from megatron_irl.model.reward_head import reward_head
-from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.scoring import Sequences, score_distinct
+from megatron_irl.policy.references import open_pairs, score_parts, survey
+from megatron_irl.policy.scoring import distinct_sequences
 from megatron_irl.types import Pair
 
 
 def learn_reward(round: Round) -> Work:
     """Demonstration against sample under the explicit reward, and preferences if given."""
     recipe = round.recipe
-    oldest = max(0, round.index - recipe.reward.mix_rounds)
-    drawn: list[Pair] = []
-    for earlier in range(oldest, round.index):
-        drawn += round.pairs.bank.read_round(earlier)
-    drawn += round.pairs.all()
-    pairs, _ = usable_pairs(drawn)
+    bank, topology = round.pairs.bank, round.policy.topology
+    drawn = round.pairs.rows()
+    for earlier in reversed(range(max(0, round.index - recipe.reward.mix_rounds), round.index)):
+        drawn = survey(open_pairs(bank, earlier), topology).rows() + drawn
+    pairs = usable(drawn)
     objective, heads = reward_objective(recipe)
     only_head = recipe.reward.trunk == "detached" and not recipe.algorithm.nll_coefficient
     return Work(
@@ -52,72 +49,38 @@ def optimize_policy(round: Round, *, score_first: bool) -> Work:
     """
     if score_first:
         score_round(round)
-    pairs = round.pairs.all()
-    if any(pair.reward_demo is None or pair.reward_sample is None for pair in pairs):
+    index = round.pairs.index
+    if np.isnan(index["reward_demo"]).any() or np.isnan(index["reward_sample"]).any():
         raise UserError(
             f"{round.pairs.bank.root} has no rewards for round {round.index}, which its checkpoint "
             "is past. Remove the newest checkpoint, or start a new output_dir."
         )
     recipe = round.recipe
-    rollouts = make_rollouts(pairs, recipe.policy, recipe.algorithm.beta[round.index])
+    found = advantages(index, recipe.policy, recipe.algorithm.beta[round.index])
     return Work(
-        rollouts, policy_objective(recipe), frozen="reward_head",
-        summary={"rewards": describe_rewards(pairs)},
+        RolloutRows(round.pairs.rows(), found), policy_objective(recipe), frozen="reward_head",
+        summary={"rewards": describe_rewards(index)},
     )
 
 
 def score_round(round: Round) -> None:
     """Store the explicit reward of the round's samples and demonstrations. Collective."""
-    topology = round.policy.topology
+
+    def score(pairs: list[Pair]) -> np.ndarray:
+        """float32 [pairs, 2]."""
+        sequences, places = distinct_sequences(pairs)
+        with round.console.rewards(len(sequences)) as advance:
+            scores = round.policy.score_rewards(sequences, alone=True, on_progress=advance)
+        rewards = np.array([scores[place] for place in places], np.float32).reshape(-1, 2)
+        for pair, (demo, sample) in zip(pairs, rewards.tolist(), strict=True):
+            pair.reward_demo, pair.reward_sample = demo, sample
+        return rewards
+
     with round.clock.timed("scoring"):
-        for part in round.pairs.parts:
-            pairs = round.pairs.part(part)
-            rewards = score_distinct(pairs, lambda sequences: _score(round, sequences))
-            for i, pair in enumerate(pairs):
-                pair.reward_demo, pair.reward_sample = rewards[2 * i], rewards[2 * i + 1]
-            on_main(partial(round.pairs.commit, part), topology)
-        round.pairs.finish()  # a barrier too: no step while a part may still be unwritten
-        _write_ledger(round)
-
-
-def _write_ledger(round: Round) -> None:
-    """Commit the reward of the round's demonstrations, and where it is due of all the others.
-
-    The others can be thousands of times as many as the round's, so by default they have to wait for
-    the last round. Collective.
-    """
-    recipe, topology = round.recipe, round.policy.topology
-    demonstrations = round.data.demonstrations
-    is_last = round.index + 1 == recipe.algorithm.rounds
-    known: dict[int, Any] = {}
-    samples: dict[int, list[Any]] = {}
-    for pair in round.pairs.all():
-        known[pair.ordinal] = pair.reward_demo
-        samples.setdefault(pair.ordinal, []).append(pair.reward_sample)
-    if is_last or recipe.reward.ledger == "every_round":
-        rest = [d for d in demonstrations if d.ordinal not in known]
-        rewards = _score(round, [(d.prompt_ids, d.response_ids) for d in rest])
-        known |= dict(zip([d.ordinal for d in rest], rewards, strict=True))
-
-    def write() -> None:
-        rows = [
-            LedgerRow.of(d, known[d.ordinal], _mean(samples.get(d.ordinal)))
-            for d in demonstrations if d.ordinal in known
-        ]
-        write_ledger(
-            round.ledger, round.index, rows, is_complete=len(rows) == len(demonstrations)
-        )
-
-    on_main(write, topology)
-
-
-def _score(round: Round, sequences: Sequences) -> list[float]:
-    with round.console.rewards(len(sequences)) as advance:
-        return round.policy.score_rewards(sequences, on_progress=advance)
-
-
-def _mean(values: list[float] | None) -> float | None:
-    return float(np.mean(values)) if values else None
+        by_part = score_parts(round.policy, round.pairs, score)
+        rewards = np.concatenate([np.zeros((0, 2), np.float32), *by_part])
+        round.pairs.index["reward_demo"], round.pairs.index["reward_sample"] = rewards.T
+        write_round_ledger(round)
 
 
 def export_reward(policy: Policy, out_dir: Path, companions: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class Spin(Irft):
         """Demonstration against sample, of this pass and on request of the one before."""
         from megatron_irl.algorithms.pair_steps import learn_from_pairs, previous_pairs
 
-        pairs = round.pairs.all()
+        pairs = round.pairs.rows()
         if self.uses_previous_pairs(round.recipe) and round.index > 0:
             pairs = pairs + previous_pairs(round)
         return learn_from_pairs(round, pairs)

@@ -1,6 +1,8 @@
 """The command line: parse, check, start ranks, run. Heavy imports wait until a command needs them.
 
-Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 1 anything else.
+Exit codes: 0 done, 2 the user's input is wrong (one message, no traceback), 75 stopped as asked (a
+signal, or the time limit of the job) and 76 ended by the watchdog, both to be resumed by the same
+command, 1 anything else.
 """
 
 import argparse
@@ -13,8 +15,8 @@ from typing import Any, get_args
 
 from megatron_irl import __version__
 from megatron_irl.cli.ranks import adopt_environment, follow_launcher, run_ranks
-from megatron_irl.config.schema import FormatName
-from megatron_irl.errors import UserError, is_told_elsewhere
+from megatron_irl.config.schema import FormatName, Recipe
+from megatron_irl.errors import STOPPED, RunStopped, UserError, is_told_elsewhere
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             _say(str(error))
         return 2
+    except RunStopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            _say(str(stop))
+        return STOPPED
     except KeyboardInterrupt:
         _say("interrupted; start the same command again to resume")
         return 1
@@ -62,6 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     keep.add_argument("run_folder", type=_path, metavar="RUN",
                       help="run folder with a ledger (rft)")
     keep.add_argument("--out", type=_path, required=True, help="JSONL file to write")
+    keep.add_argument("--overwrite", action="store_true", help="replace --out if it is there")
     keep.add_argument("--min-reward", type=float, help="keep rewards of at least this")
     keep.add_argument("--top-quantile", type=float, help="keep the best share, in (0, 1]")
     keep.add_argument("--round", type=int, help="round of the ledger (default: the newest)")
@@ -147,18 +154,35 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
         if size > 1:
             return run_ranks(argv, size)
     check_layout(recipe, world_size)
-    from megatron_irl.parallel.topology import initialize, shutdown
-    from megatron_irl.run.inputs import read_inputs
-    from megatron_irl.run.loop import train
-
-    inputs = read_inputs(recipe)
-    if int(os.environ.get("RANK", "0")) == 0:
-        for note in inputs.notes:
-            _say(note)
-    topology = initialize(recipe.parallel, seed=recipe.seed)
-    train(inputs, topology, argv)
-    shutdown()
+    _train_rank(recipe, argv)
     return 0
+
+
+def _train_rank(recipe: Recipe, argv: list[str]) -> None:
+    """Train on this rank, listening for requests to stop from the first import on."""
+    from megatron_irl.parallel.stop_request import StopRequest
+
+    stop = StopRequest(recipe.checkpoint.stop_part_seconds)
+    with stop.listening():
+        with stop.at_once():
+            from megatron_irl.parallel.topology import initialize, shutdown
+            from megatron_irl.run.inputs import read_inputs
+            from megatron_irl.run.loop import train
+            from megatron_irl.run.time_limit import TimeLimit
+
+            inputs = read_inputs(recipe)
+            if int(os.environ.get("RANK", "0")) == 0:
+                for note in inputs.notes:
+                    _say(note)
+        topology = initialize(recipe.parallel, seed=recipe.seed, stop=stop)
+        if topology.is_main:
+            stop.time_is_up = TimeLimit(recipe.checkpoint.stop_before).is_near
+        try:
+            train(inputs, topology, argv)
+        except RunStopped:
+            shutdown()
+            raise
+        shutdown()
 
 
 def _plan(options: argparse.Namespace, argv: list[str]) -> int:
@@ -190,7 +214,7 @@ def _filter(options: argparse.Namespace, argv: list[str]) -> int:
     del argv
     _say(filter_demonstrations(
         options.run_folder, options.out, min_reward=options.min_reward,
-        top_quantile=options.top_quantile, round=options.round,
+        top_quantile=options.top_quantile, round=options.round, overwrite=options.overwrite,
     ))
     return 0
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.cli.outputs import check_out
 from megatron_irl.config import load_recipe
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import prompt_of
@@ -30,6 +31,7 @@ def filter_demonstrations(
     min_reward: float | None = None,
     top_quantile: float | None = None,
     round: int | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Write the records of ``data.train`` whose ledger reward is high enough, in their order.
 
@@ -43,6 +45,7 @@ def filter_demonstrations(
         top_quantile: Keep the best share, in (0, 1], rounded up; records that tie with the last
             one kept are kept too. Exactly one of the two.
         round: Of the ledger; None: the newest. It must have every demonstration.
+        overwrite: Replace ``out`` if it is there.
 
     Returns:
         One line for the user.
@@ -53,6 +56,7 @@ def filter_demonstrations(
             an ``out`` that cannot be used.
     """
     _check_options(run, out, min_reward, top_quantile)
+    check_out(out, overwrite)
     rounds = ledger_rounds(run / "ledger")
     if not rounds:
         raise UserError(f"{run} has no demonstration ledger. Runs with algorithm.name=rft write "

@@ -24,7 +24,7 @@ from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.prompts import ScoreRecord, load_score_records
 from megatron_irl.data.sources import Reading
-from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_irl.data.tokenizer import Tokenizer, fitted, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
@@ -32,7 +32,7 @@ from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import check_weights, date_of, start_of
-from megatron_irl.policy.scoring import summed
+from megatron_irl.policy.scoring import rounded
 from megatron_irl.storage.checkpoint import Checkpointer
 
 
@@ -136,7 +136,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         arguments=recipe.data.chat_template_args if recipe else None,
         date=date_of(start_of(options.model)) if recipe else None,
     )
-    check_vocabulary(tokenizer, arch.vocab_size)
+    tokenizer = fitted(tokenizer, arch.vocab_size)
     topology = initialize(parallel)
     chunks = build_chunks(config, arch, topology)
     if with_reward_head:
@@ -273,10 +273,10 @@ def _score(
     sequences = scored_sequences(
         model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     policy = model.policy
-    logps = np.array(summed(policy.score(sequences)))
+    logps = np.array(rounded(policy.score_sums(sequences).logp))
     policy.load_weights(reference)
     rewards = implicit_rewards(
-        logps, np.array(summed(policy.score(sequences))),
+        logps, np.array(rounded(policy.score_sums(sequences).logp)),
         np.array([len(response) for _, response in sequences]), beta=beta,
         length_normalize=model.source.length_normalize,
     )

@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Sequence
 
-from megatron_irl.errors import UserError
+from megatron_irl.errors import HUNG, STOPPED, UserError
 from megatron_irl.storage.processes import end_with_parent
 
 # Slurm's names, the first that is set. A shell in an allocation of four tasks has SLURM_NTASKS=4
@@ -25,7 +25,8 @@ _FIRST_PORT, _NUM_PORTS = 20000, 12000  # below Linux's ephemeral range, which b
 
 
 _LAUNCHER = "MEGATRON_IRL_LAUNCHER"  # process id, given to the ranks
-_ENDING = (signal.SIGTERM, signal.SIGHUP)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_LEAVE_SECONDS = 60.0  # between the first rank that stops as asked and the last
 
 
 def adopt_environment() -> int | None:
@@ -103,9 +104,9 @@ def run_ranks(
 ) -> int:
     """Start ``world_size`` copies of this command on this machine; returns the exit code.
 
-    When one rank fails the others are ended, and its code is returned; so are all of them when this
-    process is interrupted or terminated. Threads are shared out between the ranks unless
-    OMP_NUM_THREADS is set.
+    When one rank fails the others are ended, and its code is returned. A signal is passed on to the
+    ranks, once each, and they decide: training finishes its step and saves. A second SIGINT ends
+    them. Threads are shared out between the ranks unless OMP_NUM_THREADS is set.
     """
     threads = max(1, (os.cpu_count() or 1) // world_size)
     shared = os.environ | {
@@ -116,27 +117,37 @@ def run_ranks(
     shared.setdefault("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, *program, *argv]
     ranks: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def forward(number: int, frame: object) -> None:
+        del frame
+        if number == signal.SIGINT and number in asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        _signal_each(ranks, number)
+
     # Before the first rank is there: none may be left behind by a signal that comes early.
-    before = {number: signal.signal(number, _interrupt) for number in _ENDING}
+    before = {number: signal.signal(number, forward) for number in _FORWARDED}
     try:
         for rank in range(world_size):
+            if asked:
+                return STOPPED
             # A session each: what a rank starts ends with it. A launcher that is killed outright
             # can end nobody; its ranks ask the kernel to (see ``follow_launcher``).
             ranks.append(subprocess.Popen(
                 command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,
             ))
-        return _wait(ranks)
+        if asked:  # the last rank may have come too late for it
+            _signal_each(ranks, signal.SIGTERM)
+        return _wait(ranks, asked)
     except KeyboardInterrupt:
-        _signal(ranks, signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            for process in ranks:  # rank 0 says what to do next
-                process.wait(timeout=10)
+        _signal(ranks, signal.SIGKILL)
         return 1
     finally:
+        _end(ranks)
         for number, handler in before.items():
             signal.signal(number, handler)
-        _end(ranks)
 
 
 def follow_launcher() -> None:
@@ -148,24 +159,42 @@ def follow_launcher() -> None:
     launcher = os.environ.pop(_LAUNCHER, "")
     if launcher.isdecimal():
         end_with_parent(int(launcher))
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: list[subprocess.Popen[bytes]], asked: Sequence[int]) -> int:
+    """Until all ranks have ended, or one has failed.
+
+    Args:
+        asked: The signals that were passed on so far; a rank that had no handler yet dies of one.
+    """
+    stopped_at: float | None = None
     while True:
         codes = [process.poll() for process in ranks]
-        failed = [code for code in codes if code]
-        if failed:
+        as_asked = {STOPPED, *(-number for number in asked)}
+        if any(code and code not in as_asked for code in codes):
             # One message is for the user: rank 0's if it fails with the others.
             time.sleep(1.0)
             codes = [process.poll() for process in ranks]
-            return 2 if 2 in codes else 1
-        if all(code == 0 for code in codes):
-            return 0
+            return next((code for code in (2, HUNG) if code in codes), 1)
+        if None not in codes:
+            return STOPPED if any(codes) else 0
+        if any(codes):
+            stopped_at = stopped_at or time.monotonic()
+            # A rank killed before it listened leaves the others waiting for it.
+            patience = _LEAVE_SECONDS if set(codes) <= {STOPPED, None} else 1.0
+            if time.monotonic() - stopped_at > patience:
+                return STOPPED
         time.sleep(0.1)
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+def _signal_each(ranks: list[subprocess.Popen[bytes]], number: int) -> None:
+    """Signal every rank, and nothing that it started: it may need that to save."""
+    for process in ranks:
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, number)
 
 
 def _signal(ranks: list[subprocess.Popen[bytes]], number: int) -> None:

@@ -172,7 +172,7 @@ def _blocks(
     assert taken == tensor.numel(), f"{entry.key}: {taken} of {tensor.numel()} elements placed"
 
 
-def _pieces(entry: Any, key: str) -> list[ShardedTensor]:
+def _pieces(entry: Any, key: str) -> list[Any]:
     """The tensors of the checkpoint that a parameter is stored as, over it one after another.
 
     Their data has a place in the parameter (``storage_offset``) and no memory. A gated MLP's
@@ -180,7 +180,7 @@ def _pieces(entry: Any, key: str) -> list[ShardedTensor]:
     """
     place = torch.empty(entry.data.shape, dtype=torch.float32, device="meta")
     if isinstance(entry, ShardedTensorFactory):
-        pieces = list(nested_values(replace(entry, key=key, data=place).build()))
+        pieces: list[Any] = list(nested_values(replace(entry, key=key, data=place).build()))
     else:
         pieces = [replace(entry, key=key, data=place, dtype=place.dtype)]
     assert all(piece.data.is_contiguous() for piece in pieces), f"{entry.key} is not made of rows"

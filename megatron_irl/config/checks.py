@@ -26,13 +26,13 @@ _AT_LEAST_ONE = (
     "generation.max_requests", "generation.chunk_size", "evaluation.limit",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.global_batch_size",
     "train.logprob_chunk_size",
-    "checkpoint.interval", "checkpoint.keep", "checkpoint.keep_every",
+    "checkpoint.interval", "checkpoint.keep", "checkpoint.keep_every", "checkpoint.stop_before",
     "logging.interval",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
     "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )
 _NOT_NEGATIVE = ("algorithm.nll_coefficient", "generation.temperature", "generation.top_k",
-                 "logging.samples", "seed")
+                 "checkpoint.stop_part_seconds", "logging.samples", "seed")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -72,6 +72,9 @@ def _check_bounds(recipe: Recipe) -> None:
     if isinstance(recipe.generation.cuda_graphs, int) and recipe.generation.cuda_graphs < 1:
         raise UserError(f"generation.cuda_graphs={recipe.generation.cuda_graphs} is no number of "
                         "graphs. Set it to auto, off, or 1 or more.")
+    minutes = recipe.checkpoint.interval_minutes
+    if minutes is not None:
+        check_range("checkpoint.interval_minutes", minutes, "(0, inf)", minutes > 0)
     check_range("schedule.lr_warmup_fraction", recipe.schedule.lr_warmup_fraction, "[0, 1)",
                  0 <= recipe.schedule.lr_warmup_fraction < 1)
     check_range("schedule.min_lr_ratio", recipe.schedule.min_lr_ratio, "[0, 1]",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+BadRecords = Literal["drop_empty", "error", "drop"]
 FormatName = Literal["auto", "messages", "prompt_response", "alpaca", "sharegpt", "preference"]
 
 
@@ -61,9 +62,11 @@ class DataConfig:
     {messages: dialog, role: speaker, content: utterance}."""
     split: SplitConfig | None = None
     """Hold out a share of ``data.train`` in place of ``data.eval``: {eval: 0.05, seed: 7}."""
-    bad_records: Literal["error", "drop"] = "error"
-    """A record that cannot be used (an empty answer, say) ends the run with its file and line, or
-    is left out, counted and named in the log."""
+    bad_records: BadRecords = "drop_empty"
+    """A record that cannot be used ends the run with its file and line (``error``), or is left out,
+    counted and named in the log (``drop``). ``drop_empty`` leaves out those whose answer is empty,
+    of which public files have some, as long as they are no more than a tenth; any other is an
+    error."""
     max_prompt_length: int = 512
     """Longest prompt in tokens, chat header included."""
     max_response_length: int = 512

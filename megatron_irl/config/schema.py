@@ -197,7 +197,9 @@ class CheckpointConfig:
     """Checkpoints a killed run resumes from."""
 
     interval: int | None = None
-    """Optimizer steps between checkpoints; none: at the end of each round."""
+    """Optimizer steps between checkpoints, besides those at the end of each round."""
+    interval_minutes: float | None = 10.0
+    """Minutes of training after which one is saved too, at the end of a step; none: never."""
     keep: int = 2
     """Newest checkpoints kept."""
     keep_every: int | None = None
@@ -208,6 +210,12 @@ class CheckpointConfig:
     verify: Literal["sizes", "hashes"] = "hashes"
     """What is compared with a checkpoint's manifest before a run resumes from it: the sizes of its
     files, or their bytes too, which reads them once more. One that is damaged is passed over."""
+    stop_before: float | None = None
+    """Seconds before the time limit of a Slurm job at which the run saves and stops (exit code
+    75); none: it waits for a signal (SIGTERM, SIGUSR1, SIGINT), which does the same."""
+    stop_part_seconds: float = 60.0
+    """How long parts of generation that are begun may still take when a run is asked to stop;
+    then, and at a second signal, they are given up, to be sampled again to the same."""
 
 
 @dataclass(frozen=True)

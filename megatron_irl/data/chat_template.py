@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jinja2
@@ -63,6 +64,14 @@ class ChatTemplate:
         """Whether what it writes may depend on the day."""
         return "strftime_now" in self.text
 
+    @cached_property
+    def _constants(self) -> dict[str, Any]:
+        """Variables that are the same in every rendering, globals of the environment included."""
+        return {
+            **_compile_jinja_template(self.text).globals, "documents": None,
+            "strftime_now": self.date.strftime, **self.special_tokens,
+        }  # fmt: skip
+
     def check(self, name: str) -> None:
         """Raise UserError unless the text is Jinja.
 
@@ -99,9 +108,8 @@ class ChatTemplate:
             RecordError: The template refuses the messages, or fails on them.
         """
         variables = {
-            "messages": _with_reasoning_aliases(messages), "tools": tools, "documents": None,
-            "add_generation_prompt": add_generation_prompt, "strftime_now": self.date.strftime,
-            **self.special_tokens, **self.arguments, **(arguments or {}),
+            **self._constants, "messages": _with_reasoning_aliases(messages), "tools": tools,
+            "add_generation_prompt": add_generation_prompt, **self.arguments, **(arguments or {}),
         }  # fmt: skip
         # Any exception: the template is a program of the user's, and whatever it raises, a
         # TypeError on a message that lacks a field as well as its own raise_exception, is about
@@ -110,7 +118,15 @@ class ChatTemplate:
             compiled = _compile_jinja_template(self.text)
             if with_spans:
                 return Rendered(*_render_with_assistant_indices(compiled, **variables))
-            return Rendered(compiled.render(**variables), [])
+            try:
+                # As ``compiled.render``, which puts globals and variables together anew each time.
+                environment = compiled.environment
+                context = environment.context_class(
+                    environment, variables, compiled.name, compiled.blocks)
+                return Rendered("".join(compiled.root_render_func(context)), [])
+            except Exception:
+                # Once more in the long way, which finds the template's line that it came from.
+                return Rendered(compiled.render(**variables), [])
         except jinja2.UndefinedError as error:
             raise RecordError(_failed(error, messages)) from error
         except jinja2.TemplateError as error:
@@ -122,7 +138,10 @@ class ChatTemplate:
 
 def _with_reasoning_aliases(messages: Messages) -> Messages:
     """The messages with their reasoning under every name that templates read, as transformers."""
-    if not any(name in message for message in messages for name in REASONING_FIELDS):
+    for message in messages:
+        if len(message) > 2 and any(name in message for name in REASONING_FIELDS):
+            break
+    else:  # nearly always: role and content
         return messages
     aliased: Messages = []
     for message in messages:

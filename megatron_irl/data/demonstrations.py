@@ -43,6 +43,8 @@ class Limits:
         Raises:
             RecordError: It is over a limit, and ``overlong`` is ``error``.
         """
+        if prompt <= self.max_prompt_length and response <= self.max_response_length:
+            return None
         cuts = self.overlong == "truncate_prompt"
         too_long = [
             (f"{what} has {length} tokens, data.max_{what}_length={limit}", f"dropped_{what}")
@@ -223,7 +225,8 @@ class _Builder:
         self, conversation: Conversation, encoded: Encoded
     ) -> Demonstration | None:
         prompt_ids, response_ids = encoded.prompt_ids, encoded.response_ids
-        self._remarks.add(encoded.remarks, conversation.source)
+        if encoded.remarks:
+            self._remarks.add(encoded.remarks, conversation.source)
         self._prompt_lengths.append(len(prompt_ids))
         self._response_lengths.append(len(response_ids))
         reason = self._limits.reason_to_drop(len(prompt_ids), len(response_ids))
@@ -233,7 +236,9 @@ class _Builder:
         cut = self._limits.cut(prompt_ids, self._tokenizer.bos_id)
         counts = self._counts
         counts["truncated_prompts"] += len(cut) < len(prompt_ids)
-        counts.update(kept=1, prompt_tokens=len(cut), response_tokens=len(response_ids))
+        counts["kept"] += 1
+        counts["prompt_tokens"] += len(cut)
+        counts["response_tokens"] += len(response_ids)
         return Demonstration(
             counts["kept"] - 1, np.array(cut, np.int32), np.array(response_ids, np.int32),
             prompt_of(conversation), conversation.messages[-1]["content"], conversation.answer,

@@ -19,7 +19,7 @@ from megatron_irl.data.messages import (
     text_of,
     tool_calls,
 )
-from megatron_irl.data.readers import RecordError, kind_name
+from megatron_irl.data.readers import EmptyAnswer, RecordError, kind_name
 from megatron_irl.data.transcripts import has_turns, turns_of
 from megatron_irl.data.trees import best_path, is_tree
 
@@ -220,7 +220,8 @@ def _side(value: Any, key: str, form: Form) -> tuple[Messages, dict[str, Any]]:
         value = [value]
     if not isinstance(value, list):
         if not (isinstance(value, str) and has_turns(value)):
-            return [], {"role": "assistant", "content": text_of(value, f'"{key}"')}
+            text = text_of(value, f'"{key}"', empty=EmptyAnswer)
+            return [], {"role": "assistant", "content": text}
         value = turns_of(value)
     messages = checked_messages(value, key, form.role, form.content)
     if not messages:
@@ -230,8 +231,8 @@ def _side(value: Any, key: str, form: Form) -> tuple[Messages, dict[str, Any]]:
                           "be the assistant's")
     try:
         _check_answer(messages[-1])
-    except RecordError as error:
-        raise RecordError(f'the last message of "{key}": {error}') from None
+    except EmptyAnswer as error:
+        raise EmptyAnswer(f'the last message of "{key}": {error}') from None
     return messages[:-1], messages[-1]
 
 
@@ -260,7 +261,7 @@ def _answer_turn(value: Any, name: str, form: Form, allow_empty: bool) -> dict[s
         if message["role"] != "assistant":
             raise RecordError(f"{name} is from {message['role']!r}; it must be the assistant's")
         return message
-    return {"role": "assistant", "content": text_of(value, name, allow_empty)}
+    return {"role": "assistant", "content": text_of(value, name, allow_empty, EmptyAnswer)}
 
 
 def _messages(record: dict[str, Any], form: Form, key: str) -> Messages:
@@ -282,7 +283,7 @@ def _complete(messages: Messages, key: str) -> Messages:
 def _check_answer(message: dict[str, Any]) -> None:
     text = message["content"]
     if (not text or text.isspace()) and not message.get("tool_calls"):
-        raise RecordError('"content" is empty')
+        raise EmptyAnswer('"content" is empty')
 
 
 def awaiting_assistant(messages: Messages) -> Messages:

@@ -4,9 +4,10 @@ A round's file has the demonstrations that the round sampled for, or all of them
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from megatron_irl.storage.commit import TEMPORARY_PATTERN, replacing
 from megatron_irl.types import Demonstration
 
 FORMAT_VERSION = 1
+BLOCK_ROWS = 1 << 14  # written together
 
 SCHEMA = pa.schema({
     "round": pa.int32(),
@@ -72,7 +74,7 @@ def record_digest(prompt: str | Messages, response: str) -> str:
 
 
 def write_ledger(
-    folder: Path, round: int, rows: Sequence[LedgerRow], *, is_complete: bool = True
+    folder: Path, round: int, rows: Iterable[LedgerRow], *, is_complete: bool = True
 ) -> None:
     """Commit a round as ``<folder>/round_NNNN.parquet``, replacing an earlier version.
 
@@ -80,21 +82,21 @@ def write_ledger(
     writer at a time. Rewards are float32, as they are computed.
 
     Args:
+        rows: Taken a block at a time; there may be millions.
         is_complete: Whether every demonstration has its row.
 
     Raises:
         UserError: The disk is full or the folder cannot be written; nothing is left behind.
     """
-    columns = {f.name: [getattr(row, f.name) for row in rows] for f in fields(LedgerRow)}
-    columns["round"] = [round] * len(rows)
-    # from_pandas=False keeps a NaN a NaN: only None is "not there".
-    arrays = [pa.array(columns[c.name], type=c.type, from_pandas=False) for c in SCHEMA]
     metadata = {"format_version": str(FORMAT_VERSION), "complete": str(is_complete)}
-    table = pa.Table.from_arrays(arrays, schema=SCHEMA.with_metadata(metadata))
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    with replacing(_path(folder, round)) as file:
-        file.write(buffer.getvalue())
+    schema = SCHEMA.with_metadata(metadata)
+    with replacing(_path(folder, round)) as file, pq.ParquetWriter(file, schema) as writer:
+        for block in itertools.batched(rows, BLOCK_ROWS):
+            columns = {f.name: [getattr(row, f.name) for row in block] for f in fields(LedgerRow)}
+            columns["round"] = [round] * len(block)
+            # from_pandas=False keeps a NaN a NaN: only None is "not there".
+            arrays = [pa.array(columns[c.name], type=c.type, from_pandas=False) for c in SCHEMA]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
 
 
 def ledger_rounds(folder: Path) -> list[int]:

@@ -105,16 +105,20 @@ def tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return checked
 
 
-def text_of(value: Any, name: str, allow_empty: bool = False) -> str:
+def text_of(
+    value: Any, name: str, allow_empty: bool = False,
+    empty: type[RecordError] = RecordError,
+) -> str:
     """Return a string that can be encoded, with something in it unless ``allow_empty``.
 
     Raises:
-        RecordError: It is something else; the message begins with ``name``.
+        RecordError: It is something else; the message begins with ``name``. Of the class ``empty``
+            if it is empty.
     """
     if not isinstance(value, str):
         raise RecordError(f"{name} must be a string, not {kind_name(value)}")
     if not allow_empty and not value.strip():
-        raise RecordError(f"{name} is empty")
+        raise empty(f"{name} is empty")
     try:
         value.encode()
     except UnicodeEncodeError as error:

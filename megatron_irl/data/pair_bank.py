@@ -292,38 +292,6 @@ class PairBank:
         return read_part_file(self._path(round, part), self.seed, known)
 
 
-def chunk_seed(seed: int, round: int, chunk: int) -> int:
-    """The sampling seed that release 0.1.0 gave a chunk of a round, in [0, 2**31).
-
-    A pure function, the same on every machine: runs that the release began go on with its samples.
-    """
-    words = np.random.SeedSequence(seed, spawn_key=(round, chunk)).generate_state(1, np.uint32)
-    return int(words[0]) >> 1  # 31 bits: whatever takes a seed takes this
-
-
-def usable_pairs(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, int]]:
-    """Leave out pairs that cannot teach: an empty sample, or a sample equal to the demonstration.
-
-    A sample of nothing but EOS is empty. An equal sample has zero gradient under every pair loss.
-
-    Returns:
-        The usable pairs, in order, and the counts ``duplicates``, ``empty`` and ``usable``.
-    """
-    counts = {"duplicates": 0, "empty": 0, "usable": 0}
-    usable: list[Pair] = []
-    for pair in pairs:
-        # A sample that stopped ends with EOS, whichever id that is.
-        num_text_tokens = len(pair.sample_ids) - (pair.finish_reason == "stop")
-        if num_text_tokens <= 0:
-            counts["empty"] += 1
-        elif np.array_equal(pair.sample_ids, pair.demo_ids):
-            counts["duplicates"] += 1
-        else:
-            counts["usable"] += 1
-            usable.append(pair)
-    return usable, counts
-
-
 def _is_of(pair: Pair, demonstration: Demonstration) -> bool:
     return np.array_equal(pair.prompt_ids, demonstration.prompt_ids) and np.array_equal(
         pair.demo_ids, demonstration.response_ids

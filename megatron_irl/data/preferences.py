@@ -143,9 +143,9 @@ def _both(
 ) -> tuple[Encoded, Encoded] | RecordError:
     """Both sides as ids, or what is wrong with one of them, named."""
     if isinstance(chosen, RecordError):
-        return RecordError(f'"chosen": {chosen}')
+        return type(chosen)(f'"chosen": {chosen}')
     if isinstance(rejected, RecordError):
-        return RecordError(f'"rejected": {rejected}')
+        return type(rejected)(f'"rejected": {rejected}')
     prompt_ids = common_prompt(chosen, rejected)
     if any(each.ids[: len(prompt_ids)] != prompt_ids for each in (chosen, rejected)):
         return RecordError('the chat template renders what comes before "chosen" and "rejected" '

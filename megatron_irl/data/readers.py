@@ -49,6 +49,10 @@ class RecordError(UserError):
         self.advice = advice
 
 
+class EmptyAnswer(RecordError):
+    """A record is as it should be, but nobody answered: public files have some of these."""
+
+
 def read_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a file, or of a folder that ``datasets.save_to_disk`` wrote.
 

@@ -6,11 +6,14 @@ from typing import Any
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.conversation import Messages as Messages
 from megatron_irl.data.forms import Purpose
+from megatron_irl.data.readers import EmptyAnswer
 from megatron_irl.data.readers import RecordError as RecordError
 from megatron_irl.data.sources import Paths, Reading, Records
 from megatron_irl.errors import UserError
 
 MAX_SHOWN = 5  # errors spelled out in one message
+MAX_PLACES = 50  # records without an answer that are named in a note
+EMPTY_SHARE = 10  # one record in so many may be without an answer, and is left out
 BATCH_SIZE = 128  # records taken together: work for many cores, and little memory even if long
 
 
@@ -105,14 +108,36 @@ def _collect[Prepared, Shared, T](
             finish()
     finish()
     records.note()
-    if problems and reading.bad_records == "error":
+    _judge(reading, purpose, problems, records.count)
+    return results
+
+
+def _judge(
+    reading: Reading, purpose: Purpose, problems: dict[str, RecordError], count: int
+) -> None:
+    """Raise UserError of problems, or note which records are left out.
+
+    Args:
+        problems: By place and message.
+        count: Records read.
+    """
+    if reading.bad_records == "drop_empty":
+        empty = [said for said, error in problems.items() if isinstance(error, EmptyAnswer)]
+        if empty and len(empty) * EMPTY_SHARE <= count:
+            places = ", ".join(
+                said.removesuffix(f": {problems[said]}") for said in empty[:MAX_PLACES])
+            rest = f" and {len(empty) - MAX_PLACES} more" if len(empty) > MAX_PLACES else ""
+            reading.notes.append(
+                f"warning: {len(empty)} of {count} records have an empty answer and are left out "
+                f"(data.bad_records=error refuses them): {places}{rest}")
+            problems = {said: e for said, e in problems.items() if said not in set(empty)}
+    if problems and reading.bad_records != "drop":
         advice = dict.fromkeys(e.advice for e in problems.values() if e.advice)
         if purpose in ("demonstration", "preference"):
             advice["data.bad_records=drop leaves such records out."] = None
         raise UserError(_describe(list(problems), " ".join(advice)))
     if problems:
         reading.notes.append(f"data.bad_records=drop: {_describe(list(problems))}")
-    return results
 
 
 def _describe(problems: list[str], advice: str = "") -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from megatron_irl.data.codec import Split
 from megatron_irl.data.conversation import Conversation
-from megatron_irl.data.readers import RecordError
+from megatron_irl.data.readers import EmptyAnswer, RecordError
 from megatron_irl.data.structured_fields import check_structure, rendered
 from megatron_irl.data.tokenizer import Tokenizer
 
@@ -117,10 +117,13 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
 
     Raises:
         UserError: Messages, but no chat template.
-        RecordError: The template refuses or leaves out what the conversation has.
+        RecordError: The template refuses or leaves out what the conversation has, or the model
+            has no embedding for a token.
     """
     if conversation.plain:
-        return _with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
+        ids = _with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
+        tokenizer.check_ids(ids)
+        return ids
     template = tokenizer.require_chat_template()
     check_structure(template, conversation)
     text = rendered(template, conversation, conversation.messages, True)
@@ -128,7 +131,9 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     if header and text.endswith(header):
         text = text[: -len(header)]
     ids = tokenizer.encode(text)
-    return ids[: len(ids) - tokenizer.shape.unstable]
+    ids = ids[: len(ids) - tokenizer.shape.unstable]
+    tokenizer.check_ids(ids)
+    return ids
 
 
 def render_conversation(tokenizer: Tokenizer, conversation: Conversation) -> Text:
@@ -201,8 +206,9 @@ def _encoded(tokenizer: Tokenizer, text: Text, split: Split, allow_empty: bool) 
         raise RecordError("the prompt and the beginning of its answer are one token; write a space "
                           "between them" if is_merged else "the prompt has no tokens")
     if len(response) == 1 and not allow_empty:
-        raise RecordError("the response has no tokens")
+        raise EmptyAnswer("the response has no tokens")
     ids = ids[:start] + response
+    tokenizer.check_ids(ids)
     return Encoded(ids, [(start, len(ids))], tuple(remarks))
 
 

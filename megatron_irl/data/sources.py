@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_irl.config.data_schema import BadRecords
 from megatron_irl.config.schema import DataConfig, DataSource
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import Normaliser
@@ -17,7 +18,7 @@ from megatron_irl.data.readers import RecordError, Row, as_object, read_rows
 from megatron_irl.data.trees import assembled, is_tree_row
 from megatron_irl.errors import UserError
 
-MAX_NOTES = 8  # files spelled out in the log
+MAX_NOTES = 12  # files spelled out in the log
 SHOWN = 60  # characters of a message in the log
 
 Paths = str | Path | DataSource | Iterable[str | Path | DataSource]
@@ -33,7 +34,8 @@ class Reading:
         part: Which records: ``all``, or where a share is held out, the ``held_out`` or the rest.
         fraction: The share held out.
         seed: Decides which records are held out, and which a weight takes.
-        bad_records: ``drop`` leaves unusable records out and counts them.
+        bad_records: ``drop`` leaves unusable records out and names them; ``drop_empty`` those
+            that have no answer, and only if they are few.
         notes: Gets a line for every file: what was recognised in it.
     """
 
@@ -43,7 +45,7 @@ class Reading:
     part: Literal["all", "rest", "held_out"] = "all"
     fraction: float = 0.0
     seed: int = 0
-    bad_records: Literal["error", "drop"] = "error"
+    bad_records: BadRecords = "error"
     notes: list[str] = field(default_factory=list)
 
     @classmethod
@@ -96,12 +98,16 @@ class Records:
     Args:
         reading: What to read.
         purpose: What for.
+
+    Attributes:
+        count: Records read so far, those of the other part of a split included.
     """
 
     def __init__(self, reading: Reading, purpose: Purpose) -> None:
         self._reading: Reading = reading
         self._purpose: Purpose = purpose
         self._seen: dict[str, _Seen] = {}
+        self.count = 0
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any], list[Conversation] | RecordError]]:
         """Yield (source, record, what it says or why it is unusable).
@@ -128,6 +134,7 @@ class Records:
                 if left <= 0:
                     break
                 left -= 1
+                self.count += 1
                 times = 1
                 record: dict[str, Any] = {}
                 try:

@@ -25,6 +25,8 @@ def check_structure(template: ChatTemplate, conversation: Conversation) -> None:
     Tools, tool calls, and the thinking of the last turn; that of earlier turns is left out by
     templates on purpose. Each is rendered with and without: no template says what it knows.
     """
+    if not conversation.tools and all(len(m) <= 2 for m in conversation.messages):
+        return  # nearly always: role and content
     parts = list(_structured_parts(conversation))
     if not parts:
         return

@@ -26,6 +26,7 @@ DEMONSTRATIONS = pyarrow.schema({
 PREFERENCES = pyarrow.schema({
     "prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS, "source": BYTES,
 })
+_PROMPT = json.JSONEncoder(default=str)
 BATCH_ROWS = 8192  # of a record batch at most, and
 BATCH_TOKENS = 1 << 22  # so many tokens, for the writer's memory
 
@@ -53,7 +54,7 @@ class TableWriter:
     def demonstration(self, each: Demonstration) -> None:
         """Append one; its ordinal is its row."""
         mask = None if each.loss_mask is None else each.loss_mask.astype(bool).tobytes()
-        prompt = json.dumps(each.prompt, default=str)
+        prompt = _PROMPT.encode(each.prompt)
         self._add(each.prompt_ids, each.response_ids, mask, prompt.encode(),
                   _bytes(each.response), _bytes(each.answer), _bytes(each.source))
 
@@ -63,7 +64,7 @@ class TableWriter:
 
     def _add(self, *row: Any) -> None:
         self._rows.append(row)
-        self._tokens += sum(len(value) for value in row if isinstance(value, np.ndarray))
+        self._tokens += len(row[0]) + len(row[1])  # of preferences the greater part
         if len(self._rows) >= BATCH_ROWS or self._tokens >= BATCH_TOKENS:
             self._flush()
 
@@ -85,13 +86,15 @@ class MappedRows[T](Sequence[T]):
         batches: The file's.
         make: (its columns, row in the file, row in the batch) -> what a row is.
         rows: Which rows, in order; None: all.
+        count: As ``make``, the tokens of a row.
     """
 
     def __init__(
         self, batches: "Batches", make: Callable[["Batch", int, int], T],
         rows: range | np.ndarray | None = None,
+        count: Callable[["Batch", int, int], int] | None = None,
     ) -> None:
-        self._batches, self._make = batches, make
+        self._batches, self._make, self._count = batches, make, count
         self._rows: range | np.ndarray = range(batches.count) if rows is None else rows
 
     def __len__(self) -> int:
@@ -103,7 +106,7 @@ class MappedRows[T](Sequence[T]):
     def __getitem__(self, index: slice) -> "MappedRows[T]": ...
     def __getitem__(self, index: int | slice) -> "T | MappedRows[T]":
         if isinstance(index, slice):
-            return MappedRows(self._batches, self._make, self._rows[index])
+            return MappedRows(self._batches, self._make, self._rows[index], self._count)
         return self._at(int(self._rows[index]))
 
     def __iter__(self) -> Iterator[T]:
@@ -112,7 +115,20 @@ class MappedRows[T](Sequence[T]):
     def chosen(self, indices: Sequence[int]) -> "MappedRows[T]":
         """These of the sequence, in this order."""
         rows = np.asarray(self._rows)[np.asarray(indices, np.int64)]
-        return MappedRows(self._batches, self._make, rows)
+        return MappedRows(self._batches, self._make, rows, self._count)
+
+    def token_counts(self) -> list[int]:
+        """Of every row, the tokens a step processes (``data.stored.Stored``)."""
+        assert self._count is not None, "rows of something else than training items"
+        return list(self.of_each(self._count))
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Nothing to do: the system keeps the pages that are in use."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64: the rows of the file, which for demonstrations are their ordinals."""
+        return np.asarray(self._rows, np.int64)
 
     def of_each[U](self, make: Callable[["Batch", int, int], U]) -> "MappedRows[U]":
         """The same rows as something else: less of them than ``make`` reads."""
@@ -178,12 +194,12 @@ class Batches:
 
 def demonstrations_in(path: Path) -> MappedRows[Demonstration]:
     """The demonstrations of a file that ``TableWriter`` wrote."""
-    return MappedRows(Batches(path, DEMONSTRATIONS), _demonstration)
+    return MappedRows(Batches(path, DEMONSTRATIONS), _demonstration, count=_demonstration_tokens)
 
 
 def preferences_in(path: Path) -> MappedRows[Preference]:
     """As ``demonstrations_in``, of preferences."""
-    return MappedRows(Batches(path, PREFERENCES), _preference)
+    return MappedRows(Batches(path, PREFERENCES), _preference, count=_preference_tokens)
 
 
 def ids_of(demonstrations: Sequence[Demonstration]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -193,6 +209,13 @@ def ids_of(demonstrations: Sequence[Demonstration]) -> Iterator[tuple[np.ndarray
             batch.ids("prompt_ids", place), batch.ids("response_ids", place)))
     else:
         yield from ((d.prompt_ids, d.response_ids) for d in demonstrations)
+
+
+def ordinals_of(demonstrations: Sequence[Demonstration]) -> list[int]:
+    """The ordinal of each; of mapped ones nothing is read."""
+    if isinstance(demonstrations, MappedRows):
+        return demonstrations.rows.tolist()
+    return [d.ordinal for d in demonstrations]
 
 
 def masks_of(demonstrations: Sequence[Demonstration]) -> Iterator[np.ndarray | None]:
@@ -222,6 +245,17 @@ def _preference(batch: Batch, row: int, place: int) -> Preference:
     del row
     ids = [batch.ids(name, place) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
     return Preference(*ids, source=batch.text("source", place))
+
+
+def _demonstration_tokens(batch: Batch, row: int, place: int) -> int:
+    del row
+    return len(batch.ids("prompt_ids", place)) + len(batch.ids("response_ids", place))
+
+
+def _preference_tokens(batch: Batch, row: int, place: int) -> int:
+    del row
+    responses = len(batch.ids("chosen_ids", place)) + len(batch.ids("rejected_ids", place))
+    return 2 * len(batch.ids("prompt_ids", place)) + responses
 
 
 def _bytes(text: str | None) -> bytes | None:

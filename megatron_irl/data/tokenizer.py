@@ -1,14 +1,15 @@
 """One tokenizer for generation and training: codec, chat template, and where answers end."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_irl.data.chat_template import ChatTemplate
 from megatron_irl.data.codec import Codec, load_codec, read_text, text_after
+from megatron_irl.data.readers import RecordError
 from megatron_irl.data.template_check import TurnShape, learn_shape
 from megatron_irl.errors import UserError
 
@@ -26,6 +27,8 @@ class Tokenizer:
             and those of ``generation_config.json`` and ``config.json``.
         template: None where neither the model nor the recipe has one.
         shape: What the template does around an assistant's turn.
+        embedding_rows: Rows of the model's embedding where the tokenizer knows more ids than it
+            has, see ``fitted``; a text that needs one of those cannot be used.
     """
 
     codec: Codec
@@ -34,6 +37,7 @@ class Tokenizer:
     stop_ids: tuple[int, ...]
     template: ChatTemplate | None = None
     shape: TurnShape = field(default_factory=TurnShape)
+    embedding_rows: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -57,8 +61,23 @@ class Tokenizer:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the chat template, each a sentence."""
-        return self.shape.notes
+        """What the user should know about tokenizer and chat template, each a sentence."""
+        if self.embedding_rows is None:
+            return self.shape.notes
+        return (*self.shape.notes, (
+            f"warning: the tokenizer has {self.vocab_size} tokens, the model's embedding "
+            f"{self.embedding_rows} rows; a text with a token beyond them is refused"))
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise RecordError if the embedding does not have all of a text's ids."""
+        if self.embedding_rows is None:
+            return
+        token = max(ids, default=0)
+        if token >= self.embedding_rows:
+            raise RecordError(
+                f"the token {self.codec.decode_all([token])!r} has the id {token}, the model's "
+                f"embedding {self.embedding_rows} rows. Write the text without it, or enlarge the "
+                "embedding")
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``; nothing is added, nothing is stripped."""
@@ -183,14 +202,31 @@ def _read_template(template: str) -> str:
     return read_text(path)
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer makes ids that the embedding does not have.
+def fitted(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer for a model with so many rows in its embedding.
+
+    Public models have added tokens that no text of theirs uses and no row stands for, a ``[PAD]``
+    say. Such a padding token is the end of turn instead, and such an end of turn is never sampled.
+    The rows that the embedding is padded with for tensor parallelism are not trained: they count
+    as none.
 
     Args:
         vocab_size: Rows of the model's embedding.
+
+    Raises:
+        UserError: The token that ends a response has no row, so no response could be learnt.
     """
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.vocab_size <= vocab_size:
+        return tokenizer
+    end = tokenizer.eos_id
+    if end >= vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; token "
-            "ids would fall outside the embedding. Set data.tokenizer to the model's own."
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; the token "
+            f"{tokenizer.codec.decode_all([end])!r} (id {end}), which ends a response, would fall "
+            "outside the embedding. Set data.tokenizer to the model's own, or data.chat_template "
+            "to one that ends turns with a token it has."
         )
+    return replace(
+        tokenizer, embedding_rows=vocab_size,
+        pad_id=tokenizer.pad_id if tokenizer.pad_id < vocab_size else end,
+        stop_ids=tuple(i for i in tokenizer.stop_ids if i < vocab_size))

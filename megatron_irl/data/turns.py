@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from megatron_irl.data.codec import Split
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.readers import RecordError
 from megatron_irl.data.rendering import Encoded, encode_conversations
@@ -56,7 +57,7 @@ def encode_turns(
         UserError: A conversation needs the chat template, and there is none.
     """
     if turns == "all" and tokenizer.template is not None and tokenizer.template.has_markers:
-        return [_marked(tokenizer, conversation) for conversation in conversations]
+        return _all_marked(tokenizer, conversations)
     parts = [conversations_of(conversation, turns) for conversation in conversations]
     encoded = iter(encode_conversations(tokenizer, [c for part in parts for c in part]))
     results: list[Turned | RecordError] = []
@@ -83,31 +84,53 @@ def _joined(conversation: Conversation, turns: Turned) -> Turned:
     return [(conversation, Encoded(whole.ids, spans, tuple(remarks)))]
 
 
-def _marked(tokenizer: Tokenizer, conversation: Conversation) -> Turned | RecordError:
-    """A conversation whose template marks what the assistant generates."""
-    if conversation.plain:
-        (encoded,) = encode_conversations(tokenizer, [conversation])
-        return encoded if isinstance(encoded, RecordError) else [(conversation, encoded)]
+def _all_marked(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation]
+) -> list[Turned | RecordError]:
+    """Conversations whose template marks what the assistant generates."""
+    plain = iter(encode_conversations(tokenizer, [c for c in conversations if c.plain]))
+    texts = [None if c.plain else _rendered_with_marks(tokenizer, c) for c in conversations]
+    splits = iter(tokenizer.codec.split_batch([t for t in texts if isinstance(t, tuple)]))
+    results: list[Turned | RecordError] = []
+    for conversation, text in zip(conversations, texts, strict=True):
+        if isinstance(text, tuple):
+            encoded = _marked(tokenizer, next(splits))
+        else:
+            encoded = next(plain) if text is None else text
+        results.append(
+            encoded if isinstance(encoded, RecordError) else [(conversation, encoded)])
+    return results
+
+
+def _rendered_with_marks(
+    tokenizer: Tokenizer, conversation: Conversation
+) -> tuple[str, list[int]] | RecordError:
+    """The text, and where what is generated begins and ends, in turn."""
     try:
         template = tokenizer.require_chat_template()
         check_structure(template, conversation)
         text, marked = template.render(
             conversation.messages, tools=conversation.tools,
             arguments=conversation.template_args, with_spans=True)
-        marked = [(start, end) for start, end in marked if end > start]
-        if not marked:
+        positions = [position for start, end in marked if end > start for position in (start, end)]
+        if not positions:
             raise RecordError("the chat template marks nothing of it as generated")
     except RecordError as error:
         return error
-    positions = [position for span in marked for position in span]
-    (split,) = tokenizer.codec.split_batch([(text, positions)])
+    return text, positions
+
+
+def _marked(tokenizer: Tokenizer, split: Split) -> Encoded | RecordError:
     # A token that reaches over a border belongs to the answer, as transformers counts it.
     starts = split.counts[0::2]
     ends = [count + bool(missing)
             for count, missing in zip(split.counts[1::2], split.missing[1::2], strict=True)]
-    ids, spans = split.ids, list(zip(starts, ends, strict=True))
+    ids, spans = split.ids[: ends[-1]], list(zip(starts, ends, strict=True))
     if spans[0][0] < 1:
         return RecordError("the prompt has no tokens")
-    stops = tokenizer.stop_ids
-    is_open = any(ids[end - 1] not in stops for _, end in spans)
-    return [(conversation, Encoded(ids[: ends[-1]], spans, ("unmarked_end",) if is_open else ()))]
+    try:
+        tokenizer.check_ids(ids)
+    except RecordError as error:
+        return error
+    is_open = any(ids[end - 1] not in tokenizer.stop_ids for _, end in spans)
+    return Encoded(ids, spans, ("unmarked_end",) if is_open else ())

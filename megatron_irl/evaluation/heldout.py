@@ -14,15 +14,18 @@ from megatron_irl.console import Console
 from megatron_irl.data.answers import same_answer
 from megatron_irl.data.corpus import Corpus
 from megatron_irl.data.digest import digest_of
-from megatron_irl.data.pair_bank import usable_pairs
+from megatron_irl.data.pair_index import usable_pairs
 from megatron_irl.data.round_pairs import RoundPairs
+from megatron_irl.data.token_table import ids_of
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.rewards import raw_scores, reward_numbers
 from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import on_main
-from megatron_irl.policy.pairs import add_references, generate, open_pairs, sample_pairs
+from megatron_irl.policy.pairs import generate, sample_pairs
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.scoring import Sequences, score_distinct
+from megatron_irl.policy.references import add_references, open_pairs
+from megatron_irl.policy.scoring import Sequences, distinct_sequences
 from megatron_irl.storage.commit import read_json, write_file
 from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
@@ -70,10 +73,11 @@ class Evaluator:
         if not demonstrations:
             return {}
         with self.clock.timed("evaluation"):
-            scores = self.policy.score([(d.prompt_ids, d.response_ids) for d in demonstrations])
-            num_tokens = sum(map(len, scores))
+            sequences = list(ids_of(demonstrations))
+            logps = self.policy.score_sums(sequences).logp
+            num_tokens = sum(len(response) for _, response in sequences)
             numbers: dict[str, Any] = {
-                "nll": -float(sum(s.sum(dtype=np.float64) for s in scores)) / num_tokens,
+                "nll": -sum(logps.tolist()) / num_tokens,
                 "nll_tokens": num_tokens,
                 "num_demonstrations": len(demonstrations),
             }
@@ -101,7 +105,7 @@ class Evaluator:
         if self.rules.reward != "implicit":
             return
         pairs = self._pairs(round_index)
-        if any(p.ref_demo_logp is None or p.ref_sample_logp is None for p in pairs.all()):
+        if pairs.parts and not self.bank.has_references(round_index):
             add_references(
                 self.policy, pairs, weights_of=weights_of, console=self.console, clock=self.clock
             )
@@ -118,11 +122,13 @@ class Evaluator:
         if self.rules.reward == "none":
             return {}
         self.cache_references(round_index, weights_of)
-        pairs, _ = usable_pairs(self._pairs(round_index).all())
+        pairs = usable_pairs(self._pairs(round_index).all())
         numbers: dict[str, Any] = {}
         with self.clock.timed("evaluation"):
             if pairs:
-                rewards = score_distinct(pairs, self._scores)
+                sequences, places = distinct_sequences(pairs)
+                scores = self._scores(sequences)
+                rewards = [scores[place] for place in places]
                 references: list[Any] = [[p.ref_demo_logp, p.ref_sample_logp] for p in pairs]
                 lengths = [[len(p.demo_ids), len(p.sample_ids)] for p in pairs]
                 numbers |= self._reward_numbers(rewards, references, lengths, round_index) | {
@@ -227,6 +233,7 @@ class Evaluator:
         ids: list[np.ndarray] = []
         with self.clock.timed("generation"):
             for start in range(0, len(demonstrations), size):
+                stop_if_asked(self.policy.topology)
                 prompts = [d.prompt_ids for d in demonstrations[start : start + size]]
                 samples = generate(self.policy, prompts, greedy, self.console)
                 ids += [sample.token_ids for sample in samples]

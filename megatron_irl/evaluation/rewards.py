@@ -8,7 +8,7 @@ import numpy as np
 from megatron_irl.algorithms.rules import RewardKind
 from megatron_irl.objectives.irft import implicit_rewards
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.scoring import Sequences, summed
+from megatron_irl.policy.scoring import Sequences, rounded
 
 
 def raw_scores(policy: Policy, kind: RewardKind, sequences: Sequences) -> list[float]:
@@ -18,7 +18,7 @@ def raw_scores(policy: Policy, kind: RewardKind, sequences: Sequences) -> list[f
     """
     if kind == "explicit":
         return policy.score_rewards(sequences)
-    return summed(policy.score(sequences))
+    return rounded(policy.score_sums(sequences).logp)
 
 
 def reward_numbers(

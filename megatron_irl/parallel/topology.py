@@ -2,7 +2,7 @@
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron_irl import hardware
 from megatron_irl.config import ParallelConfig
 from megatron_irl.errors import UserError
+from megatron_irl.parallel.heartbeat import Heartbeat
+from megatron_irl.parallel.stop_request import StopRequest
 
 from megatron.core import parallel_state, tensor_parallel  # isort: skip  (after hardware)
 from megatron.core.process_groups_config import ProcessGroupCollection  # isort: skip
@@ -25,6 +27,8 @@ class Topology:
             includes the context-parallel ranks, because they share weights.
         host_dp_group: The ranks of ``dp_group`` over gloo, for tensors in host memory.
         vpp_size: Model chunks a rank holds (virtual pipeline stages), 1 without interleaving.
+        stop: What this rank has been asked; see ``agreement``.
+        heart: Its signs of progress; see ``watchdog``.
     """
 
     rank: int
@@ -41,6 +45,8 @@ class Topology:
     dp_group: Any
     host_dp_group: Any
     groups: ProcessGroupCollection
+    stop: StopRequest = field(default_factory=StopRequest)
+    heart: Heartbeat = field(default_factory=Heartbeat)
 
     @property
     def is_first_stage(self) -> bool:
@@ -60,8 +66,13 @@ class Topology:
         dist.barrier()
 
 
-def initialize(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
+def initialize(
+    parallel: ParallelConfig, *, seed: int = 1234, stop: StopRequest | None = None
+) -> Topology:
     """Join the process group given by the environment and build Megatron's groups.
+
+    Args:
+        stop: What takes requests to stop this rank; none: nobody asks.
 
     Collectives: every rank of the run must call. Without ``WORLD_SIZE`` in the environment the
     run is this process alone.
@@ -82,7 +93,8 @@ def initialize(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
             dist.init_process_group(
                 hardware.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
-    return build_topology(parallel, seed=seed)
+    topology = build_topology(parallel, seed=seed)
+    return topology if stop is None else replace(topology, stop=stop)
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:

@@ -1,33 +1,25 @@
-"""Pairs of a round into the bank: the policy's samples, and the reference's log-probabilities."""
+"""Pairs of a round into the bank: the policy's samples, each beside its demonstration."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from megatron_irl.console import Console
-from megatron_irl.data.pair_bank import PairBank, chunk_seed
-from megatron_irl.data.round_pairs import RoundPairs
+from megatron_irl.data.pair_bank import Bounds
+from megatron_irl.data.token_table import ordinals_of
 from megatron_irl.generation.interface import SamplingConfig, request_key
+from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.reduce import gather_over_data_parallel
+from megatron_irl.policy.interruptible import Interruptible
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.scoring import Sequences, score_distinct, summed
 from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.types import Demonstration, Pair, Sample
-
-
-def open_pairs(bank: PairBank, round_index: int) -> RoundPairs:
-    """The pairs of a round that is on disk, none read yet; none where it is not finished.
-
-    What every rank reads is what the manifest has that rank 0 gave to all. Collectives: none.
-    """
-    return RoundPairs(bank, round_index, bank.parts(round_index))
 
 
 def sample_pairs(
@@ -50,16 +42,16 @@ def sample_pairs(
         ``samples``, ``seconds`` and ``tokens_per_second`` of what this call sampled, and on CUDA
         what capturing graphs took and the phases' peaks of memory in GiB.
 
+    Raises:
+        RunStopped: A rank was asked to stop; the parts that are complete are on disk.
+
     Collectives: every rank must call.
     """
     topology, count = policy.topology, len(demonstrations)
     if scheme > 1:  # every replica has parts of its own to write
         part_size = min(part_size, max(1, -(-count // topology.dp_size)))
     bounds = [(i, min(i + part_size, count)) for i in range(0, count, part_size)]
-    parts = [
-        [d for d in demonstrations[first:last] for _ in range(samples_per_prompt)]
-        for first, last in bank.begin_round(round_index, bounds)
-    ]
+    parts = Parts(demonstrations, bank.begin_round(round_index, bounds), samples_per_prompt)
     bank.discard_others(round_index, parts)
     done = bank.done_parts(round_index)  # once: it is collective, and reads every part
     left = [number for number in range(len(parts)) if number not in done]
@@ -87,25 +79,79 @@ def round_seed(seed: int, round_index: int, stream: int) -> int:
     return int(words.generate_state(1, np.uint64)[0])
 
 
+class Parts(Sequence[list[Demonstration]]):
+    """By part, the demonstration of every sample; a part is made when it is asked for.
+
+    Args:
+        demonstrations: Of the round.
+        bounds: By part, the first of its demonstrations and the one after its last.
+        samples_per_prompt: How often each stands in its part, in a row.
+    """
+
+    def __init__(
+        self, demonstrations: Sequence[Demonstration], bounds: Bounds, samples_per_prompt: int
+    ) -> None:
+        self._all, self._bounds, self._samples = demonstrations, bounds, samples_per_prompt
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Demonstration]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Parts": ...
+    def __getitem__(self, index: int | slice) -> "list[Demonstration] | Parts":
+        if isinstance(index, slice):
+            return Parts(self._all, self._bounds[index], self._samples)
+        first, last = self._bounds[index]
+        return [d for d in self._all[first:last] for _ in range(self._samples)]
+
+    def keys(self) -> list[list[int]]:
+        """By part, a key for each sample: its prompt's ordinal, and how many were before it.
+
+        A round may hold a prompt twice, where one pass over the data ends in it.
+        """
+        before: dict[int, int] = {}
+        keys: list[list[int]] = []
+        ordinals = ordinals_of(self._all)
+        for first, last in self._bounds:
+            keys.append([])
+            for ordinal in ordinals[first:last]:
+                sample = before.get(ordinal, 0)
+                before[ordinal] = sample + self._samples
+                keys[-1] += [request_key(ordinal, sample + i) for i in range(self._samples)]
+        return keys
+
+
+def part_seed(seed: int, round_index: int, part: int) -> int:
+    """The sampling seed that release 0.1.0 gave a part of a round, in [0, 2**31).
+
+    A pure function, the same on every machine: runs that the release began go on with its samples.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=(round_index, part))
+    return int(words.generate_state(1, np.uint32)[0]) >> 1  # whatever takes a seed takes 31 bits
+
+
 def _sample_by_part(
-    policy: Policy, bank: SharedBank, round_index: int, parts: Sequence[list[Demonstration]],
+    policy: Policy, bank: SharedBank, round_index: int, parts: Parts,
     left: Sequence[int], sampling: SamplingConfig, stream: int, console: Console,
 ) -> int:
     """Sample as release 0.1.0 did: part by part, each dealt over the replicas. Returns tokens."""
     tokens = 0
     for number in left:
-        seed = chunk_seed(sampling.seed, round_index, stream + number)
+        part, seed = parts[number], part_seed(sampling.seed, round_index, stream + number)
         samples = generate(
-            policy, [d.prompt_ids for d in parts[number]], replace(sampling, seed=seed), console
+            policy, [d.prompt_ids for d in part], replace(sampling, seed=seed), console
         )
         tokens += sum(len(sample.token_ids) for sample in samples)
-        pairs = _pairs(parts[number], samples, round_index)
+        pairs = _pairs(part, samples, round_index)
         on_main(partial(bank.write_part, round_index, number, pairs), policy.topology)
+        stop_if_asked(policy.topology)
     return tokens
 
 
 def _sample_share(
-    policy: Policy, bank: SharedBank, round_index: int, parts: Sequence[list[Demonstration]],
+    policy: Policy, bank: SharedBank, round_index: int, parts: Parts,
     left: Sequence[int], sampling: SamplingConfig, console: Console,
 ) -> int:
     """Sample this replica's parts as one queue, and commit each part as it is complete.
@@ -114,9 +160,11 @@ def _sample_share(
     that all replicas sampled.
     """
     topology = policy.topology
-    numbered, mine = _number_samples(parts), left[topology.dp_rank :: topology.dp_size]
-    places = [(number, i) for number in mine for i in range(len(parts[number]))]
+    mine = {number: parts[number] for number in left[topology.dp_rank :: topology.dp_size]}
+    keys = parts.keys()
+    places = [(number, i) for number, part in mine.items() for i in range(len(part))]
     drawn: dict[int, dict[int, Sample]] = {number: {} for number in mine}
+    queue = Interruptible(topology, drawn)
     failed: list[Exception] = []
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
     tokens = 0
@@ -126,22 +174,27 @@ def _sample_share(
         number, i = places[request]
         drawn[number][i] = sample
         tokens += len(sample.token_ids)
-        if len(drawn[number]) < len(parts[number]):
+        if len(drawn[number]) < len(mine[number]):
             return
         samples = drawn.pop(number)
         if writes and not failed:
             in_order = [samples[i] for i in range(len(samples))]
             try:
                 bank.write_part(
-                    round_index, number, _pairs(parts[number], in_order, round_index)
+                    round_index, number, _pairs(mine[number], in_order, round_index)
                 )
             except Exception as error:  # the replica's other ranks go on generating with this one
                 failed.append(error)
 
-    with console.generation(len(places)) as advance:
+    with console.generation(len(places)) as advance, queue.may_end():
+
+        def look(finished: int, tokens: int) -> None:
+            advance(finished, tokens)
+            queue.look()
+
         policy.generate_share(
-            [parts[number][i].prompt_ids for number, i in places], sampling, advance,
-            keys=[numbered[number][i] for number, i in places], on_finished=keep,
+            [mine[number][i].prompt_ids for number, i in places], sampling, look,
+            keys=[keys[number][i] for number, i in places], on_finished=keep,
         )
 
     def raise_failed() -> None:
@@ -149,23 +202,8 @@ def _sample_share(
             raise failed[0]
 
     everywhere(raise_failed, topology)
+    stop_if_asked(topology)
     return sum(gather_over_data_parallel(tokens, topology))
-
-
-def _number_samples(parts: Sequence[Sequence[Demonstration]]) -> list[list[int]]:
-    """A key for each sample of a round: its prompt's ordinal, and how many were before it.
-
-    A round may hold a prompt twice, where one pass over the data ends in it.
-    """
-    before: dict[int, int] = {}
-    keys = []
-    for part in parts:
-        keys.append([])
-        for demonstration in part:
-            sample = before.get(demonstration.ordinal, 0)
-            before[demonstration.ordinal] = sample + 1
-            keys[-1].append(request_key(demonstration.ordinal, sample))
-    return keys
 
 
 def _pairs(
@@ -181,86 +219,6 @@ def generate(
     share = range(len(prompts))[policy.topology.dp_rank :: policy.topology.dp_size]
     with console.generation(len(share)) as advance:
         return policy.generate(prompts, sampling, advance)
-
-
-def add_references(
-    policy: Policy, pairs: RoundPairs, *, weights_of: Path | None, console: Console, clock: Clock
-) -> dict[str, Any]:
-    """One evaluation-mode pass stores every pair's reference log-probabilities in the bank.
-
-    Without ``weights_of`` the pass runs on the policy itself, before its first update, and doubles
-    as the engine-trainer mismatch measurement.
-
-    Args:
-        weights_of: HF folder whose weights are the reference; swapped in for the pass.
-
-    Returns:
-        ``mismatch``: how the engine's and the trainer's log-probabilities of the samples differ.
-
-    Collectives: every rank must call.
-    """
-    mismatch = Mismatch()
-    with clock.timed("reference"):
-        if weights_of is not None and pairs.parts:
-            # The policy's own pass, on one part, for the mismatch.
-            first = pairs.part(pairs.parts[0])
-            mismatch.add(first, _score_pairs(policy, first, console))
-        with policy.with_weights_of(weights_of):
-            for number in pairs.parts:
-                part = pairs.part(number)
-                scores = _score_pairs(policy, part, console)
-                if weights_of is None:
-                    mismatch.add(part, scores)
-                sums = summed(scores)
-                for i, pair in enumerate(part):
-                    pair.ref_demo_logp, pair.ref_sample_logp = sums[2 * i], sums[2 * i + 1]
-                on_main(partial(pairs.commit, number), policy.topology)
-        pairs.finish()  # a barrier too: no update before every reference is on disk
-    return {"mismatch": mismatch.summary()}
-
-
-def _score_pairs(policy: Policy, pairs: list[Pair], console: Console) -> list[np.ndarray]:
-    def score(sequences: Sequences) -> list[np.ndarray]:
-        with console.reference(len(sequences)) as advance:
-            return policy.score(sequences, on_progress=advance)
-
-    return score_distinct(pairs, score)
-
-
-class Mismatch:
-    """Difference of the engine's and the trainer's log-probability of every sampled token.
-
-    Sums alone are kept: a round has as many differences as its samples have tokens.
-    """
-
-    def __init__(self) -> None:
-        self._tokens = 0
-        self._sum = self._sum_abs = self._max_abs = 0.0  # nats
-
-    def add(self, pairs: Sequence[Pair], scores: Sequence[np.ndarray]) -> None:
-        """Count the samples of pairs.
-
-        Args:
-            scores: Of [demonstration, sample] of each pair: nats of each token.
-        """
-        for pair, trainer in zip(pairs, scores[1::2], strict=True):
-            if len(pair.sample_ids):
-                difference = pair.sample_logprobs.astype(np.float64) - trainer
-                absolute = np.abs(difference)
-                self._tokens += len(difference)
-                self._sum += float(difference.sum())
-                self._sum_abs += float(absolute.sum())
-                self._max_abs = max(self._max_abs, float(absolute.max()))
-
-    def summary(self) -> dict[str, float]:
-        """``kl`` estimates KL(engine || trainer) per token from the engine's own samples."""
-        if not self._tokens:
-            return {}
-        return {
-            "mean_abs": self._sum_abs / self._tokens,
-            "max_abs": self._max_abs,
-            "kl": self._sum / self._tokens,
-        }
 
 
 def _pair(demonstration: Demonstration, sample: Sample, round_index: int) -> Pair:

@@ -21,7 +21,13 @@ from megatron_irl.model.build import wrap_data_parallel
 from megatron_irl.parallel.reduce import gather_in_turn
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.schedule import PipelineSchedule
-from megatron_irl.policy.scoring import OnProgress, Sequences, score_in_packs
+from megatron_irl.policy.scoring import (
+    OnProgress,
+    Sequences,
+    Sums,
+    score_in_packs,
+    sum_in_packs,
+)
 from megatron_irl.types import PackedBatch, Sample
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
@@ -105,7 +111,8 @@ class Policy:
         parameters = [p for chunk in self.chunks for p in chunk.parameters()]
         with torch.no_grad():
             aside = [p.detach().clone() for p in parameters]
-            self.load_weights(hf_dir)
+            with self.topology.heart.within("reading reference weights", slow=True):
+                self.load_weights(hf_dir)
         try:
             yield
         finally:
@@ -166,22 +173,43 @@ class Policy:
             )
         return scores
 
+    def score_sums(
+        self, sequences: Sequences, *, against: Sequence[np.ndarray | None] | None = None,
+        alone: bool = False, max_tokens: int = 4096, on_progress: OnProgress | None = None,
+    ) -> Sums:
+        """Log-probabilities of whole responses; as ``score``, but tokens stay on their ranks.
+
+        Args:
+            against: Per sequence float32 [response tokens] to compare with, or None.
+            alone: The sequences are this replica's own, and so is the answer.
+
+        Collectives: the ranks of a replica if ``alone``, else every rank of the run.
+        """
+        sums = sum_in_packs(
+            self.token_logprobs, sequences, self.topology,
+            lambda i, values: Sums.of(values, against[i] if against is not None else None),
+            alone=alone, max_tokens=max_tokens, multiple_of=self.multiple_of,
+            on_progress=on_progress,
+        )
+        found = Sums(*sums.reshape(-1, 4).T)
+        _check_finite(found.logp, "log-probabilities")
+        return found
+
     def score_rewards(
-        self, sequences: Sequences, *, max_tokens: int = 4096, on_progress: OnProgress | None = None
+        self, sequences: Sequences, *, alone: bool = False, max_tokens: int = 4096,
+        on_progress: OnProgress | None = None,
     ) -> list[float]:
-        """The explicit reward of every response; as ``score``.
+        """The explicit reward of every response; as ``score_sums``.
 
         Raises:
             TrainingDiverged: A reward is NaN or infinite.
         """
-        rewards = [float(value) for value in score_in_packs(
-            self.rewards, sequences, self.topology, max_tokens=max_tokens,
-            multiple_of=self.multiple_of, on_progress=on_progress,
-        )]
-        bad = sum(not np.isfinite(value) for value in rewards)
-        if bad:
-            raise TrainingDiverged(f"rewards of {bad} of {len(sequences)} sequences are not finite")
-        return rewards
+        rewards = sum_in_packs(
+            self.rewards, sequences, self.topology, lambda _, value: float(value), alone=alone,
+            max_tokens=max_tokens, multiple_of=self.multiple_of, on_progress=on_progress,
+        )
+        _check_finite(rewards, "rewards")
+        return rewards.tolist()
 
     # --- generation
 
@@ -265,3 +293,9 @@ class Policy:
         """
         if self.generator is not None:
             self.generator.pause()
+
+
+def _check_finite(values: np.ndarray, what: str) -> None:
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise TrainingDiverged(f"{what} of {bad} of {len(values)} sequences are not finite")

@@ -16,7 +16,7 @@ from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.data.corpus import Corpus, Gather, read_corpus
 from megatron_irl.data.token_key import token_key
 from megatron_irl.data.token_store import TokenStore
-from megatron_irl.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_irl.data.tokenizer import Tokenizer, fitted, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
 from megatron_irl.model.build import build_config, build_ddp_config
@@ -91,7 +91,7 @@ def read_inputs(
         recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
         arguments=recipe.data.chat_template_args, date=date, model=hf_dir,
     )
-    check_vocabulary(tokenizer, arch.vocab_size)
+    tokenizer = fitted(tokenizer, arch.vocab_size)
     start = describe_start(hf_dir, tokenizer, date)
     data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
     return Inputs(

@@ -18,18 +18,21 @@ from typing import Any
 
 from megatron_irl.algorithms.base import Phase, Work
 from megatron_irl.algorithms.round import Round
+from megatron_irl.collector import settled
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
-from megatron_irl.errors import TrainingDiverged
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.errors import RunStopped, TrainingDiverged
+from megatron_irl.parallel.agreement import stop_if_asked
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.run.between_steps import between_steps
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
 from megatron_irl.storage.shared_folder import check_shared, hold
-from megatron_irl.train.step import streams_of
+from megatron_irl.train.step import Stream, streams_of
 
 
 def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> None:
@@ -47,7 +50,8 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         if not is_finished(inputs.folder, topology):
             run = open_run(inputs, topology, argv or sys.argv, lease)
             try:
-                train_rounds(run)
+                with settled():
+                    train_rounds(run)
             finally:
                 run.checkpointer.abandon()  # nothing where it ended well
     finally:
@@ -58,19 +62,30 @@ def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
     state = run.state
     try:
-        if state.step == 0 and evaluates_before(run.recipe):
+        stop_if_asked(run.topology)
+        if state.step == 0 and not state.evaluation and evaluates_before(run.recipe):
             state.evaluation = run.evaluator.evaluate(next_round=0)
+            run.saved = None
         while state.round < run.recipe.algorithm.rounds:
             run_round(run)
+        stop_if_asked(run.topology)
     except TrainingDiverged as error:
-        run.checkpointer.wait()
+        run.finish_saving()
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
             f"{run.trainer.lr:.3g}); training stopped. The last good state is "
             f"{run.checkpointer.describe_latest()}. Set optimizer.lr lower or more warmup, "
             "and a new output_dir."
         ) from error
-    finish(run)
+    except RunStopped as stop:
+        run.save_unless_saved()
+        run.finish_saving()
+        raise RunStopped(
+            f"{stop}; stopped at step {state.step}, round {state.round}. The run goes on from "
+            f"{run.checkpointer.describe_latest()} when the same command is started again."
+        ) from None
+    with run.topology.heart.within("export", slow=True):
+        finish(run)
 
 
 def run_round(run: Run) -> None:
@@ -94,18 +109,28 @@ def run_phase(run: Run, round: Round, phase: Phase) -> None:
         run.recorder.warn(f"{phase.name} steps of round {state.round}: {warning}")
     if not work.items:
         state.step_in_round = phase.last
+    steps = range(state.step_in_round, phase.last)
+    everywhere(
+        lambda: run.trainer.read_ahead(streams_at(run, phase, work, step) for step in steps),
+        run.topology,
+    )
     while state.step_in_round < phase.last:
         optimizer_step(run, phase, work)
+
+
+def streams_at(run: Run, phase: Phase, work: Work, step: int) -> list[Stream]:
+    """What the update takes its global batch of, ``step`` steps into the round."""
+    return streams_of(
+        ((work.items, work.outlasts_round), (work.second, True)), seed=run.recipe.seed,
+        round=run.state.round, step=step, first=phase.first, last=phase.last,
+    )
 
 
 def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     """One update on a global batch; log and checkpoint after it."""
     state = run.state
     start = time.perf_counter()
-    streams = streams_of(
-        ((work.items, work.outlasts_round), (work.second, True)), seed=run.recipe.seed,
-        round=state.round, step=state.step_in_round, first=phase.first, last=phase.last,
-    )
+    streams = streams_at(run, phase, work, state.step_in_round)
     lr = run.trainer.lr
     with run.clock.timed("train"):
         result, tokens = run.trainer.step(
@@ -120,10 +145,7 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
         state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name,
         saved=run.checkpointer.take_measured(),
     )
-    run.checkpointer.poll()
-    interval = run.recipe.checkpoint.interval
-    if interval and state.step % interval == 0:
-        run.save()
+    between_steps(run)
 
 
 def close_round(run: Run, summary: dict[str, Any]) -> None:
@@ -158,7 +180,7 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
 def finish(run: Run) -> None:
     """Leave the policy, and what else was learnt, as HF folders; mark the run finished."""
     folder, policy = run.folder, run.policy
-    run.checkpointer.wait()
+    run.finish_saving()
     run.console.note(f"writing {folder.hf}")
     export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
     run.algorithm.export(policy, folder.path, run.companions, run.console.note)

@@ -64,7 +64,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         topology,
     )
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
-    clock = Clock(state.seconds)
+    clock = Clock(state.seconds, topology.heart)
     recorder = everywhere(lambda: Recorder(
         folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
         fence=lease.check, kept=saved.get("log"),
@@ -87,6 +87,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
+        saved=(state.step, state.round, state.step_in_round),
     )
 
 

@@ -5,26 +5,28 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from megatron_irl.algorithms.round import Round
-from megatron_irl.data.pair_bank import usable_pairs
+from megatron_irl.data.pair_index import counts
 from megatron_irl.data.round_pairs import RoundPairs
 from megatron_irl.data.sampler import OrderedSampler
-from megatron_irl.data.token_table import MappedRows
 from megatron_irl.evaluation.hacking import hacking_signs
 from megatron_irl.parallel.main_rank import on_main
-from megatron_irl.policy.pairs import add_references, open_pairs, sample_pairs
+from megatron_irl.policy.pairs import sample_pairs
+from megatron_irl.policy.references import add_references, open_pairs, survey
 from megatron_irl.run.run import Run
 from megatron_irl.storage.commit import read_json, write_file
+from megatron_irl.train.batches import chosen
 from megatron_irl.train.offload import offloaded
-from megatron_irl.types import Demonstration, Pair
+from megatron_irl.types import Demonstration
 
 
 def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
     """Sample for the round's prompts and cache the reference.
 
     Returns:
-        What the round's phases work with, and what its line says of the samples (on the rank that
-        writes it).
+        What the round's phases work with, and what its line says of the samples.
 
     Collectives: every rank must call.
     """
@@ -37,8 +39,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         pairs, summary = fill_bank(run, state.round)
         # Its references too belong to the round's start.
         run.evaluator.cache_references(state.round, run.reference_weights)
-        if run.topology.is_main:
-            summary["generation"] |= describe_samples(pairs.all())
+        summary["generation"] |= describe_samples(survey(pairs, run.topology).index)
     run.checkpointer.poll()  # of the round before
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
@@ -90,17 +91,14 @@ def round_demonstrations(
     demonstrations: Sequence[Demonstration], size: int, seed: int, round_index: int
 ) -> Sequence[Demonstration]:
     """The demonstrations of a round: disjoint slices of one shuffle, epoch after epoch."""
-    sampler = OrderedSampler(len(demonstrations), seed, round_index * size)
-    taken = sampler.take(size)
-    if isinstance(demonstrations, MappedRows):
-        return demonstrations.chosen(taken)  # made as they are sampled for
-    return [demonstrations[i] for i in taken]
+    taken = OrderedSampler(len(demonstrations), seed, round_index * size).take(size)
+    return chosen(demonstrations, taken)  # mapped ones are made as they are sampled for
 
 
-def describe_samples(drawn: list[Pair]) -> dict[str, Any]:
+def describe_samples(index: np.ndarray) -> dict[str, Any]:
     """What the round's line says of all its samples, however often the run was resumed."""
-    return usable_pairs(drawn)[1] | {
-        "tokens": sum(len(pair.sample_ids) for pair in drawn),
-        "truncated": sum(pair.finish_reason == "length" for pair in drawn),
-        **hacking_signs(drawn),
+    return counts(index["kind"]) | {
+        "tokens": int(index["sample_length"].sum()),
+        "truncated": int((~index["stopped"]).sum()),
+        **hacking_signs(index),
     }

@@ -1,7 +1,8 @@
 """A run in progress on this rank: who owns what."""
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Run:
         recorder, console: What it says about itself.
         sampling: How samples are drawn; its seed is the run's.
         companions: What an exported folder has besides weights.
+        saved: (step, round, step in round) of the newest checkpoint, or of the run's start.
 
     Example:
         ::
@@ -65,6 +67,8 @@ class Run:
     console: Console
     sampling: SamplingConfig
     companions: dict[str, Any]
+    saved: tuple[int, int, int] | None = (0, 0, 0)
+    _saved_at: float = field(default_factory=time.monotonic)
 
     @property
     def reference_weights(self) -> Path | None:
@@ -86,6 +90,28 @@ class Run:
                 the newest checkpoint stays a good one.
             UserError: The disk is full.
         """
+        with self.topology.heart.within("checkpoint", slow=True):
+            self._save(then)
+        self.saved, self._saved_at = self._position(), time.monotonic()
+
+    def save_unless_saved(self) -> None:
+        """As ``save``, if the newest checkpoint is not of where the run stands. Collective."""
+        if self.saved != self._position():
+            self.save()
+
+    def finish_saving(self) -> None:
+        """Wait until the newest checkpoint is in its place. Collective. Raises as ``save``."""
+        with self.topology.heart.within("checkpoint", slow=True):
+            self.checkpointer.wait()
+
+    def seconds_since_save(self) -> float:
+        """Since the last save of this process, or since it opened the run."""
+        return time.monotonic() - self._saved_at
+
+    def _position(self) -> tuple[int, int, int]:
+        return self.state.step, self.state.round, self.state.step_in_round
+
+    def _save(self, then: Callable[[], None] | None) -> None:
         probe = self.data.demonstrations[:NUM_PROBES]
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the

@@ -11,11 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_irl import hardware
 from megatron_irl.compat.adam_state import loadable, make_savable
 from megatron_irl.compat.checkpoint_writer import PlanOnly
 from megatron_irl.compat.optimizer_blocks import in_blocks
@@ -25,6 +22,7 @@ from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
 from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
 from megatron_irl.hardware.host_copy import copy_to_host, threads_for_files
+from megatron_irl.parallel.agreement import agree
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.checkpoint_folder import CheckpointFolder
@@ -69,7 +67,8 @@ class Checkpointer(CheckpointFolder):
         fence: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(folder, keep=keep, keep_every=keep_every)
-        self.topology, self.asynchronous, self.verify = topology, asynchronous, verify
+        self.topology, self.asynchronous = topology, asynchronous
+        self.verify: Verify = verify
         self.passed_over: list[str] = []
         self.measured: dict[str, float] = {}
         self._fence = fence or (lambda: None)
@@ -125,21 +124,26 @@ class Checkpointer(CheckpointFolder):
         else:
             self.wait()
 
-    def poll(self) -> None:
-        """Take note of a save that has ended in the background. Collective while there is one.
+    def status(self) -> tuple[int, int]:
+        """(whether a save is still being written, whether it has failed) on this rank, 0 or 1."""
+        return (0, 0) if self._pending is None else self._pending[0].status()
+
+    def take_note(self, busy: int, failed: int) -> None:
+        """Settle a save that has ended in the background. Collective.
+
+        Args:
+            busy, failed: The largest ``status`` of all ranks.
 
         Raises:
             UserError: It has failed, on every rank.
         """
-        if self._pending is None:
-            return
-        busy, failed = self._pending[0].status()
-        if self.topology.world_size > 1:
-            status = torch.tensor([busy, failed], device=hardware.device())
-            dist.all_reduce(status, op=dist.ReduceOp.MAX)
-            busy, failed = status.tolist()
         if failed or not busy:
             self.wait()
+
+    def poll(self) -> None:
+        """Agree on the ``status`` and take note of it. Collective."""
+        if self._pending is not None:
+            self.take_note(*agree(self.status(), self.topology))
 
     def wait(self) -> None:
         """Wait until the save in the background, if any, is committed. Collective.

@@ -22,7 +22,7 @@ def random_states(topology: Topology) -> ShardedObject:
     states = {
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),
-        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
         "device": hardware.get_rng_state(),
     }
     return ShardedObject(
@@ -36,5 +36,10 @@ def restore_random_states(states: Any) -> None:
         return
     torch.set_rng_state(states["torch"])
     np.random.set_state(states["numpy"])
-    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    _tracker().set_states(states["tracker"])
     hardware.set_rng_state(states["device"])
+
+
+def _tracker() -> Any:
+    """Megatron's tracker of the random states of model-parallel regions."""
+    return tensor_parallel.get_cuda_rng_tracker()

@@ -1,10 +1,12 @@
 """Global batches → this rank's packed microbatches."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from megatron_irl.data.packing import assign, assign_by_tokens, pack
 from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
+from megatron_irl.data.stored import Stored
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.scoring import Sequences
 from megatron_irl.types import Demonstration, PackedBatch, Pair, Rollout
@@ -20,30 +22,49 @@ def microbatches_for(
 
     Every rank computes the same split, so no communication is needed, and all have equally many.
     Pairs become [demonstration, sample] neighbours of one microbatch, because the loss needs both;
-    preferences [chosen, rejected]. All items are of one kind.
+    preferences [chosen, rejected]. All items are of one kind; only this rank's are made.
 
     Args:
         multiple_of: What T of every microbatch is padded up to a multiple of.
         micro_batch_size: Items in each; read without
         micro_batch_tokens: as many items as have so many tokens; see ``assign_by_tokens``.
     """
-    lengths = [num_tokens(item) for item in items]
+    mine = share_of(token_counts(items), topology, micro_batch_size, micro_batch_tokens)
+    return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
+
+
+def share_of(
+    lengths: Sequence[int], topology: Topology, micro_batch_size: int,
+    micro_batch_tokens: int | None,
+) -> list[list[int]]:
+    """Which items of a global batch, by their tokens, are in each of this rank's microbatches."""
     if micro_batch_tokens is None:
-        bins = assign(lengths, len(items) // micro_batch_size, micro_batch_size)
+        bins = assign(lengths, len(lengths) // micro_batch_size, micro_batch_size)
     else:
         # The interleaved schedule runs microbatches in groups of one per stage.
         group = topology.pp_size if topology.vpp_size > 1 else 1
         bins = assign_by_tokens(lengths, micro_batch_tokens, topology.dp_size * group)
-    mine = bins[topology.dp_rank :: topology.dp_size]
-    return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
+    return bins[topology.dp_rank :: topology.dp_size]
 
 
-def draw(items: Sequence[Item], seed: int, step: int, size: int) -> list[Item]:
+def draw(num_items: int, seed: int, step: int, size: int) -> list[int]:
     """The global batch of a step: the items in one shuffled order per pass, pass after pass.
 
     A pure function of its arguments, so a resumed run draws what the uninterrupted one would.
     """
-    return [items[i] for i in OrderedSampler(len(items), seed, step * size).take(size)]
+    return OrderedSampler(num_items, seed, step * size).take(size)
+
+
+def chosen[T](items: Sequence[T], indices: Sequence[int]) -> Sequence[T]:
+    """These of the items; of stored ones none is made."""
+    if isinstance(items, Stored):
+        return cast(Sequence[T], items.chosen(indices))
+    return [items[i] for i in indices]
+
+
+def token_counts(items: Sequence[Item]) -> list[int]:
+    """``num_tokens`` of every item; stored ones are not made for it."""
+    return items.token_counts() if isinstance(items, Stored) else [num_tokens(i) for i in items]
 
 
 def num_tokens(item: Item) -> int:

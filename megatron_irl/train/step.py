@@ -3,7 +3,7 @@
 The only place where an objective's ``LossOutput`` becomes Megatron's (loss, count, report).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from megatron_irl import hardware
+from megatron_irl.collector import no_collection
 from megatron_irl.config import Recipe
 from megatron_irl.data.sampler import order_seed
+from megatron_irl.data.stored import Stored
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.reduce import reduce_metrics
 from megatron_irl.policy.policy import Policy
-from megatron_irl.train.batches import Item, draw, microbatches_for, num_tokens
+from megatron_irl.train.batches import (
+    Item,
+    chosen,
+    draw,
+    microbatches_for,
+    share_of,
+    token_counts,
+)
 from megatron_irl.train.optimizer import (
     Frozen,
     build_schedule,
@@ -79,6 +88,13 @@ class Stepper:
 
         Collectives: every rank must call.
         """
+        with no_collection():
+            return self._train_step(microbatches, objective, heads, frozen, where)
+
+    def _train_step(
+        self, microbatches: Sequence[PackedBatch], objective: Objective, heads: HeadChoice,
+        frozen: Frozen, where: str,
+    ) -> StepResult:
         policy = self.policy
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()
@@ -148,27 +164,57 @@ class Trainer:
 
         Raises and collectives: as ``Stepper.train_step``.
         """
-        batch, microbatches = self.draw_batch(streams)
+        microbatches, tokens = self.draw_batch(streams)
         result = self.stepper.train_step(
             microbatches, objective, heads=heads, frozen=frozen, where=where
         )
         self.scheduler.step(1)
-        return result, sum(map(num_tokens, batch))
+        return result, tokens
 
-    def draw_batch(self, streams: Sequence[Stream]) -> tuple[list[Item], list[PackedBatch]]:
-        """The next global batch, and this rank's microbatches of it; equal draws on every rank."""
+    def draw_batch(self, streams: Sequence[Stream]) -> tuple[list[PackedBatch], int]:
+        """This rank's microbatches of the next global batch, and the tokens of all of it."""
         options = self.recipe.train
-        batch: list[Item] = []
         microbatches: list[PackedBatch] = []
+        tokens = 0
         for stream in streams:
-            drawn = draw(stream.items, stream.seed, stream.step, options.global_batch_size)
-            batch += drawn
+            drawn = self.drawn(stream)
+            tokens += sum(token_counts(drawn))
             microbatches += microbatches_for(
                 drawn, self.policy.topology, micro_batch_size=options.micro_batch_size,
                 micro_batch_tokens=options.micro_batch_tokens,
                 multiple_of=self.policy.multiple_of,
             )
-        return batch, microbatches
+        return microbatches, tokens
+
+    def read_ahead(self, steps: Iterable[Sequence[Stream]]) -> None:
+        """Read what this rank will train on in coming steps of the same items, and nothing else.
+
+        Collectives: none.
+
+        Raises:
+            UserError: Something of it cannot be read.
+        """
+        options, topology = self.recipe.train, self.policy.topology
+        size = options.global_batch_size
+        wanted: dict[int, tuple[Stored, set[int]]] = {}
+        for streams in steps:
+            for stream in streams:
+                if not isinstance(stream.items, Stored):
+                    continue
+                _, indices = wanted.setdefault(id(stream.items), (stream.items, set()))
+                drawn = draw(len(stream.items), stream.seed, stream.step, size)
+                share = share_of(
+                    token_counts(chosen(stream.items, drawn)), topology, options.micro_batch_size,
+                    options.micro_batch_tokens,
+                )
+                indices.update(drawn[i] for microbatch in share for i in microbatch)
+        for items, indices in wanted.values():
+            items.keep(sorted(indices))
+
+    def drawn(self, stream: Stream) -> Sequence[Item]:
+        """The items of a stream's next global batch; equal on every rank."""
+        size = self.recipe.train.global_batch_size
+        return chosen(stream.items, draw(len(stream.items), stream.seed, stream.step, size))
 
 
 def streams_of(

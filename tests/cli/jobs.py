@@ -61,3 +61,33 @@ def batches_encoded(arguments: list[str]) -> tuple[int, int, str]:
     finally:
         demonstrations.encode_turns = original
     return code, len(calls), errors
+
+
+def pairs_held(arguments: list[str]) -> tuple[int, list[tuple[int, int]]]:
+    """The most pairs in this rank's memory at an update, and the parts read, as (round, part)."""
+    import gc
+
+    from megatron_irl.data.pair_bank import PairBank
+    from megatron_irl.train.step import Stepper
+    from megatron_irl.types import Pair
+
+    held: list[int] = []
+    parts: list[tuple[int, int]] = []
+    step, read = Stepper.train_step, PairBank._read_pairs
+
+    def at_a_step(self: Any, *args: Any, **options: Any) -> Any:
+        gc.collect()
+        held.append(sum(isinstance(each, Pair) for each in gc.get_objects()))
+        return step(self, *args, **options)
+
+    def at_a_read(self: Any, round: int, part: int, known: Any) -> Any:
+        parts.append((round, part))
+        return read(self, round, part, known)
+
+    Stepper.train_step, PairBank._read_pairs = at_a_step, at_a_read
+    try:
+        code, errors = command(arguments)
+    finally:
+        Stepper.train_step, PairBank._read_pairs = step, read
+    assert code == 0, errors
+    return max(held), parts

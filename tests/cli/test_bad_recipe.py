@@ -1,7 +1,11 @@
 """Recipes that cannot run: code 2, one message with the value and the way out, nothing written."""
 
-import pytest
+import json
 
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_irl.data.tokenizer import fitted, load_tokenizer
 from tests.cli.harness import edited_copy, refused, run, write_jsonl, write_recipe
 
 
@@ -138,6 +142,42 @@ def test_tokenizer_of_another_model(recipe, model, tmp_path):
     refused("train", recipe, f"model.hf={folder}", f"data.tokenizer={model}",
             named=("64",))
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_the_embedding_does_not_have(sections, model, data, tmp_path, no_report):
+    """Harmless while no text uses one; a padding token of that kind is the end of turn instead."""
+    folder = edited_copy(model, tmp_path / "edited", pad_token_id=128)
+    hf = AutoTokenizer.from_pretrained(folder)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    hf.add_tokens([f"<spare{i}>" for i in range(rows - len(hf) + 2)])
+    hf.add_special_tokens({"pad_token": "[PAD]"})
+    hf.save_pretrained(folder)
+    sections["model"]["hf"] = str(folder)
+    sections["algorithm"] = {"name": "sft", "rounds": 1, "steps_per_round": 1}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **sections)
+    extra = hf.convert_tokens_to_ids("[PAD]") - 1
+    assert extra >= rows
+    last = hf.convert_ids_to_tokens(extra)
+    lines = [{"prompt": "1+1", "response": "2"}, {"prompt": f"1{last}", "response": "2"},
+             {"messages": [{"role": "user", "content": "1"},
+                           {"role": "assistant", "content": f"a {last}"}]}]
+    bad = write_jsonl(tmp_path / "bad.jsonl", lines)
+    refused("train", recipe, f"data.train={bad}", named=(
+        "2 records", f"{bad}:2: the token '{last}' has the id {extra}", f"{rows} rows",
+        f"{bad}:3: the token"))
+    prompts = write_jsonl(tmp_path / "p.jsonl", lines[1:2])
+    generate = ("generate", "--model", folder, "--out", tmp_path / "o.jsonl",
+                "--max-new-tokens", 2, "--prompts")
+    refused(*generate, prompts, named=(f"{prompts}:1: the token '{last}'",))
+    result = run("train", recipe)
+    assert result.code == 0, result.err
+    assert f"warning: the tokenizer has {extra + 2} tokens, the model's embedding {rows}" in (
+        result.err)
+    assert run(*generate, write_jsonl(tmp_path / "q.jsonl", lines[:1])).code == 0
+    assert load_tokenizer(folder).pad_id >= rows
+    tokenizer = fitted(load_tokenizer(folder), rows)
+    assert tokenizer.pad_id == tokenizer.eos_id < rows
+    assert fitted(load_tokenizer(model), rows).embedding_rows is None
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "below a file"])

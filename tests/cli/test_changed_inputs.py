@@ -110,10 +110,7 @@ def test_all_samples_equal_their_demonstrations_is_said(
 ):
     from megatron_irl.algorithms import pair_steps
 
-    def none_usable(pairs):
-        return [], {"duplicates": len(pairs), "empty": 0, "usable": 0}
-
-    monkeypatch.setattr(pair_steps, "usable_pairs", none_usable)
+    monkeypatch.setattr(pair_steps, "usable", lambda drawn: drawn.chosen([]))
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, tmp_path / "run"))
     result = run("train", recipe)
     assert result.code == 0, result.err

@@ -56,7 +56,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {"flip": flip, "cut": cut, "delete"
 
 @pytest.fixture(scope="module")
 def runs(model, data, tmp_path_factory):
-    """(the folder of a run killed in its second round, that of the same run unkilled, its recipe)."""
+    """The folders of a run killed in its second round and of the same run unkilled; its recipe."""
     root = tmp_path_factory.mktemp("damage")
     sections = small_recipe(model, data, root / "whole") | {
         "algorithm": {"name": "rft", "rounds": 2, "reward_steps": 2, "policy_steps": 3,
@@ -83,7 +83,6 @@ def test_damage(runs, tmp_path, no_report, path, damage):
     DAMAGES[damage](folder / path)
     result = run("train", recipe, f"output_dir={folder}")
     expected = TABLE[path][list(DAMAGES).index(damage)]
-    print(path, damage, result.code, result.err[-1500:])
     assert "Traceback" not in result.err
     if result.code == 0:
         assert deterministic(folder) == deterministic(whole)
@@ -94,7 +93,7 @@ def test_damage(runs, tmp_path, no_report, path, damage):
     is_named = Path(path).name in result.err
     found = "refused" if result.code == 2 else "named" if is_named else "same"
     assert is_named or result.code == 0
-    assert found == expected
+    assert found == expected, result.err[-1500:]
 
 
 def test_the_table_has_every_kind_of_file(runs):

@@ -10,7 +10,7 @@ import pytest
 from megatron_irl.data.demonstrations import load_demonstrations
 from megatron_irl.data.ledger import LedgerRow, read_ledger, write_ledger
 from megatron_irl.data.tokenizer import load_tokenizer
-from tests.cli.harness import read_jsonl, refused, run, write_jsonl
+from tests.cli.harness import read_jsonl, refused, run, write_jsonl, write_recipe
 from tests.convert.tiny import make_tokenizer
 
 LIMITS = {"max_prompt_length": 99, "max_response_length": 10}
@@ -148,8 +148,50 @@ def test_files_changed_since_are_refused(run_folder, train, tmp_path):
 
 def test_out_is_refused(run_folder, train, tmp_path):
     before = train.read_bytes()
-    refuse(run_folder, train, "--out", "data.train", "another")
+    refuse(run_folder, train, "--out", "exists already", "--overwrite")
+    refused("filter", run_folder, "--out", train, "--min-reward", 0, "--overwrite",
+            named=("--out", "data.train", "another"))
     refuse(run_folder, tmp_path / "kept.json", ".jsonl")
     (tmp_path / "folder.jsonl").mkdir()
-    refuse(run_folder, tmp_path / "folder.jsonl", "folder.jsonl", "not a regular file")
+    refuse(run_folder, tmp_path / "folder.jsonl", "folder.jsonl", "give a file")
     assert train.read_bytes() == before
+    (out := tmp_path / "kept.jsonl").write_text("work of hours")
+    refuse(run_folder, out, "kept.jsonl exists already", "--overwrite")
+    assert out.read_text() == "work of hours"
+    arguments = ("filter", run_folder, "--out", out, "--min-reward", 0)
+    assert run(*arguments, "--overwrite").code == 0 and len(read_jsonl(out)) == 2
+
+
+def test_turns_that_were_rated_apart_are_records_of_their_own(tmp_path, tokenizer):
+    """Under ``data.turns: each`` a turn is kept with what came before it, not with what follows.
+
+    Trained on with ``data.turns: last``, the file gives the ids that were rated.
+    """
+    turn = {"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}
+    again = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}
+    extra = {"chat_template_kwargs": {"mood": "fine"}, "answer": "4"}
+    write_jsonl(tmp_path / "turns.jsonl", [
+        {"messages": [*turn, *again], **extra}, {"messages": [*again]},
+        {"prompt": "3+3=", "response": "6"}, {"messages": [*turn, *again, *turn], "id": 3}])
+    given = {"max_prompt_length": 99, "max_response_length": 10, "turns": "each"}
+    scored, _ = load_demonstrations(tmp_path / "turns.jsonl", tokenizer, **given)
+    assert len(scored) == 7
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_recipe(folder / "recipe.yaml", model={"hf": str(tmp_path)}, algorithm={"name": "rft"},
+                 data={"train": str(tmp_path / "turns.jsonl"), "turns": "each"},
+                 output_dir=str(folder))
+    rewards = [1.0, 0.0, 2.0, 3.0, -1.0, 4.0, 5.0]
+    write_ledger(folder / "ledger", 0, [
+        LedgerRow.of(d, r) for d, r in zip(scored, rewards, strict=True)])
+    out = tmp_path / "kept.jsonl"
+    result = run("filter", folder, "--out", out, "--min-reward", 1)
+    assert result.code == 0 and "kept 5 of 7" in result.err, result.err
+    assert read_jsonl(out) == [
+        {"messages": [*turn], "chat_template_kwargs": extra["chat_template_kwargs"]},
+        {"messages": [*again]}, {"prompt": "3+3=", "response": "6"},
+        {"messages": [*turn, *again]}, {"messages": [*turn, *again, *turn]}]
+    kept, _ = load_demonstrations(out, tokenizer, **LIMITS)
+    for ours, theirs in zip(kept, [scored[i] for i in (0, 2, 3, 5, 6)], strict=True):
+        assert ours.prompt_ids.tolist() == theirs.prompt_ids.tolist()
+        assert ours.response_ids.tolist() == theirs.response_ids.tolist()

@@ -2,13 +2,15 @@
 
 import json
 import os
+from pathlib import Path
 
 import pandas
 import pyarrow.parquet as pq
 import pytest
 
-from tests.cli.harness import read_jsonl, refused, run, write_jsonl
+from tests.cli.harness import edited_copy, read_jsonl, refused, run, write_jsonl
 from tests.unit.data import hub_files
+from tests.unit.data.test_chat_template import RICH
 
 USER, GOOD = {"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}
 
@@ -215,16 +217,27 @@ def test_score_elsewhere_names_the_recipe_and_its_path(finished, tmp_path, monke
 
 
 def test_one_run_over_sets_of_many_forms(sections, tmp_path, no_report):
-    """Trained with nothing said but where they are; a share held out, one source twice."""
+    """Trained with nothing said but where they are; a share held out, one source twice.
+
+    The first file has records that nobody answered, as the real one does.
+    """
     from tests.cli.harness import write_recipe
 
-    sets = [make(folder) for make in hub_files.FILES[:-1]
+    sets = [make(folder) for make in hub_files.FILES
             for folder in [tmp_path / make.__name__] if folder.mkdir() is None]
+    unanswered = [{"instruction": f"Nothing {i}", "input": "", "output": ""} for i in range(3)]
+    first = sets[0][0]
+    first.write_text(json.dumps([*unanswered, *json.loads(first.read_text())], indent=4))
     count = sum(len(expected) for _, expected in sets) + len(sets[0][1])
     paths = [str(path) for path, _ in sets]
+    # The model's own template, one that knows tools.
+    folder = edited_copy(Path(sections["model"]["hf"]), tmp_path / "model",
+                         max_position_embeddings=512)
+    (folder / "chat_template.jinja").write_text(RICH)
+    sections["model"]["hf"] = str(folder)
     sections["data"] = {
         "train": [{"path": paths[0], "weight": 2.0}, *paths[1:]], "split": {"eval": 0.2, "seed": 1},
-        "max_prompt_length": 180, "max_response_length": 70,
+        "max_prompt_length": 300, "max_response_length": 100,
     }
     sections["generation"]["max_new_tokens"] = 4
     sections["algorithm"] |= {"rounds": 1, "steps_per_round": 1}
@@ -238,6 +251,10 @@ def test_one_run_over_sets_of_many_forms(sections, tmp_path, no_report):
     assert (tmp_path / "run" / "hf").is_dir() and not os.path.exists("~")
     for path in paths:
         assert f"{path}: " in result.err
+    # Each on the side that its content puts it on, and named there.
+    left_out = [line for line in result.err.splitlines() if "have an empty answer" in line]
+    assert sum(line.count(f"{first}:") for line in left_out) == len(unanswered)
+    assert f"{first}:2" in "".join(left_out)
     (trained,) = [line for line in result.err.splitlines() if "data.train: " in line]
     (held,) = [line for line in result.err.splitlines() if "data.eval: " in line]
     numbers = [int(line.split(": ")[2].split()[0]) for line in (trained, held)]

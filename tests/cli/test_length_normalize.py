@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_irl.data.pair_bank import PairBank, usable_pairs
+from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.data.pair_index import usable_pairs
 from tests.cli.conftest import small_recipe
 from tests.cli.harness import read_jsonl, run, write_jsonl, write_recipe
 
@@ -67,7 +68,7 @@ def test_heldout_pairs_are_judged_per_token(root):
             rows = policy(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         return rows.gather(1, ids[0, len(prompt) :, None]).sum().item()
 
-    pairs, _ = usable_pairs(PairBank(root / "run" / "heldout").read_round(0))
+    pairs = usable_pairs(PairBank(root / "run" / "heldout").read_round(0))
     margins = np.array([
         BETA * ((logp(p.prompt_ids, p.demo_ids) - p.ref_demo_logp) / len(p.demo_ids)
                 - (logp(p.prompt_ids, p.sample_ids) - p.ref_sample_logp) / len(p.sample_ids))

@@ -52,7 +52,7 @@ def pairs_of(folder, rounds):
 
 CASES = {
     "mid-generation": ("megatron_irl.storage.shared_bank.SharedBank.write_part", 2, True, {}),
-    "mid-reference": ("megatron_irl.policy.pairs._score_pairs", 2, False, {}),
+    "mid-reference": ("megatron_irl.data.round_pairs.RoundPairs.commit", 2, False, {}),
     "mid-round": ("megatron_irl.run.loop.optimizer_step", 3, True, {}),
     "round end": ("megatron_irl.run.run.Run.save", 1, True, {}),
     "initial reference": (

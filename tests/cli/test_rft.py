@@ -186,7 +186,7 @@ def test_tool_converts_its_checkpoint_into_the_same_folders(finished, tmp_path, 
 CASES = {
     "in reward learning": ("megatron_irl.run.loop.optimizer_step", 2, True),
     "in scoring": ("megatron_irl.policy.policy.Policy.score_rewards", 2, False),
-    "before the first policy step": ("megatron_irl.algorithms.rft_steps.write_ledger", 1, True),
+    "before the first policy step": ("megatron_irl.algorithms.rft_ledger.write_ledger", 1, True),
     "in policy steps": ("megatron_irl.run.loop.optimizer_step", 4, True),
     "in the second round": ("megatron_irl.run.loop.optimizer_step", 7, True),
     "while writing the reward": ("megatron_irl.algorithms.rft_steps.export_hf_reward", 1, False),

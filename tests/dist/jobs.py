@@ -22,7 +22,7 @@ from megatron_irl.parallel.topology import initialize
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.scoring import summed
+from megatron_irl.policy.scoring import rounded
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
 
@@ -98,7 +98,7 @@ def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: fl
     """Commit pairs with references: those of the folder's weights, plus noise in nats."""
     topology, chunks, _, arch = build(hf, {})
     sequences = [s for p in pairs for s in ((p.prompt_ids, p.demo_ids), (p.prompt_ids, p.sample_ids))]
-    sums = summed(Policy(chunks, topology, arch).score(sequences))
+    sums = rounded(Policy(chunks, topology, arch).score_sums(sequences).logp)
     shift = noise * np.random.default_rng(seed).standard_normal(len(sums))
     for i, pair in enumerate(pairs):
         pair.ref_demo_logp = sums[2 * i] + float(shift[2 * i])

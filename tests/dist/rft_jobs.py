@@ -15,7 +15,8 @@ from megatron_irl.train.batches import microbatches_for
 from megatron_irl.algorithms.rft import PolicyConfig
 from megatron_irl.algorithms.rft_objectives import policy_objective, reward_objective
 from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
-from megatron_irl.algorithms.advantages import make_rollouts as make_advantages
+from megatron_irl.algorithms.advantages import RolloutRows, advantages
+from megatron_irl.data.pair_index import index_of
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Pair, Rollout
@@ -209,7 +210,8 @@ def reward_of_a_quarter(hf: str, layout: Layout, seed: int, rounds: int) -> list
             ]
             means.append(float(np.mean([pair.reward_sample for pair in pairs])))
             batches = microbatches_for(
-                make_advantages(pairs, options, beta=0.0), stepper.policy.topology, micro_batch_size=64,
+                list(RolloutRows(pairs, advantages(index_of(pairs), options, beta=0.0))),
+                stepper.policy.topology, micro_batch_size=64,
                 multiple_of=multiple_of(layout),
             )
             for _ in range(4):

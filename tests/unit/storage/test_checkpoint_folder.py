@@ -33,7 +33,8 @@ def test_what_killed_saves_left_goes(tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "every", "left"), [
-    (1, None, [7]), (2, None, [6, 7]), (2, 3, [3, 6, 7]), (1, 2, [2, 4, 6, 7]), (9, 4, [*range(1, 8)]),
+    (1, None, [7]), (2, None, [6, 7]), (2, 3, [3, 6, 7]), (1, 2, [2, 4, 6, 7]),
+    (9, 4, [*range(1, 8)]),
 ])
 def test_the_newest_stay_and_some_of_the_others(tmp_path, keep, every, left):
     for step in range(1, 10):
