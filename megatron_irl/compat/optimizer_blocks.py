@@ -44,7 +44,7 @@ def in_blocks(optimizer: Any) -> Iterator[None]:
     Args:
         optimizer: Megatron's, or None. Parts that are not distributed are left as they are.
     """
-    parts = [
+    parts: list[Any] = [
         part for part in getattr(optimizer, "chained_optimizers", [optimizer])
         if isinstance(part, DistributedOptimizer)
     ]
