@@ -18,9 +18,9 @@ from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
 from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
-from megatron_irl.generation.graphs import is_capturable
+from megatron_irl.generation.graphs import why_not_captured
 from megatron_irl.generation.intake import Intake
-from megatron_irl.generation.interface import Finished, Progress, SamplingConfig
+from megatron_irl.generation.interface import Ends, Finished, Progress, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
 from megatron_irl.generation.residency import KeepCache, Residency
 from megatron_irl.generation.sampler import TableSampler
@@ -131,6 +131,7 @@ class MegatronGenerator:
         seeds: Sequence[int] | None = None,
         max_new_tokens: Sequence[int] | None = None,
         on_finished: Finished | None = None,
+        ends: Ends | None = None,
     ) -> list[Sample]:
         """One response per prompt, in order; see ``interface.Generator.generate``."""
         count = len(prompts)
@@ -145,7 +146,7 @@ class MegatronGenerator:
             if self._built is None:
                 self._build(models)
             assert self._built is not None
-            table = self._sampler.table = RequestTable(sampling, budgets, streams)
+            table = self._sampler.table = RequestTable(sampling, budgets, streams, ends)
             try:
                 with self._built.lent(), no_collection():
                     return self._run(self._built, prompts, table, on_progress, on_finished)
@@ -168,7 +169,7 @@ class MegatronGenerator:
     def _build(self, models: list[Any]) -> None:
         graphs = self._asked_graphs
         number = None
-        if graphs != "off" and not is_capturable(models, paged_attention.has_flash_attention()):
+        if graphs != "off" and not why_not_captured(models, paged_attention.has_flash_attention()):
             number = -1 if graphs == "auto" else int(graphs)
         hardware.release_cached_memory()
         before = hardware.held_memory()

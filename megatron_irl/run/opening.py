@@ -3,18 +3,22 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.adapters.adapters import add_adapters
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.heldout import Evaluator
+from megatron_irl.generation.graphs import why_not_captured
 from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.hardware.paged_attention import has_flash_attention
 from megatron_irl.model.build import build_chunks, unwrap
 from megatron_irl.model.kernels import Kernels, describe_kernels
 from megatron_irl.model.specs import choose_spec
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
+from megatron_irl.run.adapter_rounds import restore_base
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs, generation_length
 from megatron_irl.run.recorder import Recorder
@@ -45,16 +49,15 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     recipe, folder = inputs.recipe, inputs.folder
     console = Console(enabled=topology.is_main)
     checkpointer, resume = open_checkpoints(inputs, topology, lease, console)
-    policy = build_policy(inputs, topology, weights=resume is None)
+    policy = build_policy(inputs, topology, weights=resume is None or bool(inputs.adapter))
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
     if resume is not None:
-        saved = checkpointer.load(
-            resume, policy.chunks, trainer.optimizer, trainer.scheduler
-        )
+        saved = checkpointer.load(resume, policy.chunks, trainer.optimizer, trainer.scheduler)
         state = RunState.from_dict(saved)
+        restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
-    kernels = announce_kernels(policy, console)
+    kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
     on_main(
@@ -87,7 +90,6 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
-        saved=(state.step, state.round, state.step_in_round),
     )
 
 
@@ -111,13 +113,16 @@ def open_checkpoints(
     return checkpointer, newest
 
 
-def announce_kernels(policy: Policy, console: Console) -> Kernels:
+def announce_kernels(policy: Policy, recipe: Recipe, console: Console) -> Kernels:
     """Say what this rank computes with, and warn of what is slow; the main rank's is shown."""
     model = unwrap(policy.chunks[0])
     layers = choose_spec(
         policy.config.params_dtype, policy.config.fp8, local_only=policy.architecture.local_only
     )
-    kernels = describe_kernels(model, layers=layers)
+    off = "generation.cuda_graphs is off" if recipe.generation.cuda_graphs == "off" else None
+    kernels = describe_kernels(
+        model, layers=layers, not_captured=off or why_not_captured([model], has_flash_attention())
+    )
     console.note(kernels.line())
     for text in kernels.warnings():
         console.warn(text)
@@ -128,12 +133,19 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
     """The policy with the algorithm's heads, ready for an optimizer. Collective.
 
     Args:
-        weights: Read the starting model's; else they are unset, for a checkpoint to fill.
+        weights: Read the starting model's; else they are unset, for a checkpoint to fill. One
+            with adapters has no others.
     """
     recipe, arch = inputs.recipe, inputs.architecture
     chunks = build_chunks(inputs.model_config, arch, topology)
+    adapters = None
+    if inputs.adapter is not None:
+        adapters = add_adapters(chunks, inputs.adapter, arch, topology)
     inputs.algorithm.attach_heads(recipe, chunks, topology)
-    policy = Policy(chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size)
+    policy = Policy(
+        chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size,
+        adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
+    )
     if weights:
         policy.load_weights(Path(recipe.model.hf))
     return policy.for_training(inputs.ddp_config)
