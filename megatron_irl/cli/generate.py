@@ -1,4 +1,4 @@
-"""``megatron-irl generate``: responses to a file of prompts, committed chunk by chunk."""
+"""``megatron-irl generate``: responses to a file of prompts, committed part by part."""
 
 import argparse
 import dataclasses
@@ -23,8 +23,8 @@ from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
 from megatron_irl.types import Sample
 
-CHUNK = 1024  # lines per replica between two writes
-STREAM_CHUNK = 64  # likewise where someone is waiting for them: what is decoded together
+PART = 1024  # lines per replica between two writes
+STREAM_PART = 64  # likewise where someone is waiting for them: what is decoded together
 
 
 def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
@@ -32,7 +32,7 @@ def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
 
     Started again after a kill, it goes on from the lines it has finished.
     """
-    for name in ("max_new_tokens", "chunk_size", "num_samples"):
+    for name in ("max_new_tokens", "part_size", "num_samples"):
         value = getattr(options, name)
         if value is not None and value < 1:
             flag = name.replace("_", "-")
@@ -107,10 +107,10 @@ def _generate_rest(
     options: argparse.Namespace, model: OpenModel, sampling: SamplingConfig,
     records: Sequence[PromptRecord], prompts: Sequence[np.ndarray], partial: PartialJsonl | None,
 ) -> None:
-    """Sample the lines not written yet, chunk by chunk; the main rank, with ``partial``, writes.
+    """Sample the lines not written yet, part by part; the main rank, with ``partial``, writes.
 
     A line is a sample of a prompt; those of one prompt follow each other. Its key follows from its
-    prompt's place in the file and its number, so neither the chunks, nor where a kill fell, nor
+    prompt's place in the file and its number, so neither the parts, nor where a kill fell, nor
     how many samples a prompt has changes any, and a resumed command may have another layout.
     Collective over every rank.
     """
@@ -123,7 +123,7 @@ def _generate_rest(
         what = "prompts" if each == 1 else "samples"
         progress.note(f"resuming: {start} of {count} {what} are done")
     share = slice(topology.dp_rank, None, topology.dp_size)
-    size = (options.chunk_size or (STREAM_CHUNK if options.stream else CHUNK)) * topology.dp_size
+    size = (options.part_size or (STREAM_PART if options.stream else PART)) * topology.dp_size
     finished = tokens = 0
     with progress.generation(len(range(start, count)[share])) as advance:
         for first in range(start, count, size):

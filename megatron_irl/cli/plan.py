@@ -70,7 +70,7 @@ def _work(inputs: Inputs) -> list[str]:
         lines.append(
             f"each round samples {prompts} prompts{times}, up to "
             f"{recipe.generation.max_new_tokens} new tokens each, in "
-            f"{-(-prompts // recipe.generation.chunk_size)} committed parts"
+            f"{-(-prompts // recipe.generation.part_size)} committed parts"
         )
         passes = algorithm.rounds * prompts / num_demonstrations
     else:

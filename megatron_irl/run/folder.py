@@ -54,6 +54,17 @@ class RunFolder:
     def is_finished(self) -> bool:
         return bool(self._read().get("finished"))
 
+    def was_finished_by(self, recipe: Recipe) -> bool:
+        """Whether this is the finished run of a recipe, as far as can be told without its data.
+
+        Args:
+            recipe: Not resolved. One that is another experiment is for ``check`` to refuse.
+        """
+        known = self._read()
+        if not known.get("finished") or "demonstrations" not in known:
+            return False
+        return known.get("fingerprint") == fingerprint(resolve(recipe, known["demonstrations"]))
+
     def check_place(self) -> None:
         """Raise UserError unless the folder can be written and is new, empty or a run's."""
         _check_writable(self.path)
@@ -105,8 +116,8 @@ class RunFolder:
             )
 
     def claim(
-        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str],
-        kernels: dict[str, Any] | None = None,
+        self, recipe: Recipe, data: str, num_demonstrations: int, start: dict[str, str],
+        argv: list[str], kernels: dict[str, Any] | None = None,
     ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
@@ -119,7 +130,7 @@ class RunFolder:
         known = self._read()
         sampling = known.get("sampling", 1) if known else SAMPLING
         identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling,
-                    "start": start}
+                    "demonstrations": num_demonstrations, "start": start}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
         self._write(identity | {"finished": False} | ({"kernels": kernels} if kernels else {}))

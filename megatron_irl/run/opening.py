@@ -63,7 +63,8 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     topology.barrier()
     on_main(
         lambda: folder.claim(
-            recipe, inputs.data.digest, inputs.start, argv, kernels.as_dict()
+            recipe, inputs.data.digest, len(inputs.data.demonstrations), inputs.start, argv,
+            kernels.as_dict(),
         ),
         topology,
     )
@@ -117,7 +118,7 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
     recipe, arch = inputs.recipe, inputs.architecture
     chunks = build_chunks(inputs.model_config, arch, topology)
     inputs.algorithm.attach_heads(recipe, chunks, topology)
-    policy = Policy(chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size)
+    policy = Policy(chunks, topology, arch, rows_at_once=recipe.train.logprob_rows)
     if weights:
         policy.load_weights(Path(recipe.model.hf))
     return policy.for_training(inputs.ddp_config)
