@@ -19,6 +19,10 @@ from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_e
 class PagedContext(DynamicInferenceContext):
     """The dynamic inference context, as the engine adapter needs it."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._arrays: dict[str, tuple[Tensor, np.ndarray]] = {}
+        super().__init__(*args, **options)
+
     if not hardware.IS_CUDA:
         # Padding a step to 64 tokens suits GPU kernels and graphs; on CPU it is 64 rows of real
         # work however few requests are left. Multiples of the tensor-parallel size remain.
@@ -61,31 +65,39 @@ class PagedContext(DynamicInferenceContext):
             raise RuntimeError(f"request {req.request_id} was taken up without room for it")
         blocks = blocks.numpy()
         places = np.arange(length)
-        for tensor, value in (
-            (self.request_ids, req.request_id), (self.request_query_lengths, length),
-            (self.request_in_prefill_status_tensor, 1),
-            (self.request_output_lengths, length + req.sampling_params.num_tokens_to_generate),
-            (self.request_kv_length_offsets, 0), (self.request_kv_block_counts, count),
-            (self.request_last_kv_block_id, blocks[-1]),
-            (self.request_last_kv_block_offset, (length - 1) % block),
+        for name, value in (
+            ("request_ids", req.request_id), ("request_query_lengths", length),
+            ("request_in_prefill_status_tensor", 1),
+            ("request_output_lengths", length + req.sampling_params.num_tokens_to_generate),
+            ("request_kv_length_offsets", 0), ("request_kv_block_counts", count),
+            ("request_last_kv_block_id", blocks[-1]),
+            ("request_last_kv_block_offset", (length - 1) % block),
         ):
-            tensor.numpy()[row] = value
+            self._array(name)[row] = value
         for (label, _), value in zip(
             self.request_metadata_types, req.tracked_metadata, strict=True
         ):
-            self.request_metadata[label].numpy()[row] = value
-        self.request_to_kv_block_ids.numpy()[row, :count] = blocks
-        for tensor, values in (
-            (self.token_to_pos_ids, places), (self.token_to_position_in_request, places),
-            (self.token_to_input_ids, prompt), (self.token_to_request_idx, row),
-            (self.token_to_block_idx, blocks[places // block]),
-            (self.token_to_local_position_within_kv_block, places % block),
+            self._array(label, self.request_metadata[label])[row] = value
+        self._array("request_to_kv_block_ids")[row, :count] = blocks
+        for name, values in (
+            ("token_to_pos_ids", places), ("token_to_position_in_request", places),
+            ("token_to_input_ids", prompt), ("token_to_request_idx", row),
+            ("token_to_block_idx", blocks[places // block]),
+            ("token_to_local_position_within_kv_block", places % block),
         ):
-            tensor.numpy()[first : first + length] = values
+            self._array(name)[first : first + length] = values
         self.active_token_count += length
         self.lifetime_prefill_token_count += length
         self.total_request_count += 1
         self.num_prefill_requests += 1
+
+    def _array(self, name: str, tensor: Tensor | None = None) -> np.ndarray:
+        """A bookkeeping tensor as numpy sees it; looked up once, as making the view costs."""
+        tensor = getattr(self, name) if tensor is None else tensor
+        known = self._arrays.get(name)
+        if known is None or known[0] is not tensor:
+            known = self._arrays[name] = (tensor, tensor.numpy())
+        return known[1]
 
     def initialize_attention_state(self, **options: Any) -> Any:
         """Lay out a step; see the base class."""
@@ -102,6 +114,7 @@ class PagedContext(DynamicInferenceContext):
         for name in [n for n, value in vars(self).items() if isinstance(value, Tensor)]:
             delattr(self, name)
         self._angles = self._slots = None
+        self._arrays = {}
         self.is_tensor_state_allocated = False
 
     def _allocate_memory_buffer(self) -> None:

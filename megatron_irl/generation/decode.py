@@ -6,6 +6,7 @@ Prompts, a cache that is full, and requests that wait for room in it stay the en
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,15 @@ class DecodeLoop:
         )
 
     @torch.inference_mode()
-    def run(self, table: RequestTable, *, wanted: int | None) -> list[int]:
+    def run(
+        self, table: RequestTable, *, wanted: int | None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> list[int]:
         """Decode, at most until ``wanted`` requests have used their budgets up.
 
         Args:
             wanted: None where nobody waits for their places.
+            meanwhile: The host's work for while the device decodes.
 
         Returns:
             The requests that have ended.
@@ -78,10 +83,10 @@ class DecodeLoop:
             if step:
                 context.follow_device()
             self._step(input_ids, position_ids)
+        meanwhile()
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
         counts = was_live.sum(axis=0)
-        for row, request in enumerate(requests):
-            table.record(request, tokens[: counts[row], row], logprobs[: counts[row], row])
+        table.record(requests, tokens, logprobs, counts)
         self.step_count += steps
         self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
         self.seconds += time.perf_counter() - start
@@ -154,10 +159,10 @@ class DecodeLoop:
     ) -> None:
         """Tell the context and the engine what the burst did, as if its steps had been theirs."""
         context, engine, (steps, rows) = self._context, self._engine, tokens.shape
-        for row, request in enumerate(ids_B.tolist()):
+        sampled_BK = tokens.T.tolist()
+        for request, done, count in zip(ids_B.tolist(), sampled_BK, counts.tolist(), strict=True):
             # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
-            done = tokens[: counts[row], row].tolist()
-            engine.get_request(request).generated_tokens += done
+            engine.get_request(request).generated_tokens += done[:count]
         last_B = torch.from_numpy(tokens[counts - 1, np.arange(rows)])
         if steps > 1:
             # Rows that have ended are released below, wherever they are said to be.

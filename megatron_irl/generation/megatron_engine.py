@@ -10,15 +10,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from megatron_irl import hardware
+from megatron_irl.collector import no_collection
 from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
 from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
 from megatron_irl.generation.graphs import is_capturable
+from megatron_irl.generation.intake import Intake
 from megatron_irl.generation.interface import Finished, Progress, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
 from megatron_irl.generation.residency import KeepCache, Residency
@@ -26,9 +27,6 @@ from megatron_irl.generation.sampler import TableSampler
 from megatron_irl.hardware import paged_attention
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import Sample
-
-from megatron.core.inference.inference_request import DynamicInferenceRequest  # isort: skip
-from megatron.core.inference.sampling_params import SamplingParams  # isort: skip
 
 
 class MegatronGenerator:
@@ -149,7 +147,7 @@ class MegatronGenerator:
             assert self._built is not None
             table = self._sampler.table = RequestTable(sampling, budgets, streams)
             try:
-                with self._built.lent():
+                with self._built.lent(), no_collection():
                     return self._run(self._built, prompts, table, on_progress, on_finished)
             except BaseException:
                 self.close()  # requests in flight would haunt the next call
@@ -208,45 +206,18 @@ def _steps(
     """
     engine, loop = built.engine, built.loop
     places = int(engine.context.max_requests)
-    together = max(1, places // 8) if loop.burst_steps > 1 else 1
-    queue = iter(range(len(prompts)))
-    cut = False  # the last step took fewer prompts than there were places for
-    while True:
-        room = max(0, places - len(engine.waiting_request_ids))  # evicted ones wait there too
-        for request in itertools.islice(queue, room):
-            _add(engine, request, prompts[request], table.budgets[request])
-        if not engine.has_unfinished_requests():
-            return
-        waiting = len(engine.waiting_request_ids)
+    intake = Intake(engine, prompts, table, max(1, places // 8) if loop.burst_steps > 1 else 1)
+    cut = False  # the last step took fewer prompts than it was given
+    while intake.waiting or engine.has_unfinished_requests():
+        waiting = intake.waiting
         free = places - int(engine.context.total_request_count)
-        enough = cut or free >= min(together, waiting)
-        if loop.ready() and not (waiting and enough and _fits(engine)):
+        enough = cut or free >= min(intake.together, waiting)
+        if loop.ready() and not (waiting and enough and intake.fits()):
             cut = False
-            yield loop.run(table, wanted=max(1, together - free) if waiting else None)
+            wanted = max(1, intake.together - free) if waiting else None
+            yield loop.run(table, wanted=wanted, meanwhile=intake.prepare)
             continue
+        intake.hand_over()
         stepped: Any = engine.step_modern()
-        records = stepped["finished_request_records"]
-        left = len(engine.waiting_request_ids)
-        cut = left > 0 and waiting - left < free
-        yield [record[-1].request_id for record in records]
-
-
-def _add(engine: Any, request: int, prompt: np.ndarray, budget: int) -> None:
-    # Sampling is the sampler's business; stopping by id is the controller's. The prompt stays on
-    # the host (engine.add_request would ask for it on the device): bookkeeping copies it there.
-    context = engine.context
-    engine._add_request(
-        DynamicInferenceRequest(
-            request_id=request,
-            prompt_tokens=torch.as_tensor(np.asarray(prompt, dtype=np.int64)),
-            sampling_params=SamplingParams(num_tokens_to_generate=int(budget), termination_id=-1),
-            block_size_tokens=context.block_size_tokens,
-            enable_prefix_caching=context.enable_prefix_caching,
-        )
-    )
-
-
-def _fits(engine: Any) -> bool:
-    """Whether the next request in the queue could start now."""
-    head = engine.get_request(engine.waiting_request_ids[0])
-    return engine._can_schedule_non_chunked_prefill(head, record_cg_wait=False)
+        cut = bool(engine.waiting_request_ids)
+        yield [record[-1].request_id for record in stepped["finished_request_records"]]

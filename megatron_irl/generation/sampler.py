@@ -39,8 +39,8 @@ class TableSampler(Sampling):
         # prompt in them are few; all others go through ``DecodeLoop``.
         tokens = token_B.cpu().numpy()
         logprobs = logprob_B.cpu().numpy()
-        for row, request in enumerate(requests):
-            self.table.record(request, tokens[row : row + 1], logprobs[row : row + 1])
+        once_B = np.ones(len(requests), dtype=np.int64)
+        self.table.record(requests, tokens[None], logprobs[None], once_B)
         self.stopped = self.table.is_stop(tokens)
         return token_B if output is None else output.copy_(token_B)
 

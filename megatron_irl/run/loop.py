@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_irl.algorithms.base import Phase, Work
 from megatron_irl.algorithms.round import Round
+from megatron_irl.collector import settled
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
@@ -47,7 +48,9 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         check_shared(inputs.folder.path, topology)
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
-            train_rounds(open_run(inputs, topology, argv or sys.argv, lease))
+            run = open_run(inputs, topology, argv or sys.argv, lease)
+            with settled():
+                train_rounds(run)
     finally:
         lease.release()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_irl import hardware
+from megatron_irl.collector import no_collection
 from megatron_irl.config import Recipe
 from megatron_irl.data.sampler import order_seed
 from megatron_irl.data.stored import Stored
@@ -87,6 +88,13 @@ class Stepper:
 
         Collectives: every rank must call.
         """
+        with no_collection():
+            return self._train_step(microbatches, objective, heads, frozen, where)
+
+    def _train_step(
+        self, microbatches: Sequence[PackedBatch], objective: Objective, heads: HeadChoice,
+        frozen: Frozen, where: str,
+    ) -> StepResult:
         policy = self.policy
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()

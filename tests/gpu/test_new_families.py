@@ -32,7 +32,7 @@ def test_specs_are_equal(setup, tmp_path, name):  # noqa: F811
     hf = make_tiny_llama(tmp_path / "hf", **SIZES, **BOTH[name])
     te, _ = build(hf, setup[1], precision="bf16", spec="transformer_engine")
     local, _ = build(hf, setup[1], precision="bf16", spec="local")
-    difference = np.abs(logprobs(te, setup[1]) - logprobs(local, setup[1]))
+    difference = np.abs(logprobs(hf, te, setup[1]) - logprobs(hf, local, setup[1]))
     assert difference.mean() < 0.02 and difference.max() < 0.2
 
 
@@ -54,7 +54,7 @@ def test_logprobs_and_greedy_tokens_equal_transformers(setup, tmp_path, name):  
         rows = rows[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])
         expected.append(rows[:, 0].cpu().numpy())
     np.testing.assert_allclose(
-        logprobs(chunks, setup[1]), np.concatenate(expected), atol=1e-3
+        logprobs(hf, chunks, setup[1]), np.concatenate(expected), atol=1e-3
     )
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=16, eos_id=1, seed=3)
     prompts = [prompt for prompt, _ in sequences[:6]]

@@ -20,24 +20,61 @@ def test_keys_of_prompts_and_samples_never_meet():
     assert len(keys) == 12 and max(keys) < 2**63
 
 
+def record(table, requests, tokens, counts=None):
+    """Append tokens [K][B]; the log-probability of token t is -t."""
+    tokens = np.array(tokens)
+    counts = np.full(len(requests), len(tokens)) if counts is None else np.array(counts)
+    table.record(requests, tokens, -tokens.astype(np.float32), counts)
+
+
 def test_a_request_draws_its_own_stream_however_it_is_asked():
     table = RequestTable(SAMPLING, [6, 4], [(7, 100), (8, 5)])
     np.testing.assert_array_equal(table.uniforms([0, 1], 3)[:, 0], uniforms(7, 100, 6)[:3])
-    table.record(0, np.array([5, 6]), np.array([-1.0, -2.0]))
+    record(table, [0], [[5], [6]])
     block = table.uniforms([1, 0], 8)
     np.testing.assert_array_equal(block[:4, 1], uniforms(7, 100, 6)[2:])
     np.testing.assert_array_equal(block[:4, 0], uniforms(8, 5, 4))
     assert not block[4:].any(), "nothing past a budget"
+    assert not RequestTable(SamplingConfig(temperature=0.0), [3], [(0, 0)]).uniforms([0], 3).any()
 
 
 def test_table_keeps_and_drops_a_response():
     table = RequestTable(SAMPLING, [6], [(0, 0)])
-    table.record(0, np.array([5, 6]), np.array([-1.0, -2.0]))
-    table.record(0, np.array([9]), np.array([-3.0]))
+    record(table, [0], [[5], [6]])
+    record(table, [0], [[9]])
     assert table.left([0]).tolist() == [3] and table.lengths([0]).tolist() == [3]
     sample = table.finish(0)
     assert sample.token_ids.tolist() == [5, 6, 9] and sample.finish_reason == "stop"
-    assert sample.logprobs.tolist() == [-1.0, -2.0, -3.0] and table._rows == {}
+    assert sample.logprobs.tolist() == [-5.0, -6.0, -9.0]
+
+
+def test_any_number_of_requests_share_the_table():
+    rng = np.random.default_rng()
+    budgets = rng.integers(1, 9, 60).tolist()
+    streams = [(5, 10 * n) for n in range(60)]
+    table = RequestTable(SamplingConfig(eos_id=99), budgets, streams)
+    expected = {n: rng.integers(0, 99, budgets[n]).tolist() for n in range(60)}
+    waiting, active = list(rng.permutation(60)), []
+    while waiting or active:
+        while waiting and len(active) < 25:  # more than the first table has rows
+            active.append(int(waiting.pop()))
+            table.prepare(active[-1])
+        rng.shuffle(active)
+        done = table.lengths(active)
+        counts = np.minimum(table.left(active), rng.integers(1, 4))
+        steps = int(counts.max())
+        drawn = table.uniforms(active, steps)
+        tokens = np.full((steps, len(active)), -1)  # of no request where it has ended
+        for column, request in enumerate(active):
+            span = slice(done[column], done[column] + counts[column])
+            tokens[: counts[column], column] = expected[request][span]
+            numbers = uniforms(*streams[request], budgets[request])[span]
+            np.testing.assert_array_equal(drawn[: counts[column], column], numbers)
+        record(table, active, tokens, counts)
+        for request in [r for r, left in zip(active, table.left(active), strict=True) if not left]:
+            active.remove(request)
+            assert table.finish(request).token_ids.tolist() == expected[request]
+    assert table.token_count == sum(budgets)
 
 
 class _View:
