@@ -116,21 +116,22 @@ class RunFolder:
             )
 
     def claim(
-        self, recipe: Recipe, data: str, num_demonstrations: int, start: dict[str, str],
-        argv: list[str], kernels: dict[str, Any] | None = None,
+        self, recipe: Recipe, began_with: dict[str, Any], argv: list[str],
+        kernels: dict[str, Any] | None = None,
     ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
 
         In this order, so that a folder with anything in it is known as a run's.
 
         Args:
+            recipe: Resolved.
+            began_with: ``data``, ``demonstrations`` and ``start``, as of ``check``.
             kernels: What the run computes with, for the record.
         """
         # What the folder was begun with stays: how samples are drawn must not change on the way.
         known = self._read()
         sampling = known.get("sampling", 1) if known else SAMPLING
-        identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling,
-                    "demonstrations": num_demonstrations, "start": start}
+        identity = {"fingerprint": fingerprint(recipe), "sampling": sampling, **began_with}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
         self._write(identity | {"finished": False} | ({"kernels": kernels} if kernels else {}))
