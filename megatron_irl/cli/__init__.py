@@ -92,11 +92,11 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--seed", type=int, default=1234)
     generate.add_argument("--num-samples", type=int, default=1, help="responses to each prompt, "
                           "a line each")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="cut "
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end "
                           "responses before this text; may be given several times")
     generate.add_argument("--system", metavar="TEXT", help="system turn for prompts without one")
-    generate.add_argument("--stream", action="store_true", help="also print lines to standard "
-                          "output as they are finished")
+    generate.add_argument("--stream", action="store_true", help="also print each line to "
+                          "standard output as soon as it is finished, in that order")
     generate.add_argument("--part-size", "--chunk-size", type=int, help="lines per model replica "
                           "between two writes of finished ones (default: 1024, with --stream 64); "
                           "changes no response; --chunk-size is its name of before")

@@ -13,6 +13,7 @@ import numpy as np
 from megatron_irl.cli.encoding import prompt_ids
 from megatron_irl.cli.inference import OpenModel, open_model, with_ranks
 from megatron_irl.cli.outputs import check_one_kind, check_out, reading_of, say_what_was_read
+from megatron_irl.cli.stop_texts import StopTexts
 from megatron_irl.console import Console
 from megatron_irl.data.prompts import PromptRecord, load_prompts
 from megatron_irl.data.sources import Reading
@@ -24,7 +25,7 @@ from megatron_irl.storage.partial import PartialJsonl
 from megatron_irl.types import Sample
 
 PART = 1024  # lines per replica between two writes
-STREAM_PART = 64  # likewise where someone is waiting for them: what is decoded together
+STREAM_PART = 64  # likewise where someone is waiting for what other replicas sample
 
 
 def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
@@ -123,7 +124,8 @@ def _generate_rest(
         what = "prompts" if each == 1 else "samples"
         progress.note(f"resuming: {start} of {count} {what} are done")
     share = slice(topology.dp_rank, None, topology.dp_size)
-    size = (options.part_size or (STREAM_PART if options.stream else PART)) * topology.dp_size
+    size = _part_size(options, topology.dp_size)
+    lines_of = _Lines(options, model, records, prompts)
     finished = tokens = 0
     with progress.generation(len(range(start, count)[share])) as advance:
         for first in range(start, count, size):
@@ -132,61 +134,90 @@ def _generate_rest(
                 [prompts[line // each] for line in lines], sampling,
                 functools.partial(_advance, advance, finished, tokens),
                 keys=[line % each * len(prompts) + line // each for line in lines],
+                on_finished=functools.partial(lines_of.stream, first) if options.stream and (
+                    partial is not None) else None,
+                ends=functools.partial(lines_of.ends, first) if options.stop else None,
             )
             finished += len(lines[share])  # what is shown is this replica's share
             tokens += sum(len(sample.token_ids) for sample in samples[share])
             if partial is not None:
-                written = [
-                    _line(options, model, records[line // each], prompts[line // each], sample,
-                          line % each)
-                    for line, sample in zip(lines, samples, strict=True)]
-                partial.append(written)
+                partial.append([
+                    lines_of.made(line, sample)
+                    for line, sample in zip(lines, samples, strict=True)])
                 if options.stream:
-                    sys.stdout.buffer.writelines(map(json_line, written))
-                    sys.stdout.buffer.flush()
+                    for place, sample in enumerate(samples):  # of other replicas, not seen yet
+                        lines_of.stream(first, place, sample)
+            lines_of.forget()
+
+
+def _part_size(options: argparse.Namespace, replicas: int) -> int:
+    """Lines between two writes. What other replicas sample can be streamed only then."""
+    default = STREAM_PART if options.stream and replicas > 1 else PART
+    return (options.part_size or default) * replicas
 
 
 def _advance(advance: Callable[..., None], finished: int, tokens: int, done: int, new: int) -> None:
     advance(finished + done, tokens + new)
 
 
-def _line(
-    options: argparse.Namespace, model: OpenModel, record: PromptRecord, prompt: np.ndarray,
-    sample: Sample, number: int,
-) -> dict[str, Any]:
-    # Such a text that ``score``, given it with the prompt, sees these very ids.
-    decode = functools.partial(
-        model.tokenizer.response_text, prompt, plain=record.conversation.plain)
-    response, sample = _cut(sample, options.stop, decode) if options.stop else (
-        decode(sample.token_ids), sample)
-    numbered = {"sample": number} if options.num_samples > 1 else {}
-    return record.output() | numbered | {
-        "response": response,
-        "token_ids": sample.token_ids.tolist(),
-        "logprobs": sample.logprobs.astype(float).tolist(),
-        "finish_reason": sample.finish_reason,
-    }
+class _Lines:
+    """Samples as lines of the output, each made once: of a part, until it is forgotten."""
 
+    def __init__(
+        self, options: argparse.Namespace, model: OpenModel, records: Sequence[PromptRecord],
+        prompts: Sequence[np.ndarray],
+    ) -> None:
+        self._records, self._prompts, self._each = records, prompts, options.num_samples
+        self._tokenizer = model.tokenizer
+        self._stops = StopTexts(options.stop, model.tokenizer.decode) if options.stop else None
+        self._made: dict[int, dict[str, Any]] = {}
+        self._streamed: set[int] = set()
 
-def _cut(
-    sample: Sample, stop: Sequence[str], decode: Callable[[np.ndarray], str]
-) -> tuple[str, Sample]:
-    """The text before the first of the strings, and the tokens up to the one that completes it."""
-    text = decode(sample.token_ids)
-    if not any(each in text for each in stop):
-        return text, sample
-    # The fewest tokens whose text has one of the strings: having one, more tokens keep it.
-    fewest, most = 1, len(sample.token_ids)
-    while fewest < most:
-        middle = (fewest + most) // 2
-        text = decode(sample.token_ids[:middle])
-        if any(each in text for each in stop):
-            most = middle
+    def ends(self, first: int, place: int, token_ids: np.ndarray) -> bool:
+        """Whether the response in this place of the part has a ``--stop`` text by now."""
+        assert self._stops is not None
+        line = first + place
+        return self._stops.ends(line, token_ids, self._decode(line))
+
+    def made(self, line: int, sample: Sample) -> dict[str, Any]:
+        """The output line of a sample."""
+        found = self._made.get(line)
+        if found is None:
+            found = self._made[line] = self._make(line, sample)
+        return found
+
+    def stream(self, first: int, place: int, sample: Sample) -> None:
+        """Print a line, unless it has been: in the order in which responses are finished."""
+        line = first + place
+        if line not in self._streamed:
+            self._streamed.add(line)
+            sys.stdout.buffer.write(json_line(self.made(line, sample)))
+            sys.stdout.buffer.flush()
+
+    def forget(self) -> None:
+        """A part is written."""
+        self._made.clear()
+        self._streamed.clear()
+
+    def _decode(self, line: int) -> Callable[[np.ndarray], str]:
+        # Such a text that ``score``, given it with the prompt, sees these very ids.
+        record, prompt = (of[line // self._each] for of in (self._records, self._prompts))
+        return functools.partial(
+            self._tokenizer.response_text, prompt, plain=record.conversation.plain)
+
+    def _make(self, line: int, sample: Sample) -> dict[str, Any]:
+        decode = self._decode(line)
+        if self._stops is None:
+            response = decode(sample.token_ids)
         else:
-            fewest = middle + 1
-    text = decode(sample.token_ids[:most])
-    end = min(text.index(each) for each in stop if each in text)
-    return text[:end], Sample(sample.token_ids[:most], sample.logprobs[:most], "stop")
+            response, sample = self._stops.cut(sample, decode)
+        numbered = {"sample": line % self._each} if self._each > 1 else {}
+        return self._records[line // self._each].output() | numbered | {
+            "response": response,
+            "token_ids": sample.token_ids.tolist(),
+            "logprobs": sample.logprobs.astype(float).tolist(),
+            "finish_reason": sample.finish_reason,
+        }
 
 
 def _settings(

@@ -12,6 +12,7 @@ from megatron_irl.config.layout import (
 from megatron_irl.config.load import load_recipe
 from megatron_irl.config.resolve import resolve, to_yaml
 from megatron_irl.config.schema import (
+    AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
@@ -29,6 +30,7 @@ from megatron_irl.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",

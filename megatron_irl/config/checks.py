@@ -13,7 +13,13 @@ from megatron_irl.config.bounds import (
 )
 from megatron_irl.config.files import paths_of
 from megatron_irl.config.layout import check_layout
-from megatron_irl.config.schema import AlgorithmConfig, DataSource, ParallelConfig, Recipe
+from megatron_irl.config.schema import (
+    AdapterConfig,
+    AlgorithmConfig,
+    DataSource,
+    ParallelConfig,
+    Recipe,
+)
 from megatron_irl.errors import UserError
 
 _OWNED_ELSEWHERE = {
@@ -26,7 +32,8 @@ _AT_LEAST_ONE = (
     "generation.max_requests", "generation.part_size", "evaluation.limit",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.global_batch_size",
     "train.logprob_rows",
-    "checkpoint.interval", "checkpoint.keep", "checkpoint.stop_before", "logging.interval",
+    "adapter.rank", "checkpoint.interval", "checkpoint.keep", "checkpoint.stop_before",
+    "logging.interval",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
     "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )
@@ -57,6 +64,7 @@ def check_recipe(recipe: Recipe) -> None:
     for section, names in (("model", recipe.model.overrides), ("optimizer", recipe.optimizer)):
         _check_owned_elsewhere(section, names)
     _check_precision(recipe)
+    _check_adapter(recipe)
     check_layout(recipe)
 
 
@@ -144,3 +152,23 @@ def _check_precision(recipe: Recipe) -> None:
             raise UserError(f"model.{name}={value} conflicts with precision={recipe.precision}; "
                             f"FP8 settings act only under FP8. Remove model.{name} or set "
                             "precision to fp8.")
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    adapter, default = recipe.adapter, AdapterConfig()
+    check_range("adapter.dropout", adapter.dropout, "[0, 1)", 0 <= adapter.dropout < 1)
+    if adapter.alpha is not None:
+        check_range("adapter.alpha", adapter.alpha, "(0, inf)", adapter.alpha > 0)
+    if not adapter.targets:
+        raise UserError("adapter.targets names no layer. Set it to all-linear, or to the layers "
+                        "that shall have adapters.")
+    if not adapter.enabled:
+        for field in dataclasses.fields(adapter):
+            value = getattr(adapter, field.name)
+            if value != getattr(default, field.name):
+                raise UserError(f"adapter.{field.name}={value} does nothing without adapter.rank "
+                                "or adapter.path. Set one of them, or remove the section.")
+    if adapter.merge_each_round and recipe.algorithm.reset_optimizer != "round":
+        raise UserError("adapter.merge_each_round=true conflicts with algorithm.reset_optimizer="
+                        f"{recipe.algorithm.reset_optimizer}; the moments of merged adapters say "
+                        "nothing about new ones. Set algorithm.reset_optimizer to round.")

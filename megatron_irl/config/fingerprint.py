@@ -16,7 +16,7 @@ NOT_THE_EXPERIMENT = (
     "data.eval_limit", "data.eval_preferences", "train.micro_batch_size",
     "train.micro_batch_tokens", "train.logprob_rows", "generation.max_requests",
     "generation.kv_cache_gb", "generation.cuda_graphs", "generation.keep_cache",
-    "generation.share_prompts", "generation.offload_optimizer",
+    "generation.share_prompts", "adapter.generation", "generation.offload_optimizer",
 )
 
 

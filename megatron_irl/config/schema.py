@@ -35,6 +35,39 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: train low-rank updates of linear layers, scaled by alpha / rank, and freeze the model.
+    Memory and checkpoints then hold optimizer state for the adapters alone."""
+
+    rank: int | None = None
+    """Rank of every update; none: no adapters, the whole model is trained."""
+    alpha: float | None = None
+    """Updates are multiplied by alpha / rank; none: alpha is the rank."""
+    dropout: float = 0.0
+    """Dropout of what an adapter reads, while training. Above 0 the policy of a round's first step
+    is not quite its reference."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Layers by the names of Hugging Face's modules (``q_proj``, ``self_attn.q_proj``,
+    ``lm_head``); ``all-linear`` is all of them but the output head."""
+    init: Literal["kaiming", "normal"] = "kaiming"
+    """Distribution of A, uniform or normal as peft draws it. B begins as zero."""
+    path: str | None = None
+    """Folder of an adapter to go on with, as peft or a run wrote it; it decides rank, alpha and
+    targets."""
+    merge_each_round: bool = False
+    """Add the updates to the model after each round and begin new ones, as the paper's code does;
+    needs ``algorithm.reset_optimizer: round``. Otherwise one adapter is trained to the end."""
+    generation: Literal["merged", "applied"] = "merged"
+    """Sample with the updates added to the weights, which are put back exactly from a copy in host
+    memory, or with the adapters applied beside them."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are adapters."""
+        return self.rank is not None or self.path is not None
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """What is learnt, and the three knobs of the loop: regenerate, refresh reference, reset.
 
@@ -255,6 +288,8 @@ class Recipe:
     """Any Megatron ``DistributedDataParallelConfig`` field by its name."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over ranks."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA instead of training the whole model."""
     precision: Precision = "bf16"
     """``fp8`` takes Megatron's recipe in ``model.fp8_recipe`` and needs a GPU."""
     seed: int = 1234

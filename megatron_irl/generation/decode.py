@@ -87,6 +87,7 @@ class DecodeLoop:
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
         counts = was_live.sum(axis=0)
         table.record(requests, tokens, logprobs, counts)
+        live_B = live_B & ~table.has_ended(requests)
         self.step_count += steps
         self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
         self.seconds += time.perf_counter() - start

@@ -11,6 +11,7 @@ from megatron_irl.types import Sample
 
 Progress = Callable[[int, int], None]
 Finished = Callable[[int, Sample], None]
+Ends = Callable[[int, np.ndarray], bool]
 
 SAMPLES_PER_PROMPT = 1 << 20  # bound of the sample's index in a request's key
 
@@ -85,6 +86,7 @@ class Generator(Protocol):
         seeds: Sequence[int] | None = None,
         max_new_tokens: Sequence[int] | None = None,
         on_finished: Finished | None = None,
+        ends: Ends | None = None,
     ) -> list[Sample]:
         """Sample one response per prompt.
 
@@ -102,6 +104,9 @@ class Generator(Protocol):
             max_new_tokens: Budgets per prompt, instead of ``sampling.max_new_tokens``.
             on_finished: Called with a prompt's position and its sample as soon as that is complete,
                 in the same order on every rank of a replica.
+            ends: Called with a prompt's position and its tokens so far whenever more of them have
+                come to the host; True ends the response there. Tokens may come several at a time.
+                Equal on every rank of a replica. No other response changes.
 
         Returns:
             Samples whose log-probabilities are of the untempered, unfiltered policy.

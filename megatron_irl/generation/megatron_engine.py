@@ -20,7 +20,7 @@ from megatron_irl.generation.cache_size import default_block_tokens
 from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
 from megatron_irl.generation.graphs import is_capturable
 from megatron_irl.generation.intake import Intake
-from megatron_irl.generation.interface import Finished, Progress, SamplingConfig
+from megatron_irl.generation.interface import Ends, Finished, Progress, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
 from megatron_irl.generation.residency import KeepCache, Residency
 from megatron_irl.generation.sampler import TableSampler
@@ -131,6 +131,7 @@ class MegatronGenerator:
         seeds: Sequence[int] | None = None,
         max_new_tokens: Sequence[int] | None = None,
         on_finished: Finished | None = None,
+        ends: Ends | None = None,
     ) -> list[Sample]:
         """One response per prompt, in order; see ``interface.Generator.generate``."""
         count = len(prompts)
@@ -145,7 +146,7 @@ class MegatronGenerator:
             if self._built is None:
                 self._build(models)
             assert self._built is not None
-            table = self._sampler.table = RequestTable(sampling, budgets, streams)
+            table = self._sampler.table = RequestTable(sampling, budgets, streams, ends)
             try:
                 with self._built.lent(), no_collection():
                     return self._run(self._built, prompts, table, on_progress, on_finished)

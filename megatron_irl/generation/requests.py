@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.generation.interface import Ends, SamplingConfig
 from megatron_irl.generation.sampling import uniforms
 from megatron_irl.types import Sample
 
@@ -21,14 +21,17 @@ class RequestTable:
         sampling: One setting for all of them.
         budgets: Most tokens of each.
         streams: (seed, key) of each: its Philox stream, whose t-th number draws its t-th token.
+        ends: As in ``Generator.generate``.
 
     Shape letters: B requests, K tokens of each.
     """
 
     def __init__(
-        self, sampling: SamplingConfig, budgets: Sequence[int], streams: Sequence[tuple[int, int]]
+        self, sampling: SamplingConfig, budgets: Sequence[int], streams: Sequence[tuple[int, int]],
+        ends: Ends | None = None,
     ) -> None:
         self.sampling, self.budgets, self._streams = sampling, budgets, streams
+        self._ends, self._ended = ends, set[int]()
         self._stops = np.array(sorted(sampling.stop_set))
         self._row_of: dict[int, int] = {}  # of the requests under way
         self._free: list[int] = []
@@ -88,13 +91,22 @@ class RequestTable:
         """Bool [B], whether a token ends its response."""
         return np.isin(tokens, self._stops)
 
+    def has_ended(self, requests: Sequence[int]) -> np.ndarray:
+        """Bool [B], whether the caller wants no more of a response than was recorded."""
+        if self._ends is not None:
+            for request, row in zip(requests, self._rows(requests), strict=True):
+                if self._ends(request, self._tokens[row, : self._lengths[row]]):
+                    self._ended.add(request)
+        return np.array([request in self._ended for request in requests], dtype=bool)
+
     def finish(self, request: int) -> Sample:
         """The response, whose row is free for another request from now on."""
         row = self._row_of.pop(request)
         self._free.append(row)
         length = int(self._lengths[row])
         tokens = self._tokens[row, :length].copy()
-        reason = "stop" if int(tokens[-1]) in self.sampling.stop_set else "length"
+        is_stop = request in self._ended or int(tokens[-1]) in self.sampling.stop_set
+        reason = "stop" if is_stop else "length"
         return Sample(tokens, self._logprobs[row, :length].copy(), reason)
 
     def _rows(self, requests: Sequence[int]) -> np.ndarray:

@@ -41,7 +41,7 @@ class TableSampler(Sampling):
         logprobs = logprob_B.cpu().numpy()
         once_B = np.ones(len(requests), dtype=np.int64)
         self.table.record(requests, tokens[None], logprobs[None], once_B)
-        self.stopped = self.table.is_stop(tokens)
+        self.stopped = self.table.is_stop(tokens) | self.table.has_ended(requests)
         return token_B if output is None else output.copy_(token_B)
 
     def log_probs_kernel(

@@ -52,6 +52,12 @@ def device_count() -> int:
     return torch.cuda.device_count() if IS_CUDA else os.cpu_count() or 1
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in host memory, pinned on CUDA so that it comes back at the bus's speed."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=IS_CUDA)
+    return host.copy_(tensor.detach())
+
+
 def keep_float32() -> None:
     """Let fp32 products be fp32; NVIDIA's image rounds their factors to TF32 by an environment."""
     if IS_CUDA:

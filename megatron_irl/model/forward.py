@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_irl.families.table import REWARD_HEAD
+from megatron_irl.families.table import ADAPTER, REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
@@ -69,6 +69,9 @@ class HeadProcessor:
         for hook in output_layer._forward_pre_hooks.values():
             hook(output_layer, ())
         weight = output_layer.weight if output_weight is None else output_weight
+        adapter = getattr(output_layer, ADAPTER, None)
+        if adapter is not None and adapter.is_applied:
+            options |= {"adapter": adapter.head_factors}
         return response_logprobs(
             hidden_states, weight, batch.rows_R, batch.targets_R, rows_at_once=self.rows_at_once,
             **options,

@@ -40,6 +40,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hf = path / "hf"
+        self.adapter = path / "adapter"
         self.hf_reward = path / "hf_reward"
         self.ledger = path / "ledger"
         self.preference_references = path / "preference_references.json"
@@ -49,6 +50,10 @@ class RunFolder:
         self.previous = path / "previous"
         self.tokens = path / "tokens"
         self._identity = path / "run.json"
+
+    def round_adapter(self, round_index: int) -> Path:
+        """Where the adapter of a round is kept that is merged into the base."""
+        return self.path / "adapters" / f"round_{round_index:04d}"
 
     @property
     def is_finished(self) -> bool:

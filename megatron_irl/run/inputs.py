@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.adapters.spec import AdapterSpec, adapter_spec
 from megatron_irl.algorithms.base import Algorithm, algorithm_of
 from megatron_irl.config import Recipe, resolve
 from megatron_irl.config.bounds import value_at
@@ -38,6 +39,7 @@ class Inputs:
         recipe: Resolved.
         hf_config: The starting model's config.json.
         model_config, optimizer_config, ddp_config: Megatron's.
+        adapter: What is trained instead of the whole model, if anything.
         start: What the run begins with, see ``describe_start``.
         notes: Lines for the user.
     """
@@ -52,6 +54,7 @@ class Inputs:
     model_config: TransformerConfig
     optimizer_config: OptimizerConfig
     ddp_config: DistributedDataParallelConfig
+    adapter: AdapterSpec | None
     start: dict[str, str]
     notes: list[str]
 
@@ -92,17 +95,20 @@ def read_inputs(
     ddp_config = build_ddp_config(recipe.ddp | sharded)
     check_lengths(recipe, arch, model_config)
     validate_hf_folder(hf_dir, arch)
+    adapter = adapter_spec(recipe.adapter, arch, recipe.parallel, seed=recipe.seed)
     date = folder.date or today()
     tokenizer = load_tokenizer(
         recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
         arguments=recipe.data.chat_template_args, date=date, model=hf_dir,
     )
     tokenizer = fitted(tokenizer, arch.vocab_size)
-    start = describe_start(hf_dir, tokenizer, date)
+    start = describe_start(hf_dir, tokenizer, date, adapter=recipe.adapter.path)
+    if adapter is not None and adapter.start is not None:
+        adapter.start.check_base(start["model.hf"], hf_dir)
     data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
-        optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],
+        optimizer_config, ddp_config, adapter, start, [*certificate_notes(hf_dir), *data.notes],
     )
 
 

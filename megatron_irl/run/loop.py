@@ -26,6 +26,7 @@ from megatron_irl.errors import RunStopped, TrainingDiverged
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.run.adapter_rounds import write_adapter
 from megatron_irl.run.between_steps import between_steps
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
@@ -176,8 +177,13 @@ def finish(run: Run) -> None:
     """Leave the policy, and what else was learnt, as HF folders; mark the run finished."""
     folder, policy = run.folder, run.policy
     run.console.note(f"writing {folder.hf}")
-    export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
-    run.algorithm.export(policy, folder.path, run.companions, run.console.note)
+    with policy.merged():
+        export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
+        run.algorithm.export(policy, folder.path, run.companions, run.console.note)
+    if policy.adapters is not None:
+        run.console.note(f"writing {folder.adapter}")
+        policy.complete_gather()
+        write_adapter(run)
     on_main(folder.finish, run.topology)
     run.recorder.close()
     run.console.note(f"done: {folder.path / 'report.html'}")

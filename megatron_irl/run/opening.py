@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.adapters.adapters import add_adapters
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.data.ledger import discard_ledger_after
@@ -15,6 +16,7 @@ from megatron_irl.model.specs import choose_spec
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
+from megatron_irl.run.adapter_rounds import restore_base
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs, generation_length
 from megatron_irl.run.recorder import Recorder
@@ -49,14 +51,13 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     )
     checkpointer.put_back()
     resume = checkpointer.latest()
-    policy = build_policy(inputs, topology, weights=resume is None)
+    policy = build_policy(inputs, topology, weights=resume is None or bool(inputs.adapter))
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
     if resume is not None:
-        saved = checkpointer.load(
-            resume, policy.chunks, trainer.optimizer, trainer.scheduler
-        )
+        saved = checkpointer.load(resume, policy.chunks, trainer.optimizer, trainer.scheduler)
         state = RunState.from_dict(saved)
+        restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
     kernels = announce_kernels(policy, console)
     # What is wrong with the weights on any rank is known before anything is written.
@@ -107,12 +108,19 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
     """The policy with the algorithm's heads, ready for an optimizer. Collective.
 
     Args:
-        weights: Read the starting model's; else they are unset, for a checkpoint to fill.
+        weights: Read the starting model's; else they are unset, for a checkpoint to fill. One
+            with adapters has no others.
     """
     recipe, arch = inputs.recipe, inputs.architecture
     chunks = build_chunks(inputs.model_config, arch, topology)
+    adapters = None
+    if inputs.adapter is not None:
+        adapters = add_adapters(chunks, inputs.adapter, arch, topology)
     inputs.algorithm.attach_heads(recipe, chunks, topology)
-    policy = Policy(chunks, topology, arch, rows_at_once=recipe.train.logprob_rows)
+    policy = Policy(
+        chunks, topology, arch, rows_at_once=recipe.train.logprob_rows,
+        adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
+    )
     if weights:
         policy.load_weights(Path(recipe.model.hf))
     return policy.for_training(inputs.ddp_config)

@@ -15,6 +15,7 @@ from megatron_irl.evaluation.hacking import hacking_signs
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import sample_pairs
 from megatron_irl.policy.references import add_references, open_pairs, survey
+from megatron_irl.run.adapter_rounds import merge_round
 from megatron_irl.run.run import Run
 from megatron_irl.storage.commit import read_json, write_file
 from megatron_irl.train.batches import chosen
@@ -32,6 +33,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
     """
     state = run.state
     if state.step_in_round == 0 and state.round > 0:
+        merge_round(run)
         if run.recipe.algorithm.reset_optimizer == "round":
             run.trainer.restart()
     pairs, summary = RoundPairs(run.bank, state.round), {}

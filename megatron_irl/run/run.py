@@ -14,6 +14,7 @@ from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
+from megatron_irl.policy.provenance import start_of
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.state import RunState
@@ -22,6 +23,7 @@ from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.train.step import Trainer
 
+BASE = "base"  # of adapters: the digest of the model below them, in a checkpoint's state
 NUM_PROBES = 8  # demonstrations that must have a finite likelihood before weights are saved
 
 
@@ -104,10 +106,15 @@ class Run:
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the
         # ranks bring to it, so everybody brings the main rank's.
-        state = on_main(
-            lambda: self.state.to_dict() | {"log": self.recorder.log.recent()}, self.topology
-        )
+        state = on_main(self._state, self.topology)
         self.checkpointer.save(
             self.state.step, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
             state,
         )
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights and optimizer."""
+        state = self.state.to_dict() | {"log": self.recorder.log.recent()}
+        if self.policy.adapters is not None:
+            state |= {BASE: start_of(self.folder.path).get("model.hf")}
+        return state

@@ -8,6 +8,7 @@ import pandas
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_irl.generation.megatron_engine import MegatronGenerator
 from tests.cli.harness import edited_copy, read_jsonl, refused, run, write_jsonl
 from tests.unit.data import hub_files
 from tests.unit.data.test_chat_template import RICH
@@ -106,11 +107,24 @@ def test_samples_of_a_prompt(model, base, asked, tmp_path):
             "--num-samples", 2, "--temperature", 0, named=("--num-samples 2", "--temperature 0"))
 
 
-def test_stop_cuts_text_and_tokens(model, base, asked, tmp_path):
+def test_stop_ends_a_response_at_once(model, base, asked, tmp_path, monkeypatch):
+    """Text and tokens are cut, no token is sampled after the text, and other responses stay."""
     text = base[0]["response"]
     assert len(text) >= 3 and base[0]["finish_reason"] == "length", base[0]
-    generate(model, asked, tmp_path / "o.jsonl", "--stop", text[2:], "--stop", "never there")
-    line = read_jsonl(tmp_path / "o.jsonl")[0]
+    sampled, original = [], MegatronGenerator.generate
+
+    def recorded(self, *args, **options):
+        found = original(self, *args, **options)
+        sampled.extend(found)
+        return found
+
+    monkeypatch.setattr(MegatronGenerator, "generate", recorded)
+    generate(model, asked, tmp_path / "o.jsonl", "--stop", text[1:3], "--stop", "never there")
+    line, other = read_jsonl(tmp_path / "o.jsonl")
+    assert text[1:3] not in base[1]["response"] and ids([other]) == ids(base[1:])
+    assert len(sampled[0].token_ids) == len(line["token_ids"]) < len(base[0]["token_ids"])
+    generate(model, asked, tmp_path / "p.jsonl", "--stop", text[2:])
+    line = read_jsonl(tmp_path / "p.jsonl")[0]
     assert line["response"] == text[: text.index(text[2:])]
     assert line["finish_reason"] == "stop"
     count = len(line["token_ids"])
@@ -137,6 +151,12 @@ def test_lines_are_streamed(model, asked, base, tmp_path, capfdbinary):
     generate(model, asked, tmp_path / "o.jsonl", "--stream", "--part-size", 1)
     printed = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
     assert printed == read_jsonl(tmp_path / "o.jsonl") and ids(printed) == ids(base)
+    # Whoever is finished first is printed first; the file has the order of the prompts.
+    stop = base[1]["response"][:2]
+    assert stop not in base[0]["response"], base
+    generate(model, asked, tmp_path / "p.jsonl", "--stream", "--stop", stop)
+    printed = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    assert printed == read_jsonl(tmp_path / "p.jsonl")[::-1]
 
 
 def test_parquet_is_written_and_read_again(finished, tmp_path):

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tests.cli.conftest import small_recipe
 from tests.cli.harness import edited_copy, read_jsonl, refused, run, write_jsonl, write_recipe
@@ -52,7 +59,7 @@ def recipe_of(tmp_path, model, lines, name="sft", **sections):
     if name != "sft":
         mapping["algorithm"]["beta"] = 0.1
     for section, keys in sections.items():
-        mapping[section] = mapping[section] | keys
+        mapping[section] = mapping.get(section, {}) | keys
     return write_recipe(tmp_path / "r.yaml", **mapping)
 
 
@@ -159,6 +166,43 @@ def interrupted(monkeypatch, recipe):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, "megatron_irl.run.loop.optimizer_step", 1, after=True)
         run("train", recipe)
+
+
+def test_a_chat_model_made_of_a_base_stops_by_itself_in_transformers(tmp_path, no_report):
+    """Qwen's shape: the base stops at <|endoftext|>, its chat template ends turns with <|im_end|>.
+
+    What learnt to end its turns must do so wherever the exported folder is used.
+    """
+    folder = write_tokenizer(tmp_path / "base", "qwen", TEMPLATES["qwen25"])
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    hf = AutoTokenizer.from_pretrained(folder)
+    end, turn_end = hf.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(hf), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        bos_token_id=None, eos_token_id=end, pad_token_id=end))
+    base.generation_config.eos_token_id = end
+    base.save_pretrained(folder)
+    lines = records()
+    recipe = recipe_of(
+        tmp_path, folder, lines, algorithm={"steps_per_round": 60}, optimizer={"lr": 1e-2},
+        train={"global_batch_size": len(lines), "micro_batch_size": len(lines)},
+        evaluation={"interval": "never"})
+    assert run("train", recipe).code == 0
+    exported = tmp_path / "run" / "hf"
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [
+        turn_end, end]
+    hf, model = (of.from_pretrained(exported) for of in (AutoTokenizer, AutoModelForCausalLM))
+    for record in lines:
+        text = hf.apply_chat_template(
+            record["messages"][:1], tokenize=False, add_generation_prompt=True)
+        ids = hf(text, return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**ids, max_new_tokens=40, do_sample=False)
+        said = hf.decode(out[0, ids["input_ids"].shape[1] :])
+        assert said == record["answer"] + "<|im_end|>"
 
 
 def test_another_starting_model_is_noticed_by_resume_and_by_score(

@@ -21,7 +21,7 @@ FLOORS = [
     ("config",),
     ("hardware", "compat", "collector", "console", "timing", "parallel", "storage.commit",
      "storage.partial", "storage.tables", "data"),
-    ("model", "generation", "storage", "convert"),
+    ("model", "generation", "storage", "convert", "adapters"),
     ("policy",),
     ("train", "evaluation"),
     ("algorithms",),

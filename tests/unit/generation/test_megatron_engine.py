@@ -75,6 +75,29 @@ def test_same_seed_same_samples_and_order_of_input(make, prompts):
     assert first == ids(swapped)[::-1]
 
 
+@pytest.mark.parametrize("burst", [1, 5, 16])
+def test_the_caller_ends_a_response_and_no_other_changes(make, prompts, burst):
+    """Within a burst of when it has seen enough; others have the tokens they had, and the place."""
+    whole = make().generate(prompts, SAMPLED)
+    generator, enough, seen = make(burst_steps=burst, max_requests=2), {0: 2, 3: 5, 8: 1}, []
+
+    def ends(request, token_ids):
+        seen.append((request, len(token_ids)))
+        return len(token_ids) >= enough.get(request, 99)
+
+    found = generator.generate(prompts, SAMPLED, ends=ends)
+    for request, (got, expected) in enumerate(zip(found, whole, strict=True)):
+        count = len(got.token_ids)
+        assert got.token_ids.tolist() == expected.token_ids.tolist()[:count]
+        if request in enough and len(expected.token_ids) > enough[request] + burst:
+            assert enough[request] <= count < enough[request] + burst
+            assert got.finish_reason == "stop" and (request, count) in seen
+        elif request not in enough:
+            assert count == len(expected.token_ids)
+            assert got.finish_reason == expected.finish_reason
+    assert ids(generator.generate(prompts, SAMPLED)) == ids(whole), "the cache is in order"
+
+
 @pytest.mark.parametrize(
     "options",
     [
