@@ -38,7 +38,8 @@ _AT_LEAST_ONE = (
     "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )
 _NOT_NEGATIVE = ("algorithm.nll_coefficient", "generation.temperature", "generation.top_k",
-                 "checkpoint.stop_part_seconds", "logging.samples", "seed")
+                 "checkpoint.stop_part_seconds", "train.max_skips", "parallel.hang_seconds",
+                 "logging.samples", "seed")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -79,6 +80,8 @@ def _check_bounds(recipe: Recipe) -> None:
     if isinstance(recipe.generation.cuda_graphs, int) and recipe.generation.cuda_graphs < 1:
         raise UserError(f"generation.cuda_graphs={recipe.generation.cuda_graphs} is no number of "
                         "graphs. Set it to auto, off, or 1 or more.")
+    check_range("train.spike_factor", recipe.train.spike_factor, "(0, inf)",
+                recipe.train.spike_factor > 0)
     minutes = recipe.checkpoint.interval_minutes
     if minutes is not None:
         check_range("checkpoint.interval_minutes", minutes, "(0, inf)", minutes > 0)

@@ -18,7 +18,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
 from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
-from megatron_irl.generation.graphs import is_capturable
+from megatron_irl.generation.graphs import why_not_captured
 from megatron_irl.generation.intake import Intake
 from megatron_irl.generation.interface import Ends, Finished, Progress, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
@@ -169,7 +169,7 @@ class MegatronGenerator:
     def _build(self, models: list[Any]) -> None:
         graphs = self._asked_graphs
         number = None
-        if graphs != "off" and not is_capturable(models, paged_attention.has_flash_attention()):
+        if graphs != "off" and not why_not_captured(models, paged_attention.has_flash_attention()):
             number = -1 if graphs == "auto" else int(graphs)
         hardware.release_cached_memory()
         before = hardware.held_memory()

@@ -219,7 +219,12 @@ def generate(
     """``Policy.generate`` with its progress shown. Collective over every rank."""
     share = range(len(prompts))[policy.topology.dp_rank :: policy.topology.dp_size]
     with console.generation(len(share)) as advance:
-        return policy.generate(prompts, sampling, advance)
+
+        def look(finished: int, tokens: int) -> None:
+            advance(finished, tokens)
+            policy.topology.heart.beat()
+
+        return policy.generate(prompts, sampling, look)
 
 
 def _pair(demonstration: Demonstration, sample: Sample, round_index: int) -> Pair:

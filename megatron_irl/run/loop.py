@@ -27,12 +27,14 @@ from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.adapter_rounds import write_adapter
-from megatron_irl.run.between_steps import between_steps
+from megatron_irl.run.between_steps import between_steps, skip_or_stop
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
+from megatron_irl.run.watchdog import Watchdog
 from megatron_irl.storage.shared_folder import check_shared, hold
+from megatron_irl.train.finite import NotFinite
 from megatron_irl.train.step import Stream, streams_of
 
 
@@ -45,6 +47,12 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         Console(enabled=topology.is_main).note(f"{inputs.folder.path} is finished; nothing to do.")
         return
     lease = hold(inputs.folder.path, topology)
+    options = inputs.recipe.parallel
+    watchdog = Watchdog(
+        topology, seconds=options.hang_seconds, slow_seconds=60 * options.timeout_minutes,
+        folder=inputs.folder.path / "hangs",
+    )
+    watchdog.start()
     try:
         check_shared(inputs.folder.path, topology)
         # Again: another start may have held the folder until now, and finished the run.
@@ -53,12 +61,14 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
             with settled():
                 train_rounds(run)
     finally:
+        watchdog.stop()
         lease.release()
 
 
 def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
-    state = run.state
+    state, heart = run.state, run.topology.heart
+    heart.phase, heart.is_slow = "training", False
     try:
         stop_if_asked(run.topology)
         if state.step == 0 and not state.evaluation and evaluates_before(run.recipe):
@@ -129,18 +139,21 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     streams = streams_at(run, phase, work, state.step_in_round)
     lr = run.trainer.lr
     with run.clock.timed("train"):
-        result, tokens = run.trainer.step(
-            streams, work.objective, heads=work.heads, frozen=work.frozen,
-            where=f"at step {state.step + 1}",
-        )
+        try:
+            result, tokens = run.trainer.step(
+                streams, work.objective, heads=work.heads, frozen=work.frozen,
+                where=f"at step {state.step + 1}",
+            )
+        except NotFinite as bad:
+            result, tokens = skip_or_stop(run, phase.name, bad)
     state.step += 1
     state.step_in_round += 1
     # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
     # its log cannot be written the launcher ends the other ranks, who wait in the next step.
-    run.recorder.step(
+    wanted = run.recorder.step(
         state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
     )
-    between_steps(run)
+    between_steps(run, phase, wanted)
 
 
 def close_round(run: Run, summary: dict[str, Any]) -> None:

@@ -9,7 +9,9 @@ from megatron_irl.console import Console
 from megatron_irl.data.ledger import discard_ledger_after
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.heldout import Evaluator
+from megatron_irl.generation.graphs import why_not_captured
 from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.hardware.paged_attention import has_flash_attention
 from megatron_irl.model.build import build_chunks, unwrap
 from megatron_irl.model.kernels import Kernels, describe_kernels
 from megatron_irl.model.specs import choose_spec
@@ -59,7 +61,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         state = RunState.from_dict(saved)
         restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
-    kernels = announce_kernels(policy, console)
+    kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
     on_main(lambda: folder.claim(recipe, inputs.identity, argv, kernels.as_dict()), topology)
@@ -87,17 +89,19 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
-        saved=(state.step, state.round, state.step_in_round),
     )
 
 
-def announce_kernels(policy: Policy, console: Console) -> Kernels:
+def announce_kernels(policy: Policy, recipe: Recipe, console: Console) -> Kernels:
     """Say what this rank computes with, and warn of what is slow; the main rank's is shown."""
     model = unwrap(policy.chunks[0])
     layers = choose_spec(
         policy.config.params_dtype, policy.config.fp8, local_only=policy.architecture.local_only
     )
-    kernels = describe_kernels(model, layers=layers)
+    off = "generation.cuda_graphs is off" if recipe.generation.cuda_graphs == "off" else None
+    kernels = describe_kernels(
+        model, layers=layers, not_captured=off or why_not_captured([model], has_flash_attention())
+    )
     console.note(kernels.line())
     for text in kernels.warnings():
         console.warn(text)

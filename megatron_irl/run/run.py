@@ -68,8 +68,12 @@ class Run:
     console: Console
     sampling: SamplingConfig
     companions: dict[str, Any]
-    saved: tuple[int, int, int] | None = (0, 0, 0)
+    saved: tuple[int, int, int] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.saved = self._position()
+        self.trainer.stepper.lr_scale = self.state.lr_scale
 
     @property
     def reference_weights(self) -> Path | None:
