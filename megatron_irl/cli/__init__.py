@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     follow_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.run(options, arguments)
     except UserError as error:
@@ -41,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Overrides may stand behind options too, which argparse does not know of by itself."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(
@@ -54,13 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", help="section.key=value, taken as YAML")
     train.set_defaults(run=_train)
 
-    plan = commands.add_parser("plan", help="check a recipe and print what it would do")
-    plan.add_argument("recipe", type=_path)
-    plan.add_argument("overrides", nargs="*")
-    plan.add_argument("--show", type=int, metavar="N", help="show N demonstrations as the model "
-                      "sees them, and how long all of them are")
-    plan.set_defaults(run=_plan)
-
+    _add_plan(commands)
     _add_generate(commands)
     _add_score(commands)
 
@@ -78,6 +83,26 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=_path)
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="check a recipe; say what memory and time it takes")
+    plan.add_argument("recipe", type=_path)
+    plan.add_argument("overrides", nargs="*")
+    plan.add_argument("--world-size", type=int, metavar="N", help="ranks (default: the recipe's "
+                      "layout with its data_parallel_size)")
+    plan.add_argument("--gpu", default="h100", help="what the ranks run on: h100, h200, a100, b200 "
+                      "and others")
+    plan.add_argument("--lengths", metavar="PROMPT,RESPONSE[,RECORDS]", help="mean tokens; the "
+                      "recipe's data are not looked at, and of the model only config.json")
+    plan.add_argument("--search", action="store_true", help="list the fastest layouts that fit "
+                      "even if the recipe's does")
+    plan.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    plan.add_argument("--picture", type=_path, metavar="FILE", help="draw memory by stage and "
+                      "phase (.svg, .png or .pdf)")
+    plan.add_argument("--show", type=int, metavar="N", help="show N demonstrations as the model "
+                      "sees them, and how long all of them are")
+    plan.set_defaults(run=_plan)
 
 
 def _add_generate(commands: Any) -> None:
@@ -207,14 +232,17 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, argv: list[str]) -> int:
-    from megatron_irl.cli.plan import describe_plan
-    from megatron_irl.config import load_recipe
-
     del argv
     if options.show is not None and options.show < 0:
         raise UserError(f"--show {options.show} must be at least 0.")
-    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides), options.show))
-    return 0
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size {options.world_size} must be at least 1.")
+    os.environ["MEGATRON_IRL_PLATFORM"] = "cpu"  # a plan is made without a GPU, on any machine
+    from megatron_irl.cli.plan import run_plan
+
+    planned = run_plan(options)
+    sys.stdout.write(planned.text)
+    return planned.code
 
 
 def _generate(options: argparse.Namespace, argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from megatron_irl.config.schema import Recipe
 
 # Sections and keys that change where, how fast or how closely watched a run is, not what it is.
 NOT_THE_EXPERIMENT = (
-    "output_dir", "logging", "checkpoint", "evaluation", "parallel", "ddp", "data.eval",
+    "output_dir", "logging", "profile", "checkpoint", "evaluation", "parallel", "ddp", "data.eval",
     "data.eval_limit", "data.eval_preferences", "train.micro_batch_size",
     "train.micro_batch_tokens", "train.logprob_rows", "train.on_nonfinite",
     "train.max_skips", "train.on_spike", "train.spike_factor", "train.on_collapse",

@@ -281,6 +281,21 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that torch's profiler records, for ``chrome://tracing`` or Perfetto."""
+
+    steps: tuple[int, ...] = ()
+    """Optimizer steps, counted from 1 as in ``metrics.jsonl``; each makes a file in ``profile/`` of
+    the run folder. A recorded step is slower."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that record."""
+    memory: bool = False
+    """Record every allocation as well."""
+    stacks: bool = False
+    """Record where in the source each operation was asked for."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything a run is. Made by ``load_recipe``; derived values filled by ``resolve``."""
 
@@ -316,6 +331,8 @@ class Recipe:
     """When to save."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Trackers and console."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Steps to record with torch's profiler."""
     sections: dict[str, Any] = field(default_factory=dict)
     """Sections that the algorithm brings, by name, each in its own dataclass (for rft ``reward``
     and ``policy``). In a recipe file, and as attributes, they stand beside the others."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from megatron_irl import hardware
@@ -30,6 +29,7 @@ from megatron_irl.policy.scoring import (
     score_in_packs,
     sum_in_packs,
 )
+from megatron_irl.policy.set_aside import weights_set_aside
 from megatron_irl.types import PackedBatch, Sample
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
@@ -143,24 +143,10 @@ class Policy:
                 if not self.adapters.rounds_merged:
                     hf_dir = None
             if hf_dir is not None:
-                stack.enter_context(self._swapped(hf_dir))
+                stack.enter_context(weights_set_aside(self.chunks))
+                with self.topology.heart.within("reading reference weights", slow=True):
+                    self.load_weights(hf_dir)
             yield
-
-    @contextmanager
-    def _swapped(self, hf_dir: Path) -> Iterator[None]:
-        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
-        with torch.no_grad():
-            aside = [p.detach().clone() for p in parameters]
-            with self.topology.heart.within("reading reference weights", slow=True):
-                self.load_weights(hf_dir)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, saved in zip(parameters, aside, strict=True):
-                    parameter.copy_(saved)
-            del aside
-            hardware.release_cached_memory()
 
     # --- scores
 
@@ -323,15 +309,7 @@ class Policy:
         ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
         that tensors took in the last phase of generation and in the training before it.
         """
-        if self.generator is None or not hardware.IS_CUDA:
-            return {}
-        residency = self.generator.residency
-        peaks = {"generation": residency.peak_generation, "train": residency.peak_train}
-        return {
-            "graphs": self.generator.graphs_used,
-            "capture_seconds": self.generator.take_capture_seconds(),
-            **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
-        }
+        return {} if self.generator is None else self.generator.costs()
 
     def release_cache(self) -> None:
         """A phase of generation ends: free the cache, unless training leaves room for it.

@@ -42,6 +42,9 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         # Its references too belong to the round's start.
         run.evaluator.cache_references(state.round, run.reference_weights)
         summary["generation"] |= describe_samples(survey(pairs, run.topology).index)
+        summary["generation"] |= run.speedometer.generation(
+            summary["generation"], run.recipe.generation.max_requests
+        )
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
         previous_bank=run.previous_bank, ledger=run.folder.ledger,

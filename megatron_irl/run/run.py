@@ -17,6 +17,7 @@ from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import start_of
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.recorder import Recorder
+from megatron_irl.run.speed import Speedometer
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.shared_bank import SharedBank
@@ -42,6 +43,7 @@ class Run:
         recorder, console: What it says about itself.
         sampling: How samples are drawn; its seed is the run's.
         companions: What an exported folder has besides weights.
+        speedometer: How fast it is beside what its device could do.
         saved: (step, round, step in round) of the newest checkpoint, or of the run's start.
 
     Example:
@@ -68,6 +70,7 @@ class Run:
     console: Console
     sampling: SamplingConfig
     companions: dict[str, Any]
+    speedometer: Speedometer
     saved: tuple[int, int, int] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
