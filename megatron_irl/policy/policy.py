@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_irl import hardware
 from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import load_hf_weights_once
