@@ -193,8 +193,8 @@ def test_unfinished_run_generates_from_its_checkpoint(
     folder = tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, folder))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, "megatron_irl.storage.checkpoint.Checkpointer.wait", 2, after=True)
-        run("train", recipe)
+        kill_after(patch, "megatron_irl.run.run.Run.save", 1, after=True)
+        run("train", recipe, "checkpoint.asynchronous=false")
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}])
     result = run("generate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "o.jsonl",
                  "--max-new-tokens", 4)

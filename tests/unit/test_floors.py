@@ -15,7 +15,8 @@ PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples") for p in (ROOT / to
 SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
-    ("types", "objectives", "errors", "config.schema", "config.data_schema", "config.bounds",
+    ("types", "objectives", "errors", "config.schema", "config.data_schema", "config.run_schema",
+     "config.bounds",
      "families", "convert.hf_config", "convert.hf_folder"),
     ("algorithms.registry", "algorithms.rules"),
     ("config",),
