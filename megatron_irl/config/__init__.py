@@ -12,6 +12,7 @@ from megatron_irl.config.layout import (
 from megatron_irl.config.load import load_recipe
 from megatron_irl.config.resolve import resolve, to_yaml
 from megatron_irl.config.schema import (
+    AdapterConfig,
     AlgorithmConfig,
     CheckpointConfig,
     DataConfig,
@@ -22,6 +23,7 @@ from megatron_irl.config.schema import (
     ModelConfig,
     ParallelConfig,
     Precision,
+    ProfileConfig,
     Recipe,
     ScheduleConfig,
     SplitConfig,
@@ -29,6 +31,7 @@ from megatron_irl.config.schema import (
 )
 
 __all__ = [
+    "AdapterConfig",
     "AlgorithmConfig",
     "CheckpointConfig",
     "DataConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "Precision",
+    "ProfileConfig",
     "Recipe",
     "ScheduleConfig",
     "SplitConfig",

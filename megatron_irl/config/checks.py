@@ -13,7 +13,13 @@ from megatron_irl.config.bounds import (
 )
 from megatron_irl.config.files import paths_of
 from megatron_irl.config.layout import check_layout
-from megatron_irl.config.schema import AlgorithmConfig, DataSource, ParallelConfig, Recipe
+from megatron_irl.config.schema import (
+    AdapterConfig,
+    AlgorithmConfig,
+    DataSource,
+    ParallelConfig,
+    Recipe,
+)
 from megatron_irl.errors import UserError
 
 _OWNED_ELSEWHERE = {
@@ -23,15 +29,17 @@ _OWNED_ELSEWHERE = {
 _AT_LEAST_ONE = (
     "data.max_prompt_length", "data.max_response_length", "data.eval_limit", "algorithm.rounds",
     "algorithm.steps_per_round", "algorithm.prompts_per_round", "generation.max_new_tokens",
-    "generation.max_requests", "generation.chunk_size", "evaluation.limit",
+    "generation.max_requests", "generation.part_size", "evaluation.limit",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.global_batch_size",
-    "train.logprob_chunk_size",
-    "checkpoint.interval", "checkpoint.keep", "checkpoint.stop_before", "logging.interval",
+    "train.logprob_rows",
+    "adapter.rank", "checkpoint.interval", "checkpoint.keep", "checkpoint.stop_before",
+    "logging.interval",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
     "parallel.context_parallel_size", "parallel.data_parallel_size", "parallel.timeout_minutes",
 )
 _NOT_NEGATIVE = ("algorithm.nll_coefficient", "generation.temperature", "generation.top_k",
-                 "checkpoint.stop_part_seconds", "logging.samples", "seed")
+                 "checkpoint.stop_part_seconds", "train.max_skips", "parallel.hang_seconds",
+                 "logging.samples", "seed")
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -57,6 +65,7 @@ def check_recipe(recipe: Recipe) -> None:
     for section, names in (("model", recipe.model.overrides), ("optimizer", recipe.optimizer)):
         _check_owned_elsewhere(section, names)
     _check_precision(recipe)
+    _check_adapter(recipe)
     check_layout(recipe)
 
 
@@ -71,6 +80,8 @@ def _check_bounds(recipe: Recipe) -> None:
     if isinstance(recipe.generation.cuda_graphs, int) and recipe.generation.cuda_graphs < 1:
         raise UserError(f"generation.cuda_graphs={recipe.generation.cuda_graphs} is no number of "
                         "graphs. Set it to auto, off, or 1 or more.")
+    check_range("train.spike_factor", recipe.train.spike_factor, "(0, inf)",
+                recipe.train.spike_factor > 0)
     minutes = recipe.checkpoint.interval_minutes
     if minutes is not None:
         check_range("checkpoint.interval_minutes", minutes, "(0, inf)", minutes > 0)
@@ -144,3 +155,23 @@ def _check_precision(recipe: Recipe) -> None:
             raise UserError(f"model.{name}={value} conflicts with precision={recipe.precision}; "
                             f"FP8 settings act only under FP8. Remove model.{name} or set "
                             "precision to fp8.")
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    adapter, default = recipe.adapter, AdapterConfig()
+    check_range("adapter.dropout", adapter.dropout, "[0, 1)", 0 <= adapter.dropout < 1)
+    if adapter.alpha is not None:
+        check_range("adapter.alpha", adapter.alpha, "(0, inf)", adapter.alpha > 0)
+    if not adapter.targets:
+        raise UserError("adapter.targets names no layer. Set it to all-linear, or to the layers "
+                        "that shall have adapters.")
+    if not adapter.enabled:
+        for field in dataclasses.fields(adapter):
+            value = getattr(adapter, field.name)
+            if value != getattr(default, field.name):
+                raise UserError(f"adapter.{field.name}={value} does nothing without adapter.rank "
+                                "or adapter.path. Set one of them, or remove the section.")
+    if adapter.merge_each_round and recipe.algorithm.reset_optimizer != "round":
+        raise UserError("adapter.merge_each_round=true conflicts with algorithm.reset_optimizer="
+                        f"{recipe.algorithm.reset_optimizer}; the moments of merged adapters say "
+                        "nothing about new ones. Set algorithm.reset_optimizer to round.")

@@ -34,7 +34,9 @@ def expand_home(recipe: Recipe) -> Recipe:
            for name in ("train", "eval", "eval_preferences")})
     recipe = _with_preferences(recipe, lambda _, sources: _with_home(sources))
     model = dataclasses.replace(recipe.model, hf=home(recipe.model.hf))
-    return dataclasses.replace(recipe, data=data, model=model,
+    path = recipe.adapter.path
+    adapter = dataclasses.replace(recipe.adapter, path=path and home(path))
+    return dataclasses.replace(recipe, data=data, model=model, adapter=adapter,
                                output_dir=home(recipe.output_dir))
 
 

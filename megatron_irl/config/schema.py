@@ -35,6 +35,39 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA: train low-rank updates of linear layers, scaled by alpha / rank, and freeze the model.
+    Memory and checkpoints then hold optimizer state for the adapters alone."""
+
+    rank: int | None = None
+    """Rank of every update; none: no adapters, the whole model is trained."""
+    alpha: float | None = None
+    """Updates are multiplied by alpha / rank; none: alpha is the rank."""
+    dropout: float = 0.0
+    """Dropout of what an adapter reads, while training. Above 0 the policy of a round's first step
+    is not quite its reference."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Layers by the names of Hugging Face's modules (``q_proj``, ``self_attn.q_proj``,
+    ``lm_head``); ``all-linear`` is all of them but the output head."""
+    init: Literal["kaiming", "normal"] = "kaiming"
+    """Distribution of A, uniform or normal as peft draws it. B begins as zero."""
+    path: str | None = None
+    """Folder of an adapter to go on with, as peft or a run wrote it; it decides rank, alpha and
+    targets."""
+    merge_each_round: bool = False
+    """Add the updates to the model after each round and begin new ones, as the paper's code does;
+    needs ``algorithm.reset_optimizer: round``. Otherwise one adapter is trained to the end."""
+    generation: Literal["merged", "applied"] = "merged"
+    """Sample with the updates added to the weights, which are put back exactly from a copy in host
+    memory, or with the adapters applied beside them."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are adapters."""
+        return self.rank is not None or self.path is not None
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """What is learnt, and the three knobs of the loop: regenerate, refresh reference, reset.
 
@@ -101,7 +134,7 @@ class GenerationConfig:
     kv_cache_gb: float | None = None
     """Memory for the KV cache in GiB per rank, held only while generating; none: room for
     ``max_requests`` full-length responses."""
-    chunk_size: int = 256
+    part_size: int = 256
     """Most prompts per committed part of the pair bank: what a killed run may have to redo. It
     changes no sample."""
     cuda_graphs: Literal["auto", "off"] | int = "auto"
@@ -148,9 +181,23 @@ class TrainConfig:
     GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
-    logprob_chunk_size: int = 2048
+    logprob_rows: int = 2048
     """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
     they stay in the model's precision, and so many more as fit the same memory are taken."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite: stop the run, or leave weights and
+    optimizer as they are and go on with the next batch. Either way the batch is kept in
+    ``nonfinite/`` of the run folder."""
+    max_skips: int = 10
+    """Most steps of a run that are skipped; then it stops."""
+    on_spike: Literal["ignore", "warn", "halve_lr", "end_round"] = "ignore"
+    """A loss far above those of the last 20 steps: halve the learning rate for the rest of the
+    run, or end the round's phase there and sample afresh."""
+    spike_factor: float = 6.0
+    """How many robust standard deviations above the median of those steps a spike is."""
+    on_collapse: Literal["warn", "halve_lr", "end_round"] = "warn"
+    """The same, where the guard warns within a round: demonstrations that are being forgotten,
+    samples that no longer teach or have collapsed."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +231,10 @@ class ParallelConfig:
     timeout_minutes: int = 30
     """How long a rank waits for the others before the run ends in an error; more than any save or
     export takes. Reading the data does not count."""
+    hang_seconds: float = 600.0
+    """How long a rank may show no progress (a step, some decoded tokens, a pack of scores) before
+    the run is ended, with the stacks of every rank in the log; saving and exporting have
+    ``timeout_minutes``. 0: for ever."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -230,6 +281,21 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that torch's profiler records, for ``chrome://tracing`` or Perfetto."""
+
+    steps: tuple[int, ...] = ()
+    """Optimizer steps, counted from 1 as in ``metrics.jsonl``; each makes a file in ``profile/`` of
+    the run folder. A recorded step is slower."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that record."""
+    memory: bool = False
+    """Record every allocation as well."""
+    stacks: bool = False
+    """Record where in the source each operation was asked for."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything a run is. Made by ``load_recipe``; derived values filled by ``resolve``."""
 
@@ -255,14 +321,18 @@ class Recipe:
     """Any Megatron ``DistributedDataParallelConfig`` field by its name."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Layout over ranks."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA instead of training the whole model."""
     precision: Precision = "bf16"
     """``fp8`` takes Megatron's recipe in ``model.fp8_recipe`` and needs a GPU."""
     seed: int = 1234
-    """Seeds the data order and, with round and chunk, every sample."""
+    """Seeds the data order and, with round and prompt, every sample."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Trackers and console."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Steps to record with torch's profiler."""
     sections: dict[str, Any] = field(default_factory=dict)
     """Sections that the algorithm brings, by name, each in its own dataclass (for rft ``reward``
     and ``policy``). In a recipe file, and as attributes, they stand beside the others."""

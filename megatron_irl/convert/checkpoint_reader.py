@@ -20,6 +20,7 @@ from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
 from megatron_irl.families.table import (
+    ADAPTER,
     EMBEDDING,
     HEAD,
     REWARD_ROW,
@@ -56,12 +57,22 @@ class CheckpointReader:
         plain = canonical(name)
         return plain if name not in self._entries and plain in self._entries else name
 
+    @property
+    def holds_adapters(self) -> bool:
+        """Whether a run with adapters saved it: they are there, and their base is not."""
+        return any(f".{ADAPTER}." in name for name in self._entries)
+
     def holds(self, name: str) -> bool:
         """Whether the checkpoint has an entry of exactly this name."""
         return name in self._entries
 
     def check(self, arch: Architecture) -> None:
         """Raise UserError unless every tensor of the architecture is there in its shape."""
+        if self.holds_adapters:
+            raise UserError(
+                f"the checkpoint {self.checkpoint} holds adapters, and not the model below them. "
+                "Give the run's hf/ folder, where they are merged, or adapter/ with its base."
+            )
         for row in rows(arch):
             entry, chunk = self._locate(row, arch)
             end = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
@@ -110,6 +121,8 @@ class CheckpointReader:
         for prefix in PREFIXES:
             if isinstance(self._entries.get(prefix + FINAL_NORM), TensorStorageMetadata):
                 return prefix
+        if self.holds_adapters:
+            return ""
         raise UserError(f"the checkpoint {self.checkpoint} does not hold a GPTModel's weights.")
 
     def _name(self, row: Row) -> str:

@@ -12,6 +12,7 @@ from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
 from megatron_irl.errors import UserError
 from megatron_irl.families.table import (
+    ADAPTER,
     EMBEDDING,
     HEAD,
     REWARD_HEAD,
@@ -94,7 +95,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
     """Yield this rank's parameters by their canonical name with the global layer number.
 
     A stage numbers its layers from 0; Megatron's ``layer_number`` counts them globally from 1.
-    The reward head is none of them: it is in no HF folder of a language model.
+    The reward head and adapters are none of them: they are in no HF folder of a language model.
     """
     for wrapped in chunks:
         chunk: Any = wrapped
@@ -103,7 +104,7 @@ def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor
         numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
-            if parts[0] == REWARD_HEAD:
+            if parts[0] == REWARD_HEAD or ADAPTER in parts:
                 continue
             if parts[:2] == ["decoder", "layers"]:
                 parts[2] = str(numbers[int(parts[2])])

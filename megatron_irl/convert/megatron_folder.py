@@ -44,8 +44,10 @@ def load_megatron(
 
 
 def fill(chunk: nn.Module, state: dict[str, Any]) -> None:
-    """Load a chunk's state, of which only Transformer Engine's extra state may be missing."""
-    missing = {name for name, _ in chunk.named_parameters()} - set(state)
+    """Load a chunk's state, of which only Transformer Engine's extra state may be missing, and
+    weights that are frozen below adapters.
+    """
+    missing = {n for n, p in chunk.named_parameters() if p.requires_grad} - set(state)
     assert not missing, f"not in the sharded state: {sorted(missing)}"
     chunk.load_state_dict(state, strict=False)
 

@@ -60,6 +60,7 @@ def hf(name: str, *dims: str) -> HfTensor:
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
+ADAPTER = "adapter"  # the attribute that ``adapters`` gives a linear layer
 LAYER = "decoder.layers.{}."  # what Megatron's names of a layer's parameters begin with
 
 # transformers' sequence classifiers of every family call it that.

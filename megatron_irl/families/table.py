@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.registry import FAMILIES
 from megatron_irl.families.rows import (
+    ADAPTER,
     EMBEDDING,
     HEAD,
     REWARD_HEAD,
@@ -18,8 +19,8 @@ from megatron_irl.families.rows import (
 from megatron_irl.families.tensors import Heads
 
 __all__ = [
-    "BUFFERS", "EMBEDDING", "HEAD", "REWARD_HEAD", "REWARD_ROW", "HfTensor", "Row", "canonical",
-    "cast_to", "heads", "hf_head", "hf_tensors", "row_groups", "rows", "stored_name",
+    "ADAPTER", "BUFFERS", "EMBEDDING", "HEAD", "REWARD_HEAD", "REWARD_ROW", "HfTensor", "Row",
+    "canonical", "cast_to", "heads", "hf_head", "hf_tensors", "row_groups", "rows", "stored_name",
 ]
 
 # Transformer Engine fuses each norm into the linear layer that follows it.

@@ -58,6 +58,16 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
         yield models
 
 
+def complete_gather(chunks: Sequence[Any]) -> None:
+    """Complete DDP's pending parameter all-gather, before somebody reads parameters themselves.
+
+    Collectives: with ``overlap_param_gather`` over data parallelism.
+    """
+    for chunk in chunks:
+        with _without_gather_hooks(chunk):
+            pass
+
+
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from megatron_irl.families.table import REWARD_HEAD
+from megatron_irl.families.table import ADAPTER, REWARD_HEAD
 from megatron_irl.model.build import unwrap
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
@@ -34,11 +34,11 @@ class HeadProcessor:
     """The output processor: hidden states → log-probabilities, rewards, or both.
 
     Args:
-        chunk_size: Rows whose vocabulary shard of logits exists at one time.
+        rows_at_once: Rows whose vocabulary shard of logits exists at one time.
     """
 
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
+    def __init__(self, rows_at_once: int) -> None:
+        self.rows_at_once = rows_at_once
 
     def __call__(
         self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
@@ -69,8 +69,11 @@ class HeadProcessor:
         for hook in output_layer._forward_pre_hooks.values():
             hook(output_layer, ())
         weight = output_layer.weight if output_weight is None else output_weight
+        adapter = getattr(output_layer, ADAPTER, None)
+        if adapter is not None and adapter.is_applied:
+            options |= {"adapter": adapter.head_factors}
         return response_logprobs(
-            hidden_states, weight, batch.rows_R, batch.targets_R, chunk_size=self.chunk_size,
+            hidden_states, weight, batch.rows_R, batch.targets_R, rows_at_once=self.rows_at_once,
             **options,
         )
 

@@ -4,13 +4,14 @@ Peers gather ``[tokens, vocabulary]`` fp32 logits, prompts included; here only r
 the language-model head, in blocks, and the vocabulary stays split over the tensor-parallel ranks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_irl import hardware  # must precede megatron
-from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock
+from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock, Low
 
 from megatron.core.tensor_parallel import (  # isort: skip
     copy_to_tensor_model_parallel_region,
@@ -34,6 +35,7 @@ class _BlockedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
         block_size: int, group: Any, softcap: float | None, make_block: Any, keep: bool,
+        low_Rr: Tensor | None, low_Vpr: Tensor | None,
     ) -> Tensor:
         logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
         block = None
@@ -43,10 +45,10 @@ class _BlockedLogprobs(torch.autograd.Function):
             block = None  # frees the previous block before the next is made
             block = make_block(
                 hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, softcap,
-                keep=keep,
+                keep=keep, low=_rows_of(low_Rr, low_Vpr, rows),
             )
             logprobs_R[rows] = block.logprobs_R
-        ctx.save_for_backward(hidden_RH, weight_VpH, targets_R)
+        ctx.save_for_backward(hidden_RH, weight_VpH, targets_R, low_Rr, low_Vpr)
         ctx.last_block = block if keep else None
         ctx.vocab_start, ctx.block_size, ctx.group, ctx.softcap, ctx.make_block = (
             vocab_start, block_size, group, softcap, make_block,
@@ -56,9 +58,11 @@ class _BlockedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_R,) = grads
-        hidden_RH, weight_VpH, targets_R = ctx.saved_tensors
+        hidden_RH, weight_VpH, targets_R, low_Rr, low_Vpr = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight: Tensor | None = None
+        grad_low = None if low_Rr is None else torch.empty_like(low_Rr)
+        grad_factor = None if low_Vpr is None else torch.zeros_like(low_Vpr)
         num_rows = hidden_RH.shape[0]
         for start in reversed(range(0, num_rows, ctx.block_size)):
             rows = slice(start, min(start + ctx.block_size, num_rows))
@@ -66,17 +70,25 @@ class _BlockedLogprobs(torch.autograd.Function):
             if block is None:
                 block = ctx.make_block(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
-                    ctx.softcap, keep=True,
+                    ctx.softcap, keep=True, low=_rows_of(low_Rr, low_Vpr, rows),
                 )
             grad_logits = block.gradient(grad_R[rows])
             del block
             grad_hidden[rows] = grad_logits @ weight_VpH
+            if grad_low is not None and grad_factor is not None and low_Rr is not None:
+                grad_low[rows] = grad_logits @ low_Vpr
+                grad_factor.addmm_(grad_logits.T, low_Rr[rows])
             if ctx.needs_input_grad[1]:
                 part = grad_logits.T @ hidden_RH[rows]
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if grad_weight is None and ctx.needs_input_grad[1]:
             grad_weight = torch.zeros_like(weight_VpH)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        nothing = (None,) * 7
+        return grad_hidden, grad_weight, *nothing, grad_low, grad_factor
+
+
+def _rows_of(low_Rr: Tensor | None, low_Vpr: Tensor | None, rows: slice) -> Low:
+    return None if low_Rr is None or low_Vpr is None else (low_Rr[rows], low_Vpr)
 
 
 def mark_vocabulary_end(weight_VpH: Tensor, vocab_size: int, tp_rank: int) -> None:
@@ -96,8 +108,9 @@ def response_logprobs(
     *,
     tp_group: Any,
     sequence_parallel: bool,
-    chunk_size: int,
+    rows_at_once: int,
     softcap: float | None = None,
+    adapter: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Log-probabilities in nats of ``targets_R`` given the hidden states at ``rows_R``.
 
@@ -106,9 +119,11 @@ def response_logprobs(
             parallelism. Any float dtype.
         weight_VpH: [Vp, H], this rank's rows of the output embedding, padding included.
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
-        chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time in fp32; on CUDA as
+        rows_at_once: Rows whose ``[rows_at_once, Vp]`` logits exist at one time in fp32; on CUDA as
             many rows as take the same memory in the weight's dtype.
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
+        adapter: Of the output embedding: rows [R, H] → (low_Rr, low_Vpr), whose product is added
+            to the logits. It sees to its own sums over the group.
 
     Returns:
         float32 [R], equal on every tensor-parallel rank.
@@ -123,22 +138,25 @@ def response_logprobs(
             hidden_SBH, tensor_parallel_output_grad=True, group=tp_group
         )
     hidden_RH = hidden_SBH[:, 0].index_select(0, rows_R)
+    low_Rr, low_Vpr = (None, None) if adapter is None else adapter(
+        hidden_RH, sequence_parallel=sequence_parallel)
     if not sequence_parallel:
         hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
     vocab_start = weight_VpH.shape[0] * tp_group.rank()
     num_real = getattr(weight_VpH, ROWS, weight_VpH.shape[0])
     if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
         weight_VpH = weight_VpH[:num_real]
-    make_block, block_size = (EagerBlock, chunk_size)
+        low_Vpr = None if low_Vpr is None else low_Vpr[:num_real]
+    make_block, block_size = (EagerBlock, rows_at_once)
     if hardware.IS_CUDA:
         # An eager block's logits take 4 bytes each and as many again while they are rounded; fused
         # ones take what the dtype does, so the same memory holds more rows, and fewer are computed
         # a second time.
-        make_block, block_size = FusedBlock, chunk_size * (8 // weight_VpH.element_size())
+        make_block, block_size = FusedBlock, rows_at_once * (8 // weight_VpH.element_size())
     keep = torch.is_grad_enabled()  # inside the function it always says no
     return _BlockedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, softcap, make_block,
-        keep,
+        keep, low_Rr, low_Vpr,
     )
 
 

@@ -34,6 +34,16 @@ class Block(Protocol):
         ...
 
 
+Low = tuple[Tensor, Tensor] | None
+"""(low_Rr, low_Vpr), whose product an adapter adds to the logits; None without one."""
+
+
+def product(hidden_RH: Tensor, weight_VpH: Tensor, low: Low) -> Tensor:
+    """Logits [R, Vp] in the dtype of the weight, an adapter's part included."""
+    logits = hidden_RH @ weight_VpH.T
+    return logits if low is None else logits.addmm_(low[0], low[1].T)
+
+
 def local_targets(targets_R: Tensor, vocab_start: int, num_columns: int) -> tuple[Tensor, Tensor]:
     """Columns of the targets in a slice that starts at ``vocab_start``, and which are inside it."""
     local = targets_R - vocab_start
@@ -50,11 +60,12 @@ class EagerBlock:
         group: The tensor-parallel group; every rank of it must construct (all-reduces).
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
         keep: Whether ``gradient`` will be called.
+        low: Of an adapter of the head.
     """
 
     def __init__(
         self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
-        group: Any, softcap: float | None = None, *, keep: bool,
+        group: Any, softcap: float | None = None, *, keep: bool, low: Low = None,
     ) -> None:
         self._dtype = weight_VpH.dtype
         self._targets = local_targets(targets_R, vocab_start, weight_VpH.shape[0])
@@ -62,7 +73,7 @@ class EagerBlock:
         self._slope: Tensor | None = None  # of the soft cap
         local, inside = self._targets
         # Cast before any reduction: a bf16 all-reduce of log-sum-exp terms loses whole nats.
-        logits = (hidden_RH @ weight_VpH.T).float()
+        logits = product(hidden_RH, weight_VpH, low).float()
         if softcap is not None:
             logits = logits.div_(softcap).tanh_()
             self._slope = 1 - logits.square() if keep else None
@@ -113,12 +124,12 @@ class FusedBlock:
 
     def __init__(
         self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
-        group: Any, softcap: float | None = None, *, keep: bool,
+        group: Any, softcap: float | None = None, *, keep: bool, low: Low = None,
     ) -> None:
         self._targets, self._softcap = (
             local_targets(targets_R, vocab_start, weight_VpH.shape[0]), softcap,
         )
-        logits = hidden_RH @ weight_VpH.T
+        logits = product(hidden_RH, weight_VpH, low)
         peak, normaliser, target_logit = _statistics(logits, *self._targets, softcap)
         if group.size() > 1:
             top = peak.clone()

@@ -1,19 +1,18 @@
 """The policy on its ranks: weights, and what can be asked of them. No optimizer."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from megatron_irl import hardware
+from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import load_hf_weights_once
 from megatron_irl.data.packing import alignment
-from megatron_irl.errors import TrainingDiverged
+from megatron_irl.generation.borrow import complete_gather
 from megatron_irl.generation.interface import Ends, Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
 from megatron_irl.generation.megatron_engine import MegatronGenerator
@@ -25,9 +24,11 @@ from megatron_irl.policy.scoring import (
     OnProgress,
     Sequences,
     Sums,
+    check_finite,
     score_in_packs,
     sum_in_packs,
 )
+from megatron_irl.policy.set_aside import weights_set_aside
 from megatron_irl.types import PackedBatch, Sample
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
@@ -45,6 +46,8 @@ class Policy:
         topology: This rank's place.
         architecture: What the weights are.
         rows_at_once: Response rows whose logits exist at one time.
+        adapters: Those of the chunks, if they have any.
+        samples_merged: Sample with the adapters merged into the weights.
 
     Attributes:
         config: Megatron's TransformerConfig of the chunks.
@@ -64,7 +67,7 @@ class Policy:
 
     def __init__(
         self, chunks: Sequence[Any], topology: Topology, architecture: Architecture, *,
-        rows_at_once: int = 2048,
+        rows_at_once: int = 2048, adapters: Adapters | None = None, samples_merged: bool = True,
     ) -> None:
         self.chunks, self.topology, self.architecture = list(chunks), topology, architecture
         self.config: Any = get_model_config(self.chunks[0])
@@ -74,6 +77,7 @@ class Policy:
             self.config.context_parallel_size, self.config.fp8_recipe if self.config.fp8 else None,
         )
         self.rows_at_once = rows_at_once
+        self.adapters, self.samples_merged = adapters, samples_merged
         self.schedule = PipelineSchedule(self.chunks, topology, rows_at_once=rows_at_once)
         self.generator: MegatronGenerator | None = None
 
@@ -84,7 +88,10 @@ class Policy:
         """
         assert self.generator is None, "the generator would keep the bare chunks"
         wrapped = wrap_data_parallel(self.chunks, self.config, self.topology, ddp_config)
-        return Policy(wrapped, self.topology, self.architecture, rows_at_once=self.rows_at_once)
+        return Policy(
+            wrapped, self.topology, self.architecture, rows_at_once=self.rows_at_once,
+            adapters=self.adapters, samples_merged=self.samples_merged,
+        )
 
     # --- weights
 
@@ -96,31 +103,49 @@ class Policy:
         """
         load_hf_weights_once(self.chunks, self.architecture, hf_dir, self.topology)
 
+    def complete_gather(self) -> None:
+        """Complete DDP's pending exchange of parameters, before somebody reads them.
+
+        Collectives: with ``overlap_param_gather`` over data parallelism.
+        """
+        complete_gather(self.chunks)
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within the block the weights are the policy's, its adapters included.
+
+        Without adapters they always are. Collectives: with ``overlap_param_gather`` a parameter
+        all-gather over data parallelism.
+        """
+        if self.adapters is None:
+            yield
+            return
+        self.complete_gather()
+        with self.adapters.merged():
+            yield
+
     @contextmanager
     def with_weights_of(self, hf_dir: Path | None) -> Iterator[None]:
-        """Swap in the weights of an HF folder, and the policy's back afterwards.
+        """Swap in the weights a run began with, of an HF folder, and the policy's back afterwards.
 
         The policy's weights are set aside in memory for this one pass; during optimisation there is
-        no second copy. None swaps nothing.
+        no second copy. None swaps nothing. A policy of adapters, whose base is that folder, only
+        switches them off, or back to those it began with; nothing is read unless it has merged some
+        into the base.
 
         Collectives: every rank must call; one replica reads the folder, the others receive.
         """
-        if hf_dir is None:
+        with ExitStack() as stack:
+            if hf_dir is not None and self.adapters is not None:
+                self.complete_gather()
+                stack.enter_context(self.adapters.at_start())
+                if not self.adapters.rounds_merged:
+                    hf_dir = None
+            if hf_dir is not None:
+                stack.enter_context(weights_set_aside(self.chunks))
+                with self.topology.heart.within("reading reference weights", slow=True):
+                    self.load_weights(hf_dir)
             yield
-            return
-        parameters = [p for chunk in self.chunks for p in chunk.parameters()]
-        with torch.no_grad():
-            aside = [p.detach().clone() for p in parameters]
-            with self.topology.heart.within("reading reference weights", slow=True):
-                self.load_weights(hf_dir)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, saved in zip(parameters, aside, strict=True):
-                    parameter.copy_(saved)
-            del aside
-            hardware.release_cached_memory()
 
     # --- scores
 
@@ -166,11 +191,7 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        bad = sum(not np.isfinite(values).all() for values in scores)
-        if bad:
-            raise TrainingDiverged(
-                f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
-            )
+        check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
     def score_sums(
@@ -192,7 +213,7 @@ class Policy:
             on_progress=on_progress,
         )
         found = Sums(*sums.reshape(-1, 4).T)
-        _check_finite(found.logp, "log-probabilities")
+        check_finite(found.logp, "log-probabilities")
         return found
 
     def score_rewards(
@@ -208,7 +229,7 @@ class Policy:
             self.rewards, sequences, self.topology, lambda _, value: float(value), alone=alone,
             max_tokens=max_tokens, multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        _check_finite(rewards, "rewards")
+        check_finite(rewards, "rewards")
         return rewards.tolist()
 
     # --- generation
@@ -238,9 +259,10 @@ class Policy:
         its own or nothing.
         """
         assert self.generator is not None, "open_generator comes first"
-        return self.generator.generate(
-            prompts, sampling, on_progress, keys=keys, on_finished=on_finished
-        )
+        with self._ready_to_sample():
+            return self.generator.generate(
+                prompts, sampling, on_progress, keys=keys, on_finished=on_finished
+            )
 
     def generate(
         self, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
@@ -264,12 +286,16 @@ class Policy:
         share = slice(topology.dp_rank, None, topology.dp_size)
         keys = range(len(prompts)) if keys is None else keys
         places = range(len(prompts))[share]
-        samples = self.generator.generate(
-            list(prompts[share]), sampling, on_progress, keys=keys[share],
-            on_finished=on_finished and (lambda i, sample: on_finished(places[i], sample)),
-            ends=ends and (lambda i, token_ids: ends(places[i], token_ids)),
-        )
+        with self._ready_to_sample():
+            samples = self.generator.generate(
+                list(prompts[share]), sampling, on_progress, keys=keys[share],
+                on_finished=on_finished and (lambda i, sample: on_finished(places[i], sample)),
+                ends=ends and (lambda i, token_ids: ends(places[i], token_ids)),
+            )
         return gather_in_turn(samples, topology)
+
+    def _ready_to_sample(self) -> AbstractContextManager[None]:
+        return self.merged() if self.samples_merged else nullcontext()
 
     def note_update(self) -> None:
         """Whoever updates the weights says so: memory in use is then what training takes."""
@@ -282,15 +308,7 @@ class Policy:
         ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
         that tensors took in the last phase of generation and in the training before it.
         """
-        if self.generator is None or not hardware.IS_CUDA:
-            return {}
-        residency = self.generator.residency
-        peaks = {"generation": residency.peak_generation, "train": residency.peak_train}
-        return {
-            "graphs": self.generator.graphs_used,
-            "capture_seconds": self.generator.take_capture_seconds(),
-            **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
-        }
+        return {} if self.generator is None else self.generator.costs()
 
     def release_cache(self) -> None:
         """A phase of generation ends: free the cache, unless training leaves room for it.
@@ -299,9 +317,3 @@ class Policy:
         """
         if self.generator is not None:
             self.generator.pause()
-
-
-def _check_finite(values: np.ndarray, what: str) -> None:
-    bad = int((~np.isfinite(values)).sum())
-    if bad:
-        raise TrainingDiverged(f"{what} of {bad} of {len(values)} sequences are not finite")

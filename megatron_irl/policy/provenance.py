@@ -17,13 +17,16 @@ def today() -> datetime:
     return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-def describe_start(hf_dir: Path, tokenizer: Tokenizer, date: datetime) -> dict[str, str]:
+def describe_start(
+    hf_dir: Path, tokenizer: Tokenizer, date: datetime, adapter: str | None = None
+) -> dict[str, str]:
     """Return what must not change under a run that is not finished, each by a digest.
 
     Args:
         hf_dir: ``model.hf``.
         tokenizer: As loaded, its template included.
         date: What the template takes for the present.
+        adapter: ``adapter.path``.
     """
     template = tokenizer.template
     written = [template.text, dict(template.arguments)] if template is not None else []
@@ -36,7 +39,7 @@ def describe_start(hf_dir: Path, tokenizer: Tokenizer, date: datetime) -> dict[s
         ]),
         "chat template": _digest(written),
         "date": date.isoformat(),
-    }
+    } | ({"adapter.path": weights_digest(Path(adapter))} if adapter else {})
 
 
 def start_of(run: Path) -> dict[str, str]:

@@ -1,11 +1,21 @@
-"""What the ranks agree on after every step: whether to save, and whether to stop."""
+"""What the ranks agree on after a step: to save, to stop, to heed a guard, to pass it over."""
 
+from collections.abc import Set
+
+from megatron_irl.algorithms.base import Phase
+from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.agreement import agree, stop
+from megatron_irl.run.post_mortem import write_post_mortem
 from megatron_irl.run.run import Run
+from megatron_irl.train.finite import NotFinite
+from megatron_irl.train.step import StepResult
 
 
-def between_steps(run: Run) -> None:
+def between_steps(run: Run, phase: Phase, wanted: Set[str] = frozenset()) -> None:
     """Save if it is time to, or stop if any rank was asked to. Collective over every rank.
+
+    Args:
+        wanted: What the main rank's guards ask for.
 
     Raises:
         RunStopped: On every rank; whoever catches it saves.
@@ -13,7 +23,18 @@ def between_steps(run: Run) -> None:
     topology, state = run.topology, run.state
     topology.heart.place = f"step {state.step}, round {state.round}"
     topology.heart.beat()
-    asked, due = agree([topology.stop.level, save_is_due(run)], topology)
+    asked, due, halve, end = agree(
+        [topology.stop.level, save_is_due(run), "halve_lr" in wanted, "end_round" in wanted],
+        topology,
+    )
+    if halve:
+        state.lr_scale /= 2
+        run.trainer.stepper.lr_scale = state.lr_scale
+        run.console.note(f"the learning rate is halved: {state.lr_scale:g} of the schedule's")
+    if end and state.step_in_round < phase.last:
+        run.console.note(f"the {phase.name} steps of round {state.round} end after "
+                         f"{state.step_in_round - phase.first} of {phase.last - phase.first}")
+        state.step_in_round = phase.last
     if asked:
         stop(topology)
     if due:
@@ -27,3 +48,25 @@ def save_is_due(run: Run) -> bool:
         return True
     minutes = options.interval_minutes
     return bool(minutes and run.topology.is_main and run.seconds_since_save() >= 60 * minutes)
+
+
+def skip_or_stop(run: Run, phase: str, bad: NotFinite) -> tuple[StepResult, int]:
+    """Pass over a step that took no update, if the recipe says so and not too many did.
+
+    Every rank has found the same and so decides the same; the batch is kept for a look at it.
+
+    Returns:
+        As ``Trainer.step``.
+
+    Raises:
+        TrainingDiverged: The run stops.
+    """
+    folder, options = write_post_mortem(run, phase, bad), run.recipe.train
+    if options.on_nonfinite == "stop":
+        raise bad
+    if run.state.skipped >= options.max_skips:
+        raise TrainingDiverged(f"{bad}, after {run.state.skipped} skipped steps "
+                               f"(train.max_skips={options.max_skips})") from bad
+    run.state.skipped += 1
+    run.recorder.warn(f"{bad}; the step is skipped, its batch is in {folder}")
+    return run.trainer.skip(bad)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.adapters.spec import AdapterSpec, adapter_spec
 from megatron_irl.algorithms.base import Algorithm, algorithm_of
 from megatron_irl.config import Recipe, resolve
 from megatron_irl.config.bounds import value_at
@@ -38,6 +39,7 @@ class Inputs:
         recipe: Resolved.
         hf_config: The starting model's config.json.
         model_config, optimizer_config, ddp_config: Megatron's.
+        adapter: What is trained instead of the whole model, if anything.
         start: What the run begins with, see ``describe_start``.
         notes: Lines for the user.
     """
@@ -52,8 +54,15 @@ class Inputs:
     model_config: TransformerConfig
     optimizer_config: OptimizerConfig
     ddp_config: DistributedDataParallelConfig
+    adapter: AdapterSpec | None
     start: dict[str, str]
     notes: list[str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run folder keeps of it besides the recipe."""
+        return {"data": self.data.digest, "demonstrations": len(self.data.demonstrations),
+                "start": self.start}
 
 
 def read_inputs(
@@ -71,11 +80,48 @@ def read_inputs(
     Raises:
         UserError: Anything that is wrong with the user's input.
     """
-    hf_dir = Path(recipe.model.hf)
+    headers = read_headers(recipe, check_hardware=check_hardware)
+    hf_dir, folder, arch = Path(recipe.model.hf), headers.folder, headers.architecture
+    algorithm = headers.algorithm
+    validate_hf_folder(hf_dir, arch)
+    adapter = headers.adapter
+    date = folder.date or today()
+    tokenizer = load_tokenizer(
+        recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
+        arguments=recipe.data.chat_template_args, date=date, model=hf_dir,
+    )
+    tokenizer = fitted(tokenizer, arch.vocab_size)
+    start = describe_start(hf_dir, tokenizer, date, adapter=recipe.adapter.path)
+    if adapter is not None and adapter.start is not None:
+        adapter.start.check_base(start["model.hf"], hf_dir)
+    data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
+    return Inputs(
+        resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
+        headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
+        [*certificate_notes(hf_dir), *data.notes],
+    )
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What follows from the recipe and the model's config.json; as in ``Inputs``."""
+
+    folder: RunFolder
+    algorithm: Algorithm
+    hf_config: dict[str, Any]
+    architecture: Architecture
+    model_config: TransformerConfig
+    optimizer_config: OptimizerConfig
+    ddp_config: DistributedDataParallelConfig
+    adapter: AdapterSpec | None
+
+
+def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
+    """Read and check everything that takes no time; as ``read_inputs``."""
     folder = RunFolder(Path(recipe.output_dir))
     folder.check_place()  # reading the data may take minutes
     algorithm = algorithm_of(recipe)
-    hf_config = read_hf_config(hf_dir)
+    hf_config = read_hf_config(Path(recipe.model.hf))
     arch = architecture(hf_config)
     model_config = build_config(
         arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
@@ -85,18 +131,9 @@ def read_inputs(
     sharded = {"use_distributed_optimizer": shards_optimizer(recipe)}
     ddp_config = build_ddp_config(recipe.ddp | sharded)
     check_lengths(recipe, arch, model_config)
-    validate_hf_folder(hf_dir, arch)
-    date = folder.date or today()
-    tokenizer = load_tokenizer(
-        recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
-        arguments=recipe.data.chat_template_args, date=date, model=hf_dir,
-    )
-    tokenizer = fitted(tokenizer, arch.vocab_size)
-    start = describe_start(hf_dir, tokenizer, date)
-    data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
-    return Inputs(
-        resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
-        optimizer_config, ddp_config, start, [*certificate_notes(hf_dir), *data.notes],
+    return Headers(
+        folder, algorithm, hf_config, arch, model_config, optimizer_config, ddp_config,
+        adapter_spec(recipe.adapter, arch, recipe.parallel, seed=recipe.seed),
     )
 
 

@@ -26,12 +26,16 @@ from megatron_irl.errors import RunStopped, TrainingDiverged
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.run.between_steps import between_steps
+from megatron_irl.run.adapter_rounds import write_adapter
+from megatron_irl.run.between_steps import between_steps, skip_or_stop
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
+from megatron_irl.run.profiling import recorded
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
+from megatron_irl.run.watchdog import Watchdog
 from megatron_irl.storage.shared_folder import check_shared, hold
+from megatron_irl.train.finite import NotFinite
 from megatron_irl.train.step import Stream, streams_of
 
 
@@ -44,6 +48,12 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         Console(enabled=topology.is_main).note(f"{inputs.folder.path} is finished; nothing to do.")
         return
     lease = hold(inputs.folder.path, topology)
+    options = inputs.recipe.parallel
+    watchdog = Watchdog(
+        topology, seconds=options.hang_seconds, slow_seconds=60 * options.timeout_minutes,
+        folder=inputs.folder.path / "hangs",
+    )
+    watchdog.start()
     try:
         check_shared(inputs.folder.path, topology)
         # Again: another start may have held the folder until now, and finished the run.
@@ -52,12 +62,14 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
             with settled():
                 train_rounds(run)
     finally:
+        watchdog.stop()
         lease.release()
 
 
 def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
-    state = run.state
+    state, heart = run.state, run.topology.heart
+    heart.phase, heart.is_slow = "training", False
     try:
         stop_if_asked(run.topology)
         if state.step == 0 and not state.evaluation and evaluates_before(run.recipe):
@@ -127,19 +139,28 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     start = time.perf_counter()
     streams = streams_at(run, phase, work, state.step_in_round)
     lr = run.trainer.lr
-    with run.clock.timed("train"):
-        result, tokens = run.trainer.step(
-            streams, work.objective, heads=work.heads, frozen=work.frozen,
-            where=f"at step {state.step + 1}",
-        )
+    watched = recorded(
+        run.recipe.profile, run.folder.path, step=state.step + 1, rank=run.topology.rank
+    )
+    with run.clock.timed("train"), watched:
+        try:
+            result, tokens = run.trainer.step(
+                streams, work.objective, heads=work.heads, frozen=work.frozen,
+                where=f"at step {state.step + 1}",
+            )
+        except NotFinite as bad:
+            result, tokens = skip_or_stop(run, phase.name, bad)
     state.step += 1
     state.step_in_round += 1
     # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
     # its log cannot be written the launcher ends the other ranks, who wait in the next step.
-    run.recorder.step(
-        state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
+    seconds = time.perf_counter() - start
+    wanted = run.recorder.step(
+        state, result, lr=lr, tokens=tokens, seconds=seconds, phase=phase.name,
+        speed=run.speedometer.step(
+            run.trainer.work, seconds, has_head=work.heads != "rewards"),
     )
-    between_steps(run)
+    between_steps(run, phase, wanted)
 
 
 def close_round(run: Run, summary: dict[str, Any]) -> None:
@@ -176,8 +197,13 @@ def finish(run: Run) -> None:
     """Leave the policy, and what else was learnt, as HF folders; mark the run finished."""
     folder, policy = run.folder, run.policy
     run.console.note(f"writing {folder.hf}")
-    export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
-    run.algorithm.export(policy, folder.path, run.companions, run.console.note)
+    with policy.merged():
+        export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)
+        run.algorithm.export(policy, folder.path, run.companions, run.console.note)
+    if policy.adapters is not None:
+        run.console.note(f"writing {folder.adapter}")
+        policy.complete_gather()
+        write_adapter(run)
     on_main(folder.finish, run.topology)
     run.recorder.close()
     run.console.note(f"done: {folder.path / 'report.html'}")

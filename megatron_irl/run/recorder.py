@@ -11,6 +11,7 @@ from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.guard import CollapseGuard
 from megatron_irl.run.report import write_report
 from megatron_irl.run.runlog import RunLog
+from megatron_irl.run.spikes import SpikeGuard
 from megatron_irl.run.state import RunState
 from megatron_irl.run.trackers import Trackers, build_trackers
 from megatron_irl.timing import Clock
@@ -36,6 +37,7 @@ class Recorder:
         self.folder, self.recipe, self.console, self.clock = folder, recipe, console, clock
         self.is_main = is_main
         self.guard = CollapseGuard(has_implicit_reward=algorithm.reward != "explicit")
+        self.spikes = SpikeGuard(recipe.train.spike_factor)
         self._has_phases = len(algorithm.phases(recipe)) > 1
         self._warned: list[str] = []  # in the round in progress, besides the guard
         self._failed: set[str] = set()  # what has failed and was said
@@ -49,6 +51,7 @@ class Recorder:
         for line in self.log.read_metrics():
             if line["round"] == state.round:
                 self.guard.feed(line)
+                self.spikes.feed(line.get("loss"), line.get("phase", ""))
         options = recipe.logging
         self.trackers = build_trackers(
             folder.path, to_mapping(recipe), tensorboard=options.tensorboard, wandb=options.wandb,
@@ -57,20 +60,29 @@ class Recorder:
         )
 
     def step(self, state: RunState, result: StepResult, *, lr: float, tokens: int,
-             seconds: float, phase: str) -> None:
+             seconds: float, phase: str, speed: dict[str, float] | None = None) -> set[str]:
         """Record one optimizer step.
+
+        Args:
+            speed: Utilisation and memory, see ``Speedometer``.
+
+        Returns:
+            What the guards want done, by the recipe: ``halve_lr``, ``end_round``.
 
         Raises:
             UserError: The log cannot be written.
         """
         if not self.is_main:
-            return
+            return set()
         line = {
             "step": state.step, "round": state.round, "loss": result.loss,
             "grad_norm": result.grad_norm, "lr": lr, **result.metrics, "tokens": tokens,
             "time/step": seconds, "tokens_per_second": tokens / seconds,
-            "staleness": state.step_in_round - 1,
+            "staleness": state.step_in_round - 1, **(speed or {}),
         }
+        if state.step_in_round == 1:  # what the round took before its first step
+            line |= {f"time/{name}": taken for name, taken in self.clock.seconds.items()
+                     if name != "train"}
         if self._has_phases:  # losses of several phases are not one curve
             line |= {"phase": phase, f"{phase}/loss": result.loss}
         self.log.log_metrics(line)
@@ -82,8 +94,19 @@ class Recorder:
             line, total_steps=algorithm.rounds * (algorithm.steps_per_round or 0),
             generation_share=self.clock.share("generation"), total_rounds=algorithm.rounds,
         )
+        return self._watch(line, phase)
+
+    def _watch(self, line: dict[str, Any], phase: str) -> set[str]:
+        """Warn of what the guards find in a step; what the recipe wants done about it."""
+        options, wanted = self.recipe.train, set()
         for warning in self.guard.step_warnings():
             self.console.warn(warning)
+            wanted.add(options.on_collapse)
+        spike = self.spikes.feed(line["loss"], phase if self._has_phases else "")
+        if spike and options.on_spike != "ignore":
+            self.warn(f"{spike} (step {line['step']}; train.on_spike={options.on_spike})")
+            wanted.add(options.on_spike)
+        return wanted - {"warn"}
 
     def round(self, record: dict[str, Any]) -> None:
         """Log a finished round; adds the guard's findings to ``record``.
@@ -95,6 +118,7 @@ class Recorder:
             return
         found = self.guard.check(record.get("generation"))
         self.guard.start_round()
+        self.spikes.start_round()
         for warning in found:
             self.console.warn(warning)
         record["guard"], self._warned = self._warned + found, []

@@ -15,6 +15,7 @@ from megatron_irl.evaluation.hacking import hacking_signs
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import sample_pairs
 from megatron_irl.policy.references import add_references, open_pairs, survey
+from megatron_irl.run.adapter_rounds import merge_round
 from megatron_irl.run.run import Run
 from megatron_irl.storage.commit import read_json, write_file
 from megatron_irl.train.batches import chosen
@@ -32,6 +33,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
     """
     state = run.state
     if state.step_in_round == 0 and state.round > 0:
+        merge_round(run)
         if run.recipe.algorithm.reset_optimizer == "round":
             run.trainer.restart()
     pairs, summary = RoundPairs(run.bank, state.round), {}
@@ -40,6 +42,9 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         # Its references too belong to the round's start.
         run.evaluator.cache_references(state.round, run.reference_weights)
         summary["generation"] |= describe_samples(survey(pairs, run.topology).index)
+        summary["generation"] |= run.speedometer.generation(
+            summary["generation"], run.recipe.generation.max_requests
+        )
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
         previous_bank=run.previous_bank, ledger=run.folder.ledger,
@@ -73,7 +78,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
                 run.data.demonstrations, run.recipe.algorithm.prompts_per_round or 0,
                 run.recipe.seed, round_index,
             ),
-            sampling=run.sampling, part_size=run.recipe.generation.chunk_size,
+            sampling=run.sampling, part_size=run.recipe.generation.part_size,
             samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe),
             scheme=run.evaluator.scheme, console=run.console, clock=run.clock,
         )

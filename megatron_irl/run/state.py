@@ -15,6 +15,8 @@ class RunState:
         evaluation: Held-out numbers of the policy at the start of the round.
         summary: What the phases of the round in progress have said for the round's line.
         seconds: Time spent so far, by phase of the round in progress.
+        skipped: Steps that took no update because something was not finite.
+        lr_scale: What guards have left of the learning rate.
     """
 
     step: int = 0
@@ -23,6 +25,8 @@ class RunState:
     evaluation: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    skipped: int = 0
+    lr_scale: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""

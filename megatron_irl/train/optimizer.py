@@ -161,6 +161,20 @@ def freeze(optimizer: Any, frozen: Frozen) -> Iterator[None]:
             group["lr"] = rate
 
 
+@contextmanager
+def lowered(optimizer: Any, scale: float) -> Iterator[None]:
+    """Multiply every learning rate for one update; the schedule goes on as it would."""
+    groups = list(optimizer.param_groups) if scale != 1.0 else []
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] *= scale
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+
+
 def _is_reward_head(group: dict[str, Any]) -> bool:
     return group.get("start_wd") is not None
 

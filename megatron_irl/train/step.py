@@ -3,6 +3,7 @@
 The only place where an objective's ``LossOutput`` becomes Megatron's (loss, count, report).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from megatron_irl.collector import no_collection
 from megatron_irl.config import Recipe
 from megatron_irl.data.sampler import order_seed
 from megatron_irl.data.stored import Stored
-from megatron_irl.errors import TrainingDiverged
+from megatron_irl.flops import Tokens
 from megatron_irl.parallel.reduce import reduce_metrics
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import (
@@ -26,12 +27,15 @@ from megatron_irl.train.batches import (
     microbatches_for,
     share_of,
     token_counts,
+    work_of,
 )
+from megatron_irl.train.finite import FiniteUpdates, NotFinite
 from megatron_irl.train.optimizer import (
     Frozen,
     build_schedule,
     current_lr,
     freeze,
+    lowered,
     reset_optimizer,
 )
 from megatron_irl.types import HeadChoice, LossOutput, Metric, PackedBatch
@@ -59,10 +63,15 @@ class Stepper:
     Args:
         policy: Over DDP-wrapped model chunks.
         optimizer: Megatron's optimizer over the same chunks.
+
+    Attributes:
+        lr_scale: Of every learning rate that the schedule gives; 1 unless a guard lowered it.
     """
 
     def __init__(self, policy: Policy, optimizer: Any) -> None:
+        self.lr_scale = 1.0
         self.policy, self.optimizer = policy, optimizer
+        self._updates = FiniteUpdates(optimizer)
         # Called by the schedule after the last backward: reduces gradients over data parallelism
         # and tied embeddings over the pipeline, and divides by the global count.
         get_model_config(policy.chunks[0]).finalize_model_grads_func = partial(
@@ -83,8 +92,8 @@ class Stepper:
             where: Named in the error when the loss is not finite.
 
         Raises:
-            TrainingDiverged: The loss or gradient norm is NaN or infinite. A bad loss is found
-                before the update, so the weights are still good.
+            NotFinite: The loss or gradient norm is NaN or infinite, found on every rank before the
+                update: weights and optimizer are as they were.
 
         Collectives: every rank must call.
         """
@@ -104,14 +113,14 @@ class Stepper:
         # Reads the device: the one wait of a step before the update. The check below needs it.
         metrics = reduce_metrics(reports, policy.topology, hardware.device())
         loss = metrics.pop("loss")
-        if not _finite(loss):
-            raise TrainingDiverged(f"the loss is {loss} {where}")
-        with freeze(self.optimizer, frozen):
-            _, grad_norm, _ = self.optimizer.step()
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {loss} {where}", loss=loss, local_losses=_means(reports))
+        with freeze(self.optimizer, frozen), lowered(self.optimizer, self.lr_scale):
+            _, grad_norm = self._updates.step()
         policy.note_update()
-        grad_norm = float(grad_norm)
-        if not _finite(grad_norm):
-            raise TrainingDiverged(f"the gradient norm is {grad_norm} {where}")
+        if not math.isfinite(grad_norm):
+            raise NotFinite(f"the gradient norm is {grad_norm} {where}", loss=loss,
+                            grad_norm=grad_norm, local_losses=_means(reports))
         return StepResult(loss, grad_norm, metrics)
 
 
@@ -136,17 +145,21 @@ class Trainer:
         recipe: Resolved; its ``train``, ``schedule`` and ``algorithm`` sections are read.
         policy: Over DDP-wrapped chunks.
         optimizer: Megatron's, over the same chunks.
+
+    Attributes:
+        work: Of this rank's replica in the newest step.
     """
 
     def __init__(self, recipe: Recipe, policy: Policy, optimizer: Any) -> None:
         self.recipe, self.policy, self.optimizer = recipe, policy, optimizer
         self.stepper = Stepper(policy, optimizer)
+        self.work = Tokens.of(())
         self.scheduler = build_schedule(recipe, optimizer)
 
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return current_lr(self.optimizer)
+        return current_lr(self.optimizer) * self.stepper.lr_scale
 
     def restart(self) -> None:
         """Forget the moments and begin the schedule anew; the weights stay."""
@@ -165,11 +178,20 @@ class Trainer:
         Raises and collectives: as ``Stepper.train_step``.
         """
         microbatches, tokens = self.draw_batch(streams)
-        result = self.stepper.train_step(
-            microbatches, objective, heads=heads, frozen=frozen, where=where
-        )
+        try:
+            result = self.stepper.train_step(
+                microbatches, objective, heads=heads, frozen=frozen, where=where
+            )
+        except NotFinite as bad:
+            bad.streams, bad.tokens = streams, tokens
+            raise
         self.scheduler.step(1)
         return result, tokens
+
+    def skip(self, bad: NotFinite) -> tuple[StepResult, int]:
+        """Go on after a step that took no update: the schedule moves, its batch was drawn."""
+        self.scheduler.step(1)
+        return StepResult(bad.loss, bad.grad_norm, {"skipped": 1.0}), bad.tokens
 
     def draw_batch(self, streams: Sequence[Stream]) -> tuple[list[PackedBatch], int]:
         """This rank's microbatches of the next global batch, and the tokens of all of it."""
@@ -184,6 +206,7 @@ class Trainer:
                 micro_batch_tokens=options.micro_batch_tokens,
                 multiple_of=self.policy.multiple_of,
             )
+        self.work = work_of(microbatches)
         return microbatches, tokens
 
     def read_ahead(self, steps: Iterable[Sequence[Stream]]) -> None:
@@ -249,5 +272,6 @@ def _megatron_loss(
     return out.total, out.weight.to(torch.int), report
 
 
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+def _means(reports: Sequence[dict[str, Metric]]) -> list[float]:
+    """The loss of each microbatch of this rank; a sync each, where it no longer matters."""
+    return [float(r["loss"].total) / max(float(r["loss"].weight), 1.0) for r in reports]

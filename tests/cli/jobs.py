@@ -62,6 +62,41 @@ def batches_encoded(arguments: list[str]) -> tuple[int, int, str]:
     return code, len(calls), errors
 
 
+def tensors_of(value):
+    """All tensors inside nested dictionaries and lists."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for part in value for t in tensors_of(part)] if isinstance(value, list) else []
+
+
+def command_with_a_bad_loss(arguments, bad_rank, bad_step):
+    """A command in which one rank's loss of one step is NaN."""
+    import dataclasses
+    import os
+
+    from megatron_irl.run import loop
+
+    original = loop.optimizer_step
+
+    def step(running, phase, work):
+        def objective(logprobs_R, batch):
+            out = work.objective(logprobs_R, batch)
+            return type(out)(out.total * float("nan"), out.weight, out.metrics)
+
+        bad = running.state.step + 1 == bad_step and int(os.environ["RANK"]) == bad_rank
+        original(running, phase, dataclasses.replace(work, objective=objective) if bad else work)
+
+    loop.optimizer_step = step
+    try:
+        return command(arguments)
+    finally:
+        loop.optimizer_step = original
+
+
 def pairs_held(arguments: list[str]) -> tuple[int, list[tuple[int, int]]]:
     """The most pairs in this rank's memory at an update, and the parts read, as (round, part)."""
     import gc

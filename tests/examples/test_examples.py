@@ -26,7 +26,7 @@ def test_recipe_parses_and_resolves(path):
 def test_job_script_is_valid_shell(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     text = path.read_text()
-    assert "srun" in text and "megatron-irl train" in text
+    assert "srun" in text and "megatron-irl" in text and "train \"$RECIPE\"" in text
 
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda p: p.name)

@@ -1,0 +1,47 @@
+"""A rank that was stopped is noticed by the others: who, where, stacks in the log, then an end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_irl.errors import HUNG
+from tests.cli.harness import deterministic, write_recipe
+from tests.cli.test_two_starts import ours
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_stopped_rank(sections, finished, tmp_path):
+    """Rank 1 gets SIGSTOP after the first step; the run resumes to what it would have been."""
+    sections["parallel"] = {"data_parallel_size": 2, "hang_seconds": 8}
+    sections["checkpoint"] = {"interval": 1}
+    recipe = write_recipe(tmp_path / "r.yaml", **sections)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "megatron_irl", "train", str(recipe)]
+    log = tmp_path / "log"
+    with open(log, "wb") as file:
+        launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=file,
+                                    start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not (tmp_path / "run" / "checkpoints" / "step_000001").exists():
+            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.02)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGSTOP)
+        assert launcher.wait(timeout=120) == HUNG, log.read_text()
+    finally:
+        for pid in ours(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+    text = log.read_text()
+    assert "[rank 0 of 2 on" in text and "no progress for" in text and "hang_seconds" in text
+    assert f"rank 1 (process {children[1]}) is stopped by a signal (SIGSTOP)" in text
+    assert "most recent call first" in text and "loop.py" in text
+    assert len(list((tmp_path / "run" / "hangs").glob("*.txt"))) == 1
+    again = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE,
+                           text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert len(deterministic(tmp_path / "run")) == len(deterministic(finished)) == 4

@@ -1,0 +1,177 @@
+"""A run that is hit again and again until it is done, and compared with one that was left alone."""
+
+import random
+import signal
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_irl.errors import STOPPED
+from tests.faults.cases import write_recipe
+from tests.faults.process import Start
+from tests.golden.trajectory import Trajectory, read_trajectory
+
+KINDS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
+TARGETS = ("rank", "launcher", "tree")
+EARLY_SHARE = 0.15  # of the faults come while the processes are starting
+
+
+@dataclass
+class Fault:
+    """What was done to a start, and how that ended.
+
+    Attributes:
+        at: Seconds after the run folder was taken (before: after the start, negative).
+        code: Of the launcher; None: it hung.
+        seconds: From the signal until the launcher had ended.
+        steps: Lines of ``metrics.jsonl`` after the end.
+        saved: Step of the newest checkpoint after the end, -1 without one.
+        wrong: What must not be.
+    """
+
+    kind: str
+    target: str
+    at: float
+    code: int | None
+    seconds: float
+    steps: int
+    saved: int
+    wrong: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Story:
+    """A run and its faults; ``wrong`` says what differs from the uninterrupted run."""
+
+    case: str
+    seed: int
+    kind: str
+    faults: list[Fault]
+    wrong: list[str]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The uninterrupted run: what it did, and seconds to take the folder, and from there on."""
+
+    trajectory: Trajectory
+    opening: float
+    life: float
+
+
+def make_reference(case: str, root: Path) -> Reference:
+    """Run a case to its end."""
+    folder = root / f"{case}_whole"
+    start = Start(write_recipe(case, root, folder), folder)
+    try:
+        code = start.finish()
+        assert code == 0, start.log.read_text()
+        opened = start.opened_at or 0.0
+        return Reference(read_trajectory(folder), opened, start.seconds - opened)
+    finally:
+        start.end()
+
+
+def tell_story(
+    case: str, root: Path, reference: Reference, *, kind: str, seed: int, num_faults: int
+) -> Story:
+    """Run a case, hit it ``num_faults`` times (fewer if it is done before), and let it finish."""
+    begun, rng = time.monotonic(), random.Random(f"{case} {kind} {seed}")
+    folder = root / f"{case}_{kind}_{seed}"
+    recipe = write_recipe(case, root, folder)
+    faults: list[Fault] = []
+    wrong: list[str] = []
+    while len(faults) < num_faults and not wrong:
+        fault = _hit_once(recipe, folder, kind, rng, reference)
+        if fault is None:
+            break
+        faults.append(fault)
+        wrong += fault.wrong
+    if not wrong:
+        wrong += _finish(recipe, folder, reference)
+    return Story(case, seed, kind, faults, wrong, time.monotonic() - begun)
+
+
+def _hit_once(
+    recipe: Path, folder: Path, kind: str, rng: random.Random, reference: Reference
+) -> Fault | None:
+    """One start and one fault; None if the run was done before it."""
+    target, early = rng.choice(TARGETS), rng.random() < EARLY_SHARE
+    share, which = rng.random(), rng.random()
+    start = Start(recipe, folder)
+    try:
+        while True:
+            if start.look() is not None:
+                break
+            elapsed, opened = start.seconds, start.opened_at
+            if early and elapsed >= share * reference.opening:
+                break
+            if opened is not None and elapsed - opened >= share * reference.life:
+                break
+            time.sleep(0.01)
+        if start.launcher.poll() is not None and start.launcher.returncode == 0:
+            return None
+        ranks = start.ranks()
+        pids = {"rank": ranks[int(which * len(ranks)) :][:1], "launcher": [start.launcher.pid],
+                "tree": start.processes()}[target] or [start.launcher.pid]
+        at = start.seconds - (start.opened_at if start.opened_at is not None else 1e3)
+        hit_at = time.monotonic()
+        start.hit(KINDS[kind], pids)
+        code = start.finish()
+        fault = Fault(kind, target, round(at, 2), code, round(time.monotonic() - hit_at, 2),
+                      _steps(folder), _saved(folder))
+        fault.wrong = _judge(fault, start)
+        return fault
+    finally:
+        start.end()
+
+
+def _judge(fault: Fault, start: Start) -> list[str]:
+    wrong = []
+    if fault.code is None:
+        wrong.append("hangs")
+    left = start.left() if fault.code is not None else []
+    if left:
+        wrong.append(f"left behind: {left}")
+    if fault.kind == "kill":
+        return wrong
+    text = start.log.read_text(errors="replace")
+    # Before its handlers are there a process dies of the signal, as any other.
+    expected = {0, STOPPED} | ({-signal.SIGTERM} if start.opened_at is None else set())
+    if fault.code not in expected:
+        wrong.append(f"exit code {fault.code}: {text[-2000:]}")
+    if "Traceback" in text:
+        wrong.append(f"traceback: {text[-2000:]}")
+    if fault.code == STOPPED and fault.steps > max(fault.saved, 0):
+        wrong.append(f"{fault.steps} steps were taken and {fault.saved} saved")
+    return wrong
+
+
+def _finish(recipe: Path, folder: Path, reference: Reference) -> list[str]:
+    """Let the run finish; what differs from the reference."""
+    start = Start(recipe, folder)
+    try:
+        code = start.finish()
+        if code != 0:
+            return [f"the last start ends with {code}: {start.log.read_text()[-3000:]}"]
+        found, left = read_trajectory(folder), start.left()
+        differing = [key for key, value in reference.trajectory.items() if found[key] != value]
+        return ([f"left behind: {left}"] if left else []) + (
+            [f"differs in {', '.join(differing)}"] if differing else [])
+    finally:
+        start.end()
+
+
+def _steps(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def _saved(folder: Path) -> int:
+    names = [p.name.removeprefix("step_") for p in (folder / "checkpoints").glob("step_*")]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
