@@ -88,7 +88,7 @@ def _manager(model: Any) -> CudaGraphManager:
         )
 
 
-def is_capturable(models: Sequence[nn.Module], flash_attention: bool) -> str | None:
+def why_not_captured(models: Sequence[nn.Module], flash_attention: bool) -> str | None:
     """Why decode steps cannot be captured; None where they can."""
     config: Any = models[0].config
     if not hardware.IS_CUDA:

@@ -18,7 +18,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
 from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
-from megatron_irl.generation.graphs import is_capturable
+from megatron_irl.generation.graphs import why_not_captured
 from megatron_irl.generation.intake import Intake
 from megatron_irl.generation.interface import Ends, Finished, Progress, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
@@ -109,6 +109,20 @@ class MegatronGenerator:
         seconds, self._capture_seconds = self._capture_seconds, 0.0
         return seconds
 
+    def costs(self) -> dict[str, Any]:
+        """What generation cost beside its time, on this rank; nothing on CPU.
+
+        ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
+        that tensors took in the last phase of generation and in the training before it.
+        """
+        if not hardware.IS_CUDA:
+            return {}
+        peaks = {"generation": self.residency.peak_generation, "train": self.residency.peak_train}
+        return {
+            "graphs": self.graphs_used, "capture_seconds": self.take_capture_seconds(),
+            **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
+        }
+
     def pause(self) -> None:
         """End a phase of generation; see ``interface.Generator.pause``."""
         if not self.residency.end_generation():
@@ -169,7 +183,7 @@ class MegatronGenerator:
     def _build(self, models: list[Any]) -> None:
         graphs = self._asked_graphs
         number = None
-        if graphs != "off" and not is_capturable(models, paged_attention.has_flash_attention()):
+        if graphs != "off" and not why_not_captured(models, paged_attention.has_flash_attention()):
             number = -1 if graphs == "auto" else int(graphs)
         hardware.release_cached_memory()
         before = hardware.held_memory()

@@ -46,19 +46,22 @@ class Kernels:
             Engine's layers; ``SDPA`` of torch within the local ones.
         generation_attention: ``flash-attn 4``, ``3`` or ``2``; ``SDPA fallback`` where it is
             missing; ``SDPA`` where there is nothing better (fp32, CPU).
+        decoding: ``CUDA graphs``, or ``eager`` with the reason. How many graphs a round captured
+            is among its metrics.
         versions: Of the libraries behind them, where installed.
     """
 
     layers: str
     training_attention: str
     generation_attention: str
+    decoding: str
     versions: dict[str, str]
 
     def line(self) -> str:
         """One line for the log."""
         versions = ", ".join(f"{name} {number}" for name, number in self.versions.items())
         said = (f"layers: {self.layers}; attention: {self.training_attention} in training, "
-                f"{self.generation_attention} in generation")
+                f"{self.generation_attention} in generation; decoding: {self.decoding}")
         return f"{said}; {versions}" if versions else said
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,7 +110,7 @@ def check_environment(backend: AttnBackend) -> None:
         )
 
 
-def describe_kernels(model: Any, *, layers: str) -> Kernels:
+def describe_kernels(model: Any, *, layers: str, not_captured: str | None) -> Kernels:
     """Find out what a model (a GPTModel, or any stage of one) computes with.
 
     Transformer Engine is asked by a forward through the first layer's attention on a few random
@@ -115,8 +118,12 @@ def describe_kernels(model: Any, *, layers: str) -> Kernels:
 
     Args:
         layers: The layer spec the model was built with.
+        not_captured: Why decode steps run without CUDA graphs, if they do.
     """
-    return Kernels(layers, _training_attention(model), _generation_attention(model), _versions())
+    decoding = f"eager ({not_captured})" if not_captured else "CUDA graphs"
+    return Kernels(
+        layers, _training_attention(model), _generation_attention(model), decoding, _versions()
+    )
 
 
 def _training_attention(model: Any) -> str:

@@ -158,7 +158,7 @@ def test_it_says_what_it_runs_on_and_that_is_fast(setup):
     from megatron_irl.model.kernels import describe_kernels
 
     (chunk,), _ = build(setup[0], setup[1], precision="bf16")
-    kernels = describe_kernels(chunk, layers="transformer_engine")
+    kernels = describe_kernels(chunk, layers="transformer_engine", not_captured=None)
     assert kernels.training_attention in ("fused (cuDNN)", "flash-attn"), kernels.line()
     assert kernels.generation_attention.startswith("flash-attn")
     assert kernels.warnings() == [] and {"cuDNN", "NCCL"} <= set(kernels.versions)

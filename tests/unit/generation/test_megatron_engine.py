@@ -279,7 +279,7 @@ def test_a_failed_capture_decodes_without_graphs_and_warns_once(make, prompts, m
         return build(self, cuda_graphs)
 
     monkeypatch.setattr(BuiltEngine, "_build", failing)
-    monkeypatch.setattr(megatron_engine, "is_capturable", lambda *_: None)
+    monkeypatch.setattr(megatron_engine, "why_not_captured", lambda *_: None)
     monkeypatch.setattr(LayerGraphs, "lent", lambda _: nullcontext())
     generator = make(cuda_graphs=3)
     with pytest.warns(UserWarning, match="without CUDA graphs.*planted") as warned:

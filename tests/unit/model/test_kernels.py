@@ -67,10 +67,11 @@ def gpu_model(monkeypatch):
 ])
 def test_transformer_engine_is_asked_by_a_forward(gpu_model, monkeypatch, taken, said):
     monkeypatch.setattr(kernels.upstream, "flash_attn_with_kvcache", object())
-    found = describe_kernels(gpu_model(taken), layers="transformer_engine")
+    found = describe_kernels(gpu_model(taken), layers="transformer_engine", not_captured=None)
     assert found.training_attention == said
     assert found.generation_attention == "flash-attn 2"
     assert f"attention: {said} in training, flash-attn 2 in generation" in found.line()
+    assert "decoding: CUDA graphs" in found.line()
     assert "cuDNN 9.19.0" in found.line() and found.as_dict()["versions"]["cuDNN"] == "9.19.0"
     warned = " ".join(found.warnings())
     assert ("UNFUSED" in warned and "CUDNN_HOME" in warned) == (taken == "unfused")
@@ -80,7 +81,7 @@ def test_the_probe_leaves_the_runs_random_numbers_alone(gpu_model):
     torch.manual_seed(3)
     expected = torch.randn(4)
     torch.manual_seed(3)
-    describe_kernels(gpu_model("fused"), layers="transformer_engine")
+    describe_kernels(gpu_model("fused"), layers="transformer_engine", not_captured=None)
     assert torch.equal(torch.randn(4), expected)
 
 
@@ -98,7 +99,7 @@ def test_kernel_of_generation(gpu_model, monkeypatch, newer, pinned, kernel, sai
     monkeypatch.setattr(kernels.upstream, "HAVE_FA3", newer[1])
     model = gpu_model("fused")
     model.config.flash_attention_version = pinned
-    found = describe_kernels(model, layers="transformer_engine")
+    found = describe_kernels(model, layers="transformer_engine", not_captured=None)
     assert found.generation_attention == said
     assert ("Install flash-attn" in " ".join(found.warnings())) == (said == "SDPA fallback")
 
@@ -106,13 +107,14 @@ def test_kernel_of_generation(gpu_model, monkeypatch, newer, pinned, kernel, sai
 def test_on_a_cpu_there_is_nothing_to_warn_of():
     model = nn.Module()
     model.config = SimpleNamespace(params_dtype=torch.bfloat16)
-    found = describe_kernels(model, layers="local")
+    found = describe_kernels(model, layers="local", not_captured="there is no CUDA device")
     assert (found.training_attention, found.generation_attention) == ("SDPA", "SDPA")
     assert found.warnings() == [] and "layers: local" in found.line()
+    assert "decoding: eager (there is no CUDA device)" in found.line()
 
 
 def test_slow_kernels_are_both_named():
-    found = Kernels("transformer_engine", "unfused", "SDPA fallback", {}).warnings()
+    found = Kernels("transformer_engine", "unfused", "SDPA fallback", "CUDA graphs", {}).warnings()
     assert len(found) == 2
 
 
