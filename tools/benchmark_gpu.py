@@ -20,6 +20,7 @@ TRAINING = [
     ("--model", "1.1B", "--pairs", "4", "16", "--transformers"),
     ("--model", "8B/4", "--pairs", "8"),
     ("--model", "8B/4", "--pairs", "8", "--precision", "fp8"),
+    ("--model", "8B", "--lora", "64", "--micro-batch-tokens", "4096"),
 ]
 GENERATION = [
     ("--shape", "1.1B", "--requests", "64", "256", "--peer", "--ragged"),
@@ -52,7 +53,9 @@ def row(result: dict[str, Any]) -> str:
     if "failed" in result:
         return f"{result['what']} {result['failed']}: FAILED: {result['error']}"
     name = result.get("model") or result.get("shape")
-    size = (f"{result['pairs']} pairs x {result['microbatches']}" if "pairs" in result
+    tokens = result.get("micro_batch_tokens")
+    size = (f"LoRA r={result['lora']}, {tokens} tokens" if tokens else
+            f"{result['pairs']} pairs x {result['microbatches']}" if "pairs" in result
             else f"{result.get('requests') or result.get('places')} requests")
     label = f"{result['what']} {name} {result.get('precision', 'bf16')}, {size}"
     cells = [f"{key} {result[key]}" for key in COLUMNS if key in result]

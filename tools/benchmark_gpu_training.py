@@ -1,9 +1,12 @@
 """Tokens a second and model FLOPs utilisation of IRFT's optimizer step on one GPU.
 
     python tools/benchmark_gpu_training.py --model 1.1B --pairs 4 16 [--precision fp8]
+    python tools/benchmark_gpu_training.py --model 8B --lora 64 --micro-batch-tokens 4096
 
 Random weights; prompts and responses of 256 to 512 random tokens; every step draws new pairs, packs
 them, and takes ``--microbatches`` microbatches and one AdamW step through the code that trains.
+With ``--micro-batch-tokens`` the step's pairs are packed by tokens instead. Under ``--lora`` a
+frozen weight's own gradient is not counted as work: 4 FLOPs a weight and token, not 6.
 """
 
 import argparse
@@ -11,12 +14,14 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from gpu_shapes import (
     PEAK_FLOPS,
     SHAPES,
+    adapter_parameters,
     build_random,
     build_transformers,
     random_pairs,
@@ -25,7 +30,9 @@ from gpu_shapes import (
 )
 
 from megatron_irl import hardware
-from megatron_irl.config import ParallelConfig, Precision
+from megatron_irl.adapters.adapters import add_adapters
+from megatron_irl.adapters.spec import adapter_spec
+from megatron_irl.config import AdapterConfig, ParallelConfig, Precision
 from megatron_irl.model.build import build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
@@ -45,25 +52,43 @@ def objective(logprobs_R: torch.Tensor, batch: Any) -> Any:
 
 
 def build_stepper(
-    model: str, precision: Precision, topology: Topology, **overrides: Any
+    model: str, precision: Precision, topology: Topology, *, lora: int | None = None,
+    optimizer: dict[str, Any] | None = None, **overrides: Any,
 ) -> Stepper:
-    """The product's step over random weights."""
+    """The product's step over random weights.
+
+    Args:
+        lora: Rank of adapters on every linear layer and the head.
+        optimizer: Further fields of Megatron's OptimizerConfig.
+    """
     chunks, config = build_random(model, precision, topology, **overrides)
-    policy = Policy(chunks, topology, shape(model)).for_training(build_ddp_config())
-    optimizer = build_megatron_optimizer(
-        OptimizerConfig(lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
-                        params_dtype=config.params_dtype),
-        policy.chunks, topology,
+    arch, adapters = shape(model), None
+    if lora is not None:
+        wanted = AdapterConfig(rank=lora, targets=("all-linear", "lm_head"))
+        spec = adapter_spec(wanted, arch, ParallelConfig(), seed=0)
+        assert spec is not None
+        adapters = add_adapters(chunks, spec, arch, topology)
+    policy = Policy(chunks, topology, arch, adapters=adapters).for_training(build_ddp_config())
+    options = {
+        "lr": LR, "weight_decay": 0.0, "use_distributed_optimizer": True, "bf16": config.bf16,
+        "params_dtype": config.params_dtype,
+    }
+    megatron = build_megatron_optimizer(
+        OptimizerConfig(**options | (optimizer or {})), policy.chunks, topology
     )
-    return Stepper(policy, optimizer)
+    return Stepper(policy, megatron)
 
 
 def measure(
     stepper: Stepper, model: str, *, pairs: int, microbatches: int,
-    steps: int = 6, warmup: int = 3,
+    steps: int = 6, warmup: int = 3, micro_batch_tokens: int | None = None,
 ) -> dict[str, float]:
     """Medians over a few steps."""
     arch, rates = shape(model), []
+    adapters = stepper.policy.adapters
+    flops_of = partial(training_flops, arch) if adapters is None else partial(
+        training_flops, arch, adapters=adapter_parameters(adapters)
+    )
     hardware.reset_peak_memory()
     for step in range(-warmup, steps):
         batch = random_pairs(arch, pairs * microbatches, seed=step + warmup)
@@ -71,6 +96,7 @@ def measure(
         start = time.perf_counter()
         packed = microbatches_for(
             batch, stepper.policy.topology, micro_batch_size=pairs,
+            micro_batch_tokens=micro_batch_tokens,
             multiple_of=stepper.policy.multiple_of,
         )
         stepper.train_step(packed, objective)
@@ -78,7 +104,7 @@ def measure(
         seconds = time.perf_counter() - start
         if step >= 0:
             rates.append((seconds, sum(map(num_tokens, batch)) / seconds,
-                          training_flops(arch, batch) / seconds))
+                          flops_of(batch) / seconds))
     seconds, tokens, flops = (statistics.median(column) for column in zip(*rates, strict=True))
     return {"ms_per_step": 1e3 * seconds, "tokens_per_second": tokens,
             "tflops": flops / 1e12, "mfu": flops / PEAK_FLOPS,
@@ -129,14 +155,21 @@ def _their_loss(model: Any, batch: list[Any]) -> torch.Tensor:
 
 def lines(options: argparse.Namespace, topology: Topology) -> Iterator[dict[str, Any]]:
     """One result per number of pairs."""
-    stepper = build_stepper(options.model, options.precision, topology)
+    stepper = build_stepper(
+        options.model, options.precision, topology, lora=options.lora,
+        optimizer=json.loads(options.optimizer), **json.loads(options.model_keys),
+    )
     for pairs in options.pairs:
         numbers = measure(
             stepper, options.model, pairs=pairs, microbatches=options.microbatches,
-            steps=options.steps,
+            steps=options.steps, micro_batch_tokens=options.micro_batch_tokens,
         )
+        packed = {"pairs": pairs, "microbatches": options.microbatches}
+        if options.micro_batch_tokens:
+            packed = {"pairs_per_step": pairs * options.microbatches,
+                      "micro_batch_tokens": options.micro_batch_tokens}
         yield {"what": "training", "model": options.model, "precision": options.precision,
-               "pairs": pairs, "microbatches": options.microbatches} | _rounded(numbers)
+               "lora": options.lora} | packed | _rounded(numbers)
     del stepper
     hardware.release_cached_memory()
     if options.transformers:
@@ -153,11 +186,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", choices=list(SHAPES), default="1.1B")
     parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
-    parser.add_argument("--pairs", type=int, nargs="+", default=[4, 16], help="a microbatch")
+    parser.add_argument("--pairs", type=int, nargs="+", default=None, help="a microbatch; 4 and 16")
     parser.add_argument("--microbatches", type=int, default=4, help="an optimizer step")
+    parser.add_argument("--micro-batch-tokens", type=int, help="pack a step's pairs by tokens")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="adapters, the model frozen")
+    parser.add_argument("--optimizer", default="{}", help="JSON of Megatron OptimizerConfig fields")
+    parser.add_argument("--model-keys", default="{}", help="JSON of a recipe's model: keys")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--transformers", action="store_true", help="measure transformers as well")
     options = parser.parse_args()
+    options.pairs = options.pairs or ([4] if options.micro_batch_tokens else [4, 16])
     topology = initialize(ParallelConfig())
     for line in lines(options, topology):
         print(json.dumps(line), flush=True)

@@ -7,9 +7,11 @@ import numpy as np
 import torch
 
 from megatron_irl import hardware
+from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.config import ParallelConfig, Precision
 from megatron_irl.convert.hf_config import architecture
 from megatron_irl.families.architecture import Architecture
+from megatron_irl.families.table import HEAD
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.train.batches import num_tokens
@@ -71,18 +73,34 @@ def layer_parameters(arch: Architecture) -> int:
     return layers * (attention + 3 * dims["hidden"] * dims["ffn"])
 
 
-def training_flops(arch: Architecture, pairs: Sequence[Pair]) -> float:
+def adapter_parameters(adapters: Adapters) -> tuple[int, int]:
+    """Parameters of adapters of layers, and of the head's."""
+    sizes = [(name == HEAD, sum(p.numel() for p in layer.adapter.parameters()))
+             for name, layer in adapters.layers.items()]
+    return (sum(size for is_head, size in sizes if not is_head),
+            sum(size for is_head, size in sizes if is_head))
+
+
+def training_flops(
+    arch: Architecture, pairs: Sequence[Pair], *, adapters: tuple[int, int] | None = None
+) -> float:
     """Model FLOPs of forward and backward over pairs.
 
     6 a layer weight and token, 6 an LM-head weight and response token, and for causal attention 12
     a layer, head dimension and half the square of a sequence's length. Recomputation is not work.
+
+    Args:
+        adapters: Of a frozen model, as ``adapter_parameters`` counts them: then 4 a frozen weight,
+            whose own gradient is not computed, and 6 an adapter's.
     """
     dims, layers = arch.dims, arch.transformer["num_layers"]
     lengths = [len(p.prompt_ids) + len(ids) for p in pairs for ids in (p.demo_ids, p.sample_ids)]
     response = sum(len(p.demo_ids) + len(p.sample_ids) for p in pairs)
     squares = sum(n * n for n in lengths) / 2
-    return (6.0 * layer_parameters(arch) * sum(map(num_tokens, pairs))
-            + 6.0 * dims["hidden"] * dims["vocab"] * response
+    tokens, each = sum(map(num_tokens, pairs)), 6.0 if adapters is None else 4.0
+    layers_added, head_added = adapters or (0, 0)
+    return (each * layer_parameters(arch) * tokens + 6.0 * layers_added * tokens
+            + each * dims["hidden"] * dims["vocab"] * response + 6.0 * head_added * response
             + 12.0 * layers * dims["q"] * squares)
 
 

@@ -215,6 +215,10 @@ def add_adapters(
     for chunk in chunks:
         for parameter in chunk.parameters():
             parameter.requires_grad_(False)
+        module: Any
+        for module in chunk.modules():
+            if hasattr(module, "fuse_wgrad_accumulation"):  # into buffers that are not there
+                module.fuse_wgrad_accumulation = False
         _feed_gradients(chunk)
     targets = {layer.row.megatron: layer for layer in spec.layers}
     layers: dict[str, Any] = {}

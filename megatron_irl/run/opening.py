@@ -65,12 +65,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
-    on_main(
-        lambda: folder.claim(
-            recipe, inputs.data.digest, inputs.start, argv, kernels.as_dict()
-        ),
-        topology,
-    )
+    on_main(lambda: folder.claim(recipe, inputs.identity, argv, kernels.as_dict()), topology)
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds, topology.heart)
     recorder = everywhere(lambda: Recorder(
@@ -134,7 +129,7 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
         adapters = add_adapters(chunks, inputs.adapter, arch, topology)
     inputs.algorithm.attach_heads(recipe, chunks, topology)
     policy = Policy(
-        chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size,
+        chunks, topology, arch, rows_at_once=recipe.train.logprob_rows,
         adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
     )
     if weights:
