@@ -58,12 +58,16 @@ class Phase:
 
     ``prepare(round, step)`` is called with the weights of step ``first``, and again when a run
     resumes within; ``step`` tells the two apart. Collective over every rank.
+
+    For the planner: how many sequences an item is, and which heads will be asked for.
     """
 
     name: str
     first: int
     last: int
     prepare: "Callable[[Round, int], Work]"
+    sequences_per_item: int = 2
+    heads: "HeadChoice" = "logprobs"
 
 
 class Algorithm(AlgorithmRules):

@@ -180,9 +180,10 @@ class Rft(Algorithm):
         """Reward steps, then policy steps."""
         reward_steps = recipe.algorithm.reward_steps
         return [
-            Phase("reward", 0, reward_steps, _learn_reward),
+            Phase("reward", 0, reward_steps, _learn_reward,
+                  heads="both" if recipe.algorithm.nll_coefficient else "rewards"),
             Phase("policy", reward_steps, reward_steps + recipe.algorithm.policy_steps,
-                  _optimize_policy),
+                  _optimize_policy, sequences_per_item=1),
         ]
 
     def export(self, policy: "Policy", run_folder: Path, companions: dict[str, Any],

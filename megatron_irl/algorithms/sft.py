@@ -37,7 +37,8 @@ class Sft(Algorithm):
 
     def phases(self, recipe: Recipe) -> list[Phase]:
         """One phase."""
-        return [Phase(self.name, 0, recipe.algorithm.steps_per_round or 0, _imitate)]
+        return [Phase(self.name, 0, recipe.algorithm.steps_per_round or 0, _imitate,
+                      sequences_per_item=1)]
 
     def facts(self, recipe: object) -> list[str]:
         """Nothing besides the schedule."""

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     follow_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.run(options, arguments)
     except UserError as error:
@@ -41,6 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Overrides may stand behind options too, which argparse does not know of by itself."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest:
+        if not hasattr(options, "overrides") or any(word.startswith("-") for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.overrides = [*options.overrides, *rest]
+    return options
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(
@@ -54,13 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", help="section.key=value, taken as YAML")
     train.set_defaults(run=_train)
 
-    plan = commands.add_parser("plan", help="check a recipe and print what it would do")
-    plan.add_argument("recipe", type=_path)
-    plan.add_argument("overrides", nargs="*")
-    plan.add_argument("--show", type=int, metavar="N", help="show N demonstrations as the model "
-                      "sees them, and how long all of them are")
-    plan.set_defaults(run=_plan)
-
+    _add_plan(commands)
     _add_generate(commands)
     _add_score(commands)
 
@@ -80,6 +85,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="check a recipe; say what memory and time it takes")
+    plan.add_argument("recipe", type=_path)
+    plan.add_argument("overrides", nargs="*")
+    plan.add_argument("--world-size", type=int, metavar="N", help="ranks (default: the recipe's "
+                      "layout with its data_parallel_size)")
+    plan.add_argument("--gpu", default="h100", help="what the ranks run on: h100, h200, a100, b200 "
+                      "and others")
+    plan.add_argument("--lengths", metavar="PROMPT,RESPONSE[,RECORDS]", help="mean tokens; the "
+                      "recipe's data are not looked at, and of the model only config.json")
+    plan.add_argument("--search", action="store_true", help="list the fastest layouts that fit "
+                      "even if the recipe's does")
+    plan.add_argument("--json", action="store_true", help="print everything as one JSON object")
+    plan.add_argument("--picture", type=_path, metavar="FILE", help="draw memory by stage and "
+                      "phase (.svg, .png or .pdf)")
+    plan.add_argument("--show", type=int, metavar="N", help="show N demonstrations as the model "
+                      "sees them, and how long all of them are")
+    plan.set_defaults(run=_plan)
+
+
 def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="sample responses for a file of prompts")
     _model_options(generate)
@@ -97,9 +122,9 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--system", metavar="TEXT", help="system turn for prompts without one")
     generate.add_argument("--stream", action="store_true", help="also print each line to "
                           "standard output as soon as it is finished, in that order")
-    generate.add_argument("--chunk-size", type=int, help="lines per model replica between two "
-                          "writes of finished ones (default: 1024, with --stream 64); changes no "
-                          "response")
+    generate.add_argument("--part-size", "--chunk-size", type=int, help="lines per model replica "
+                          "between two writes of finished ones (default: 1024, with --stream 64); "
+                          "changes no response; --chunk-size is its name of before")
     generate.set_defaults(run=_generate)
 
 
@@ -152,10 +177,22 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     if world_size is None:
         size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
         if size > 1:
+            if _was_finished(recipe):
+                _say(f"{recipe.output_dir} is finished; nothing to do.")
+                return 0
             return run_ranks(argv, size)
     check_layout(recipe, world_size)
     _train_rank(recipe, argv)
     return 0
+
+
+def _was_finished(recipe: Recipe) -> bool:
+    """Whether the output folder is a finished run of this recipe, known without reading data."""
+    if not (Path(recipe.output_dir) / "run.json").exists():
+        return False
+    from megatron_irl.run.folder import RunFolder
+
+    return RunFolder(Path(recipe.output_dir)).was_finished_by(recipe)
 
 
 def _train_rank(recipe: Recipe, argv: list[str]) -> None:
@@ -165,16 +202,25 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
     stop = StopRequest(recipe.checkpoint.stop_part_seconds)
     with stop.listening():
         with stop.at_once():
+            from megatron_irl.parallel.main_rank import on_main
             from megatron_irl.parallel.topology import initialize, shutdown
             from megatron_irl.run.inputs import read_inputs
             from megatron_irl.run.loop import train
             from megatron_irl.run.time_limit import TimeLimit
 
-            inputs = read_inputs(recipe)
-            if int(os.environ.get("RANK", "0")) == 0:
+            was_finished = _was_finished(recipe)
+            inputs = None if was_finished else read_inputs(recipe)
+            if inputs is not None and int(os.environ.get("RANK", "0")) == 0:
                 for note in inputs.notes:
                     _say(note)
         topology = initialize(recipe.parallel, seed=recipe.seed, stop=stop)
+        # As the main rank saw it: another may have looked a moment earlier or later.
+        if on_main(lambda: was_finished, topology):
+            if topology.is_main:
+                _say(f"{recipe.output_dir} is finished; nothing to do.")
+            shutdown()
+            return
+        inputs = inputs or read_inputs(recipe)
         if topology.is_main:
             stop.time_is_up = TimeLimit(recipe.checkpoint.stop_before).is_near
         try:
@@ -186,14 +232,17 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
 
 
 def _plan(options: argparse.Namespace, argv: list[str]) -> int:
-    from megatron_irl.cli.plan import describe_plan
-    from megatron_irl.config import load_recipe
-
     del argv
     if options.show is not None and options.show < 0:
         raise UserError(f"--show {options.show} must be at least 0.")
-    sys.stdout.write(describe_plan(load_recipe(options.recipe, options.overrides), options.show))
-    return 0
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size {options.world_size} must be at least 1.")
+    os.environ["MEGATRON_IRL_PLATFORM"] = "cpu"  # a plan is made without a GPU, on any machine
+    from megatron_irl.cli.plan import run_plan
+
+    planned = run_plan(options)
+    sys.stdout.write(planned.text)
+    return planned.code
 
 
 def _generate(options: argparse.Namespace, argv: list[str]) -> int:

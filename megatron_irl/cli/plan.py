@@ -1,37 +1,124 @@
-"""``megatron-irl plan``: what a recipe would do, and the memory of its weights, before it runs."""
+"""``megatron-irl plan``: check a recipe, and say what it takes before it runs."""
 
-from megatron_irl.config import Recipe, check_layout
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_irl.config import Recipe, check_layout, load_recipe, resolve
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.hf_folder import validate_hf_folder
 from megatron_irl.data.demonstrations import Limits
 from megatron_irl.data.inspection import describe_lengths, show_records
+from megatron_irl.data.tokenizer import load_tokenizer
+from megatron_irl.errors import UserError
 from megatron_irl.families.table import rows
-from megatron_irl.run.inputs import Inputs, read_inputs
-from megatron_irl.train.optimizer import shards_optimizer
+from megatron_irl.planning.data_lengths import is_small, lengths_of, sample_lengths
+from megatron_irl.planning.machines import machine_named
+from megatron_irl.planning.plan import Plan, make_plan
+from megatron_irl.planning.report import draw_plan, plan_json, plan_lines, search_lines
+from megatron_irl.planning.search import Found, layouts_that_fit
+from megatron_irl.planning.workload import Lengths
+from megatron_irl.run.inputs import Inputs, read_headers, read_inputs
 
-GIB = 1024**3
+DOES_NOT_FIT = 2
+WITHOUT_DATA = 10_000  # records, where the recipe's data are not looked at
 
 
-def describe_plan(recipe: Recipe, show: int | None = None) -> str:
-    """Check what ``train`` checks, then describe rounds, batches and memory as text.
+@dataclass(frozen=True)
+class Planned:
+    """What ``plan`` has to say."""
+
+    text: str
+    code: int
+
+
+def run_plan(options: argparse.Namespace) -> Planned:
+    """Check what ``train`` checks, and plan.
 
     Not checked is whether this machine can run it: a plan is made on a login node too.
 
-    Args:
-        recipe: As loaded.
-        show: Show so many demonstrations as the model sees them, and the lengths of all.
-
     Raises:
-        UserError: As ``train`` would.
+        UserError: As ``train`` would, for what can be known without reading all of the data.
     """
-    dp_size = check_layout(recipe, None)
-    inputs = read_inputs(recipe, check_hardware=False, keeps_tokens=False)
-    lines = [*inputs.notes, *_work(inputs), *_memory(inputs, dp_size)]
+    machine = machine_named(options.gpu)
+    lengths = None if options.lengths is None else _given_lengths(options.lengths)
+    recipe = load_recipe(options.recipe, options.overrides, check_files=lengths is None)
+    dp_size = check_layout(recipe, options.world_size)
+    recipe = _with_data_parallel_size(recipe, dp_size)
+    known = _read(recipe, lengths, shows=options.show is not None)
+    plan = make_plan(
+        known.recipe, known.arch, machine, known.lengths, data_parallel_size=dp_size
+    )
+    found: list[Found] = []
+    if options.search or not plan.fits:
+        found = layouts_that_fit(known.recipe, known.arch, machine, known.lengths,
+                                 world_size=plan.setup.world_size)
+    if options.picture is not None:
+        draw_plan(plan, options.picture)
+    code = 0 if plan.fits else DOES_NOT_FIT
+    if options.json:
+        return Planned(json.dumps(plan_json(plan, found)) + "\n", code)
+    lines = [*known.notes, *_work(known), *_layout(plan), *plan_lines(plan)]
+    if options.search or not plan.fits:
+        lines += search_lines(found, plan.setup.world_size)
     if recipe.precision == "fp8":
         lines.append("the hardware was not checked: precision=fp8 needs GPUs of compute capability "
                      "8.9 or newer (Blackwell for mxfp8) and Transformer Engine")
-    if show is not None:
-        lines += _demonstrations(inputs, show)
-    return "\n".join(lines) + "\n"
+    if options.show is not None and known.inputs is not None:
+        lines += _demonstrations(known.inputs, options.show)
+    return Planned("\n".join(lines) + "\n", code)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What was read of a recipe; ``inputs`` where all of its data were."""
+
+    recipe: Recipe
+    arch: Architecture
+    lengths: Lengths
+    notes: list[str]
+    algorithm: Any
+    inputs: Inputs | None = None
+
+
+def _read(recipe: Recipe, lengths: Lengths | None, *, shows: bool) -> _Known:
+    if lengths is None and (shows or is_small(recipe)):
+        inputs = read_inputs(recipe, check_hardware=False, keeps_tokens=False)
+        return _Known(inputs.recipe, inputs.architecture, lengths_of(inputs.data.demonstrations),
+                      inputs.notes, inputs.algorithm, inputs)
+    headers = read_headers(recipe, check_hardware=False)
+    notes, hf_dir = [], Path(recipe.model.hf)
+    if lengths is None or any(hf_dir.glob("*.safetensors")):
+        validate_hf_folder(hf_dir, headers.architecture)
+    else:
+        notes.append(f"{hf_dir} has no weights: planned from its config.json alone")
+    if lengths is None:
+        tokenizer = load_tokenizer(
+            recipe.data.tokenizer or hf_dir, recipe.data.chat_template, model=hf_dir,
+            arguments=recipe.data.chat_template_args,
+        )
+        lengths = sample_lengths(recipe, tokenizer)
+    resolved = resolve(recipe, lengths.records)
+    return _Known(resolved, headers.architecture, lengths, notes, headers.algorithm)
+
+
+def _given_lengths(text: str) -> Lengths:
+    """Of ``PROMPT,RESPONSE`` or ``PROMPT,RESPONSE,RECORDS``."""
+    numbers = text.split(",")
+    if len(numbers) not in (2, 3) or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        raise UserError(f"--lengths {text} is not PROMPT,RESPONSE or PROMPT,RESPONSE,RECORDS: mean "
+                        "tokens and a number of demonstrations, as in 400,300,20000.")
+    prompt, response, *records = map(int, numbers)
+    return Lengths.equal(prompt, response, records[0] if records else WITHOUT_DATA,
+                         f"prompts of {prompt} and responses of {response} tokens, as given")
+
+
+def _with_data_parallel_size(recipe: Recipe, size: int) -> Recipe:
+    parallel = dataclasses.replace(recipe.parallel, data_parallel_size=size)
+    return dataclasses.replace(recipe, parallel=parallel)
 
 
 def _demonstrations(inputs: Inputs, show: int) -> list[str]:
@@ -56,12 +143,12 @@ def count_parameters(arch: Architecture) -> int:
     return total
 
 
-def _work(inputs: Inputs) -> list[str]:
-    recipe, rules = inputs.recipe, inputs.algorithm
-    algorithm, num_demonstrations = recipe.algorithm, len(inputs.data.demonstrations)
+def _work(known: _Known) -> list[str]:
+    recipe, rules, records = known.recipe, known.algorithm, known.lengths.records
+    algorithm = recipe.algorithm
     lines = [
         f"{algorithm.name}: {algorithm.rounds} rounds of {rules.describe_steps(recipe)}, "
-        f"{num_demonstrations} demonstrations"
+        f"{records} demonstrations"
     ]
     if rules.draws_samples:
         prompts = algorithm.prompts_per_round or 0
@@ -70,37 +157,19 @@ def _work(inputs: Inputs) -> list[str]:
         lines.append(
             f"each round samples {prompts} prompts{times}, up to "
             f"{recipe.generation.max_new_tokens} new tokens each, in "
-            f"{-(-prompts // recipe.generation.chunk_size)} committed parts"
+            f"{-(-prompts // recipe.generation.part_size)} committed parts"
         )
-        passes = algorithm.rounds * prompts / num_demonstrations
+        passes = algorithm.rounds * prompts / records
     else:
         steps = algorithm.rounds * (algorithm.steps_per_round or 0)
-        passes = steps * recipe.train.global_batch_size / num_demonstrations
+        passes = steps * recipe.train.global_batch_size / records
     return [*lines, f"{passes:.2f} passes over the demonstrations"]
 
 
-def _memory(inputs: Inputs, dp_size: int) -> list[str]:
-    """Weights, gradients and optimizer state of the fullest rank; activations are not included."""
-    recipe, arch = inputs.recipe, inputs.architecture
-    tp = recipe.parallel.tensor_model_parallel_size
-    pp = recipe.parallel.pipeline_model_parallel_size
-    total = count_parameters(arch)
-    embedding = arch.vocab_size * arch.transformer["hidden_size"]
-    heads = 1 if arch.tie_word_embeddings else 2
-    # A stage holds its layers; the first holds the embedding, the last the head.
-    fullest = ((total - heads * embedding) / pp + embedding * (heads if pp == 1 else 1)) / tp
-    weight_bytes = 4 if recipe.precision == "fp32" else 2
-    main_bytes = 0 if recipe.precision == "fp32" else 4
-    share = dp_size if shards_optimizer(recipe) else 1
-    parts = {
-        "weights": fullest * weight_bytes,
-        "gradients (fp32)": fullest * 4,
-        "optimizer": fullest * (main_bytes + 8) / share,
-    }
-    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+def _layout(plan: Plan) -> list[str]:
+    setup = plan.setup
     return [
-        f"{total / 1e9:.3f} B parameters; tensor {tp} x pipeline {pp} x data {dp_size} = "
-        f"{tp * pp * dp_size} ranks; {recipe.precision}",
-        f"fullest rank, GiB: {sizes}; together {sum(parts.values()) / GIB:.2f}, plus activations; "
-        "no reference model",
+        f"{count_parameters(setup.arch) / 1e9:.3f} B parameters; tensor {setup.tp} x pipeline "
+        f"{setup.pp} x data {setup.dp} = {setup.world_size} ranks; {setup.recipe.precision}; "
+        "no reference model"
     ]

@@ -29,9 +29,9 @@ _OWNED_ELSEWHERE = {
 _AT_LEAST_ONE = (
     "data.max_prompt_length", "data.max_response_length", "data.eval_limit", "algorithm.rounds",
     "algorithm.steps_per_round", "algorithm.prompts_per_round", "generation.max_new_tokens",
-    "generation.max_requests", "generation.chunk_size", "evaluation.limit",
+    "generation.max_requests", "generation.part_size", "evaluation.limit",
     "train.micro_batch_size", "train.micro_batch_tokens", "train.global_batch_size",
-    "train.logprob_chunk_size",
+    "train.logprob_rows",
     "adapter.rank", "checkpoint.interval", "checkpoint.keep", "checkpoint.stop_before",
     "logging.interval",
     "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",

@@ -134,7 +134,7 @@ class GenerationConfig:
     kv_cache_gb: float | None = None
     """Memory for the KV cache in GiB per rank, held only while generating; none: room for
     ``max_requests`` full-length responses."""
-    chunk_size: int = 256
+    part_size: int = 256
     """Most prompts per committed part of the pair bank: what a killed run may have to redo. It
     changes no sample."""
     cuda_graphs: Literal["auto", "off"] | int = "auto"
@@ -181,7 +181,7 @@ class TrainConfig:
     GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
-    logprob_chunk_size: int = 2048
+    logprob_rows: int = 2048
     """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
     they stay in the model's precision, and so many more as fit the same memory are taken."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -281,6 +281,21 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """Steps that torch's profiler records, for ``chrome://tracing`` or Perfetto."""
+
+    steps: tuple[int, ...] = ()
+    """Optimizer steps, counted from 1 as in ``metrics.jsonl``; each makes a file in ``profile/`` of
+    the run folder. A recorded step is slower."""
+    ranks: tuple[int, ...] = (0,)
+    """Ranks that record."""
+    memory: bool = False
+    """Record every allocation as well."""
+    stacks: bool = False
+    """Record where in the source each operation was asked for."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything a run is. Made by ``load_recipe``; derived values filled by ``resolve``."""
 
@@ -311,11 +326,13 @@ class Recipe:
     precision: Precision = "bf16"
     """``fp8`` takes Megatron's recipe in ``model.fp8_recipe`` and needs a GPU."""
     seed: int = 1234
-    """Seeds the data order and, with round and chunk, every sample."""
+    """Seeds the data order and, with round and prompt, every sample."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Trackers and console."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Steps to record with torch's profiler."""
     sections: dict[str, Any] = field(default_factory=dict)
     """Sections that the algorithm brings, by name, each in its own dataclass (for rft ``reward``
     and ``policy``). In a recipe file, and as attributes, they stand beside the others."""

@@ -109,6 +109,20 @@ class MegatronGenerator:
         seconds, self._capture_seconds = self._capture_seconds, 0.0
         return seconds
 
+    def costs(self) -> dict[str, Any]:
+        """What generation cost beside its time, on this rank; nothing on CPU.
+
+        ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
+        that tensors took in the last phase of generation and in the training before it.
+        """
+        if not hardware.IS_CUDA:
+            return {}
+        peaks = {"generation": self.residency.peak_generation, "train": self.residency.peak_train}
+        return {
+            "graphs": self.graphs_used, "capture_seconds": self.take_capture_seconds(),
+            **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
+        }
+
     def pause(self) -> None:
         """End a phase of generation; see ``interface.Generator.pause``."""
         if not self.residency.end_generation():

@@ -6,6 +6,7 @@ must be imported before the first ``megatron.core`` import (every room above doe
 """
 
 import os
+import resource
 from collections.abc import Callable
 
 import torch
@@ -97,6 +98,21 @@ def held_memory() -> int:
 def peak_memory() -> int:
     """Most bytes that tensors took at once since ``reset_peak_memory``; 0 on CPU."""
     return torch.cuda.max_memory_allocated() if IS_CUDA else 0
+
+
+def peak_reserved_memory() -> int:
+    """Most bytes that torch's allocator held at once since ``reset_peak_memory``; 0 on CPU."""
+    return torch.cuda.max_memory_reserved() if IS_CUDA else 0
+
+
+def device_name() -> str:
+    """What the driver calls the device; empty on CPU."""
+    return torch.cuda.get_device_name() if IS_CUDA else ""
+
+
+def peak_process_memory() -> int:
+    """Most bytes of host memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory() -> None:

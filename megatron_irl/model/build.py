@@ -245,7 +245,8 @@ def build_chunks(
             accumulate_in_layers(chunk)
         _set_rotary(chunk, config, architecture, topology, packed=name == "local")
         set_scales(chunk, config, architecture)
-        chunk = chunk.to(hardware.device())
+        if any(t.device != hardware.device() for t in (*chunk.parameters(), *chunk.buffers())):
+            chunk = chunk.to(hardware.device())
         if chunk.post_process and rows > architecture.vocab_size:
             tied = chunk.share_embeddings_and_output_weights
             weight: Any = (

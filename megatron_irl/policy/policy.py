@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_irl import hardware
 from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import load_hf_weights_once
 from megatron_irl.data.packing import alignment
-from megatron_irl.errors import TrainingDiverged
 from megatron_irl.generation.borrow import complete_gather
 from megatron_irl.generation.interface import Ends, Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
@@ -26,6 +24,7 @@ from megatron_irl.policy.scoring import (
     OnProgress,
     Sequences,
     Sums,
+    check_finite,
     score_in_packs,
     sum_in_packs,
 )
@@ -192,11 +191,7 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        bad = sum(not np.isfinite(values).all() for values in scores)
-        if bad:
-            raise TrainingDiverged(
-                f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
-            )
+        check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
     def score_sums(
@@ -218,7 +213,7 @@ class Policy:
             on_progress=on_progress,
         )
         found = Sums(*sums.reshape(-1, 4).T)
-        _check_finite(found.logp, "log-probabilities")
+        check_finite(found.logp, "log-probabilities")
         return found
 
     def score_rewards(
@@ -234,7 +229,7 @@ class Policy:
             self.rewards, sequences, self.topology, lambda _, value: float(value), alone=alone,
             max_tokens=max_tokens, multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        _check_finite(rewards, "rewards")
+        check_finite(rewards, "rewards")
         return rewards.tolist()
 
     # --- generation
@@ -313,15 +308,7 @@ class Policy:
         ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
         that tensors took in the last phase of generation and in the training before it.
         """
-        if self.generator is None or not hardware.IS_CUDA:
-            return {}
-        residency = self.generator.residency
-        peaks = {"generation": residency.peak_generation, "train": residency.peak_train}
-        return {
-            "graphs": self.generator.graphs_used,
-            "capture_seconds": self.generator.take_capture_seconds(),
-            **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
-        }
+        return {} if self.generator is None else self.generator.costs()
 
     def release_cache(self) -> None:
         """A phase of generation ends: free the cache, unless training leaves room for it.
@@ -330,9 +317,3 @@ class Policy:
         """
         if self.generator is not None:
             self.generator.pause()
-
-
-def _check_finite(values: np.ndarray, what: str) -> None:
-    bad = int((~np.isfinite(values)).sum())
-    if bad:
-        raise TrainingDiverged(f"{what} of {bad} of {len(values)} sequences are not finite")

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_irl.data.packing import pack
+from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_parallel
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import PackedBatch, Pair
@@ -184,3 +185,10 @@ def distinct_sequences(pairs: Sequence[Pair]) -> tuple[Sequences, list[int]]:
 def rounded(sums: np.ndarray) -> list[float]:
     """Each as the nearest float32, as the bank stores them."""
     return sums.astype(np.float32).tolist()
+
+
+def check_finite(values: np.ndarray, what: str) -> None:
+    """Raise TrainingDiverged where a sequence's sum, or its reward, is NaN or infinite."""
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        raise TrainingDiverged(f"{what} of {bad} of {len(values)} sequences are not finite")

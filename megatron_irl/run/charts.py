@@ -63,6 +63,8 @@ _COMMON_CHARTS = (
         ("length/demo", "demonstration", DEMO), ("length/sample", "sample", SAMPLE))),
     Curves("Gradient norm", "before clipping", (("grad_norm", "gradient norm", OTHER),), log=True),
     Curves("Learning rate", "", (("lr", "learning rate", OTHER),)),
+    Curves("Utilisation", "share of BF16's peak", (("train/mfu", "MFU", OTHER),),
+           note="Of the model's own FLOPs: response rows only, nothing padded."),
     Curves("Training speed", "tokens/s", (("tokens_per_second", "tokens/s", OTHER),),
            note="Optimizer steps only, prompts included."),
 )

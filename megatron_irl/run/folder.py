@@ -59,6 +59,17 @@ class RunFolder:
     def is_finished(self) -> bool:
         return bool(self._read().get("finished"))
 
+    def was_finished_by(self, recipe: Recipe) -> bool:
+        """Whether this is the finished run of a recipe, as far as can be told without its data.
+
+        Args:
+            recipe: Not resolved. One that is another experiment is for ``check`` to refuse.
+        """
+        known = self._read()
+        if not known.get("finished") or "demonstrations" not in known:
+            return False
+        return known.get("fingerprint") == fingerprint(resolve(recipe, known["demonstrations"]))
+
     def check_place(self) -> None:
         """Raise UserError unless the folder can be written and is new, empty or a run's."""
         _check_writable(self.path)
@@ -110,7 +121,7 @@ class RunFolder:
             )
 
     def claim(
-        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str],
+        self, recipe: Recipe, began_with: dict[str, Any], argv: list[str],
         kernels: dict[str, Any] | None = None,
     ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
@@ -118,13 +129,14 @@ class RunFolder:
         In this order, so that a folder with anything in it is known as a run's.
 
         Args:
+            recipe: Resolved.
+            began_with: ``data``, ``demonstrations`` and ``start``, as of ``check``.
             kernels: What the run computes with, for the record.
         """
         # What the folder was begun with stays: how samples are drawn must not change on the way.
         known = self._read()
         sampling = known.get("sampling", 1) if known else SAMPLING
-        identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling,
-                    "start": start}
+        identity = {"fingerprint": fingerprint(recipe), "sampling": sampling, **began_with}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
         self._write(identity | {"finished": False} | ({"kernels": kernels} if kernels else {}))

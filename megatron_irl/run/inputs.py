@@ -58,6 +58,12 @@ class Inputs:
     start: dict[str, str]
     notes: list[str]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run folder keeps of it besides the recipe."""
+        return {"data": self.data.digest, "demonstrations": len(self.data.demonstrations),
+                "start": self.start}
+
 
 def read_inputs(
     recipe: Recipe, *, check_hardware: bool = True, keeps_tokens: bool = True
@@ -74,22 +80,11 @@ def read_inputs(
     Raises:
         UserError: Anything that is wrong with the user's input.
     """
-    hf_dir = Path(recipe.model.hf)
-    folder = RunFolder(Path(recipe.output_dir))
-    folder.check_place()  # reading the data may take minutes
-    algorithm = algorithm_of(recipe)
-    hf_config = read_hf_config(hf_dir)
-    arch = architecture(hf_config)
-    model_config = build_config(
-        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
-        check_hardware=check_hardware,
-    )
-    optimizer_config = build_optimizer_config(recipe, model_config)
-    sharded = {"use_distributed_optimizer": shards_optimizer(recipe)}
-    ddp_config = build_ddp_config(recipe.ddp | sharded)
-    check_lengths(recipe, arch, model_config)
+    headers = read_headers(recipe, check_hardware=check_hardware)
+    hf_dir, folder, arch = Path(recipe.model.hf), headers.folder, headers.architecture
+    algorithm = headers.algorithm
     validate_hf_folder(hf_dir, arch)
-    adapter = adapter_spec(recipe.adapter, arch, recipe.parallel, seed=recipe.seed)
+    adapter = headers.adapter
     date = folder.date or today()
     tokenizer = load_tokenizer(
         recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
@@ -101,8 +96,44 @@ def read_inputs(
         adapter.start.check_base(start["model.hf"], hf_dir)
     data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
     return Inputs(
-        resolved, algorithm, folder, tokenizer, data, arch, hf_config, model_config,
-        optimizer_config, ddp_config, adapter, start, [*certificate_notes(hf_dir), *data.notes],
+        resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
+        headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
+        [*certificate_notes(hf_dir), *data.notes],
+    )
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What follows from the recipe and the model's config.json; as in ``Inputs``."""
+
+    folder: RunFolder
+    algorithm: Algorithm
+    hf_config: dict[str, Any]
+    architecture: Architecture
+    model_config: TransformerConfig
+    optimizer_config: OptimizerConfig
+    ddp_config: DistributedDataParallelConfig
+    adapter: AdapterSpec | None
+
+
+def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
+    """Read and check everything that takes no time; as ``read_inputs``."""
+    folder = RunFolder(Path(recipe.output_dir))
+    folder.check_place()  # reading the data may take minutes
+    algorithm = algorithm_of(recipe)
+    hf_config = read_hf_config(Path(recipe.model.hf))
+    arch = architecture(hf_config)
+    model_config = build_config(
+        arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
+        check_hardware=check_hardware,
+    )
+    optimizer_config = build_optimizer_config(recipe, model_config)
+    sharded = {"use_distributed_optimizer": shards_optimizer(recipe)}
+    ddp_config = build_ddp_config(recipe.ddp | sharded)
+    check_lengths(recipe, arch, model_config)
+    return Headers(
+        folder, algorithm, hf_config, arch, model_config, optimizer_config, ddp_config,
+        adapter_spec(recipe.adapter, arch, recipe.parallel, seed=recipe.seed),
     )
 
 

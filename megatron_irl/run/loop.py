@@ -30,6 +30,7 @@ from megatron_irl.run.adapter_rounds import write_adapter
 from megatron_irl.run.between_steps import between_steps, skip_or_stop
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.opening import is_finished, open_run
+from megatron_irl.run.profiling import recorded
 from megatron_irl.run.rounds import open_round
 from megatron_irl.run.run import Run
 from megatron_irl.run.watchdog import Watchdog
@@ -138,7 +139,10 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     start = time.perf_counter()
     streams = streams_at(run, phase, work, state.step_in_round)
     lr = run.trainer.lr
-    with run.clock.timed("train"):
+    watched = recorded(
+        run.recipe.profile, run.folder.path, step=state.step + 1, rank=run.topology.rank
+    )
+    with run.clock.timed("train"), watched:
         try:
             result, tokens = run.trainer.step(
                 streams, work.objective, heads=work.heads, frozen=work.frozen,
@@ -150,8 +154,11 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     state.step_in_round += 1
     # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
     # its log cannot be written the launcher ends the other ranks, who wait in the next step.
+    seconds = time.perf_counter() - start
     wanted = run.recorder.step(
-        state, result, lr=lr, tokens=tokens, seconds=time.perf_counter() - start, phase=phase.name
+        state, result, lr=lr, tokens=tokens, seconds=seconds, phase=phase.name,
+        speed=run.speedometer.step(
+            run.trainer.work, seconds, has_head=work.heads != "rewards"),
     )
     between_steps(run, phase, wanted)
 

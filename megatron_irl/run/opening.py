@@ -23,6 +23,7 @@ from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs, generation_length
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.run import Run
+from megatron_irl.run.speed import Speedometer
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.lease import Lease
@@ -64,24 +65,14 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
-    on_main(
-        lambda: folder.claim(
-            recipe, inputs.data.digest, inputs.start, argv, kernels.as_dict()
-        ),
-        topology,
-    )
+    on_main(lambda: folder.claim(recipe, inputs.identity, argv, kernels.as_dict()), topology)
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds, topology.heart)
     recorder = everywhere(lambda: Recorder(
         folder, recipe, inputs.algorithm, console, clock, state, is_main=topology.is_main,
         fence=lease.check, kept=saved.get("log"),
     ), topology)
-    policy.open_generator(
-        max_sequence_length=generation_length(recipe),
-        max_requests=recipe.generation.max_requests, kv_cache_gb=recipe.generation.kv_cache_gb,
-        cuda_graphs=recipe.generation.cuda_graphs, keep_cache=recipe.generation.keep_cache,
-        share_prompts=recipe.generation.share_prompts,
-    )
+    open_generator(policy, recipe)
     sampling = sampling_config(recipe, inputs.tokenizer)
     evaluator = Evaluator(
         recipe, inputs.algorithm, policy, inputs.tokenizer, inputs.data, sampling, heldout_bank,
@@ -94,6 +85,17 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
+        speedometer=Speedometer(inputs.architecture, topology, policy.chunks),
+    )
+
+
+def open_generator(policy: Policy, recipe: Recipe) -> None:
+    """Make the policy ready to generate as a resolved recipe has it."""
+    options = recipe.generation
+    policy.open_generator(
+        max_sequence_length=generation_length(recipe), max_requests=options.max_requests,
+        kv_cache_gb=options.kv_cache_gb, cuda_graphs=options.cuda_graphs,
+        keep_cache=options.keep_cache, share_prompts=options.share_prompts,
     )
 
 
@@ -127,7 +129,7 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
         adapters = add_adapters(chunks, inputs.adapter, arch, topology)
     inputs.algorithm.attach_heads(recipe, chunks, topology)
     policy = Policy(
-        chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size,
+        chunks, topology, arch, rows_at_once=recipe.train.logprob_rows,
         adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
     )
     if weights:

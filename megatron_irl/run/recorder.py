@@ -60,8 +60,11 @@ class Recorder:
         )
 
     def step(self, state: RunState, result: StepResult, *, lr: float, tokens: int,
-             seconds: float, phase: str) -> set[str]:
+             seconds: float, phase: str, speed: dict[str, float] | None = None) -> set[str]:
         """Record one optimizer step.
+
+        Args:
+            speed: Utilisation and memory, see ``Speedometer``.
 
         Returns:
             What the guards want done, by the recipe: ``halve_lr``, ``end_round``.
@@ -75,8 +78,11 @@ class Recorder:
             "step": state.step, "round": state.round, "loss": result.loss,
             "grad_norm": result.grad_norm, "lr": lr, **result.metrics, "tokens": tokens,
             "time/step": seconds, "tokens_per_second": tokens / seconds,
-            "staleness": state.step_in_round - 1,
+            "staleness": state.step_in_round - 1, **(speed or {}),
         }
+        if state.step_in_round == 1:  # what the round took before its first step
+            line |= {f"time/{name}": taken for name, taken in self.clock.seconds.items()
+                     if name != "train"}
         if self._has_phases:  # losses of several phases are not one curve
             line |= {"phase": phase, f"{phase}/loss": result.loss}
         self.log.log_metrics(line)

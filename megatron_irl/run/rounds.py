@@ -42,6 +42,9 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         # Its references too belong to the round's start.
         run.evaluator.cache_references(state.round, run.reference_weights)
         summary["generation"] |= describe_samples(survey(pairs, run.topology).index)
+        summary["generation"] |= run.speedometer.generation(
+            summary["generation"], run.recipe.generation.max_requests
+        )
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
         previous_bank=run.previous_bank, ledger=run.folder.ledger,
@@ -75,7 +78,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
                 run.data.demonstrations, run.recipe.algorithm.prompts_per_round or 0,
                 run.recipe.seed, round_index,
             ),
-            sampling=run.sampling, part_size=run.recipe.generation.chunk_size,
+            sampling=run.sampling, part_size=run.recipe.generation.part_size,
             samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe),
             scheme=run.evaluator.scheme, console=run.console, clock=run.clock,
         )

@@ -11,12 +11,13 @@ from megatron_irl.console import Console
 from megatron_irl.data.corpus import Corpus
 from megatron_irl.evaluation.heldout import Evaluator
 from megatron_irl.generation.interface import SamplingConfig
-from megatron_irl.parallel.reduce import from_main
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import start_of
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.recorder import Recorder
+from megatron_irl.run.speed import Speedometer
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.shared_bank import SharedBank
@@ -42,6 +43,7 @@ class Run:
         recorder, console: What it says about itself.
         sampling: How samples are drawn; its seed is the run's.
         companions: What an exported folder has besides weights.
+        speedometer: How fast it is beside what its device could do.
         saved: (step, round, step in round) of the newest checkpoint, or of the run's start.
 
     Example:
@@ -68,6 +70,7 @@ class Run:
     console: Console
     sampling: SamplingConfig
     companions: dict[str, Any]
+    speedometer: Speedometer
     saved: tuple[int, int, int] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
@@ -110,11 +113,15 @@ class Run:
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the
         # ranks bring to it, so everybody brings the main rank's.
-        state = self.state.to_dict() | {"log": self.recorder.log.recent()}
-        if self.policy.adapters is not None:
-            state |= {BASE: start_of(self.folder.path).get("model.hf")}
-        state = from_main(state, self.topology)
+        state = on_main(self._state, self.topology)
         self.checkpointer.save(
             self.state.step, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
             state,
         )
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights and optimizer."""
+        state = self.state.to_dict() | {"log": self.recorder.log.recent()}
+        if self.policy.adapters is not None:
+            state |= {BASE: start_of(self.folder.path).get("model.hf")}
+        return state

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
+
 from megatron_irl.data.packing import assign, assign_by_tokens, pack
 from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.data.stored import Stored
+from megatron_irl.flops import Tokens
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.scoring import Sequences
 from megatron_irl.types import Demonstration, PackedBatch, Pair, Rollout
@@ -67,12 +70,23 @@ def token_counts(items: Sequence[Item]) -> list[int]:
     return items.token_counts() if isinstance(items, Stored) else [num_tokens(i) for i in items]
 
 
+def work_of(microbatches: Sequence[PackedBatch]) -> Tokens:
+    """What the sequences of packs add up to; padding is no work."""
+    lengths = np.concatenate(
+        [np.diff(batch.cu_seqlens[: batch.num_sequences + 1].numpy()) for batch in microbatches]
+    ).astype(np.int64)
+    rows = sum(len(batch.rows_R) for batch in microbatches)
+    return Tokens(int(lengths.sum()), int((lengths**2).sum()), rows, len(lengths),
+                  int(lengths.max()))
+
+
 def num_tokens(item: Item) -> int:
     """Tokens a step processes for one item: prompt and response of each of its sequences."""
-    return sum(len(prompt) + len(response) for prompt, response in _sequences(item))
+    return sum(len(prompt) + len(response) for prompt, response in sequences_of(item))
 
 
-def _sequences(item: Item) -> Sequences:
+def sequences_of(item: Item) -> Sequences:
+    """(prompt ids, response ids) of each sequence of an item."""
     match item:
         case Pair():
             responses = [item.demo_ids, item.sample_ids]
@@ -86,7 +100,7 @@ def _sequences(item: Item) -> Sequences:
 
 
 def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
-    sequences = [sequence for item in items for sequence in _sequences(item)]
+    sequences = [sequence for item in items for sequence in sequences_of(item)]
     pairs = [item for item in items if isinstance(item, Pair)]
     rollouts = [item for item in items if isinstance(item, Rollout)]
     refs: list[float] = [rollout.ref_logp for rollout in rollouts]

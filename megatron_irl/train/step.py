@@ -17,6 +17,7 @@ from megatron_irl.collector import no_collection
 from megatron_irl.config import Recipe
 from megatron_irl.data.sampler import order_seed
 from megatron_irl.data.stored import Stored
+from megatron_irl.flops import Tokens
 from megatron_irl.parallel.reduce import reduce_metrics
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import (
@@ -26,6 +27,7 @@ from megatron_irl.train.batches import (
     microbatches_for,
     share_of,
     token_counts,
+    work_of,
 )
 from megatron_irl.train.finite import FiniteUpdates, NotFinite
 from megatron_irl.train.optimizer import (
@@ -143,11 +145,15 @@ class Trainer:
         recipe: Resolved; its ``train``, ``schedule`` and ``algorithm`` sections are read.
         policy: Over DDP-wrapped chunks.
         optimizer: Megatron's, over the same chunks.
+
+    Attributes:
+        work: Of this rank's replica in the newest step.
     """
 
     def __init__(self, recipe: Recipe, policy: Policy, optimizer: Any) -> None:
         self.recipe, self.policy, self.optimizer = recipe, policy, optimizer
         self.stepper = Stepper(policy, optimizer)
+        self.work = Tokens.of(())
         self.scheduler = build_schedule(recipe, optimizer)
 
     @property
@@ -200,6 +206,7 @@ class Trainer:
                 micro_batch_tokens=options.micro_batch_tokens,
                 multiple_of=self.policy.multiple_of,
             )
+        self.work = work_of(microbatches)
         return microbatches, tokens
 
     def read_ahead(self, steps: Iterable[Sequence[Stream]]) -> None:

@@ -143,7 +143,7 @@ def test_a_run_begun_before_a_key_existed_goes_on(stopped, finished, tmp_path, n
     """Its recipe.yaml lacks the key, and its fingerprint is of a version that had not the key."""
     folder, recipe = stopped("within a round", tmp_path / "run")
     written = yaml.safe_load((folder / "recipe.yaml").read_text())
-    del written["schedule"]["min_lr_ratio"], written["train"]["logprob_chunk_size"]
+    del written["schedule"]["min_lr_ratio"], written["train"]["logprob_rows"]
     (folder / "recipe.yaml").write_text(yaml.safe_dump(written))
     identity = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(identity | {"fingerprint": "of another version"}))

@@ -16,6 +16,7 @@ from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.errors import UserError, is_told_elsewhere
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.main_rank import everywhere, on_main
+from megatron_irl.parallel.reduce import largest_over_world
 from megatron_irl.parallel.topology import Topology, initialize
 from megatron_irl.storage import shared_folder
 from megatron_irl.storage.checkpoint import Checkpointer
@@ -48,6 +49,8 @@ def outcomes() -> dict[str, Any]:
         "other": told(lambda: on_main(lambda: fail(KeyError), topology)),
         "everywhere": told(lambda: everywhere(lambda: fail(UserError, 9), topology)),
         "on one": told(lambda: everywhere(lambda: fail(UserError, 1), topology)),
+        "largest": largest_over_world(
+            {"both": float(topology.rank), f"of {topology.rank}": 7.0}, topology),
         "other on one": told(lambda: everywhere(lambda: fail(ZeroDivisionError, 1), topology)),
     }
 

@@ -24,6 +24,7 @@ def test_results_and_errors_reach_every_rank(pool):
     assert first["other on one"][:2] == (
         "AnotherRankFailed", "rank 1 failed: ZeroDivisionError: from rank 1")
     assert second["other on one"][0] == "ZeroDivisionError"
+    assert first["largest"] == second["largest"] == {"both": 1.0, "of 0": 7.0, "of 1": 7.0}
 
 
 def test_a_folder_that_ranks_do_not_share_is_refused(pool, tmp_path):

@@ -1,0 +1,89 @@
+"""Operations of a training step, counted from what its packs hold."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_irl.families.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a step's sequences add up to.
+
+    Attributes:
+        sum: Tokens, prompts included.
+        squares: Sum over sequences of their squared lengths.
+        rows: Response tokens, each of which the head sees one row of.
+        sequences: How many they are.
+        longest: The longest of them.
+    """
+
+    sum: int
+    squares: int
+    rows: int
+    sequences: int
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Iterable[tuple[int, int]]) -> "Tokens":
+        """Of (prompt tokens, response tokens) of each sequence."""
+        pairs = np.array(list(lengths), dtype=np.int64).reshape(-1, 2)
+        whole = pairs.sum(1)
+        return cls(int(whole.sum()), int((whole**2).sum()), int(pairs[:, 1].sum()), len(pairs),
+                   int(whole.max(initial=0)))
+
+    @property
+    def padded(self) -> "Tokens":
+        """The same work as an ordinary trainer does it: all padded to the longest, whole head."""
+        total = self.sequences * self.longest
+        return Tokens(total, self.sequences * self.longest**2, total, self.sequences, self.longest)
+
+
+def layer_parameters(arch: Architecture) -> int:
+    """Weights of the matrices of one layer, each used once for every token."""
+    dims = arch.dims
+    gates = 2 if arch.transformer.get("gated_linear_unit") else 1
+    return dims["hidden"] * (dims["qkv"] + dims["q"] + (gates + 1) * dims["ffn"])
+
+
+def attended(arch: Architecture, tokens: Tokens) -> float:
+    """Σs²/2 of a causal layer; for layers with a window less, as far as Σs² lets see."""
+    window = arch.transformer.get("window_size")
+    half = tokens.squares / 2
+    if not window or not tokens.sum:
+        return half
+    mean = tokens.squares / tokens.sum  # the length of a sequence, weighted by tokens
+    return half if mean <= window[0] else tokens.sum * window[0] - 0.5 * tokens.sequences * (
+        window[0] ** 2)
+
+
+def forward_flops(arch: Architecture, tokens: Tokens, *, head: bool = True) -> float:
+    """Two operations a weight and token, the head's on response rows, causal attention."""
+    layers = arch.transformer["num_layers"]
+    return (
+        2.0 * layers * layer_parameters(arch) * tokens.sum
+        + 4.0 * layers * arch.dims["q"] * attended(arch, tokens)
+        + (2.0 * arch.dims["hidden"] * arch.vocab_size * tokens.rows if head else 0.0)
+    )
+
+
+def training_flops(
+    arch: Architecture, tokens: Tokens, *, head: bool = True, adapter_parameters: int | None = None
+) -> float:
+    """Model FLOPs of forward and backward; what is computed again (recompute) is not counted.
+
+    Args:
+        head: Whether the language-model head is computed.
+        adapter_parameters: Of LoRA, whose frozen weights need no gradient of their own; None:
+            everything is trained.
+    """
+    if adapter_parameters is None:
+        return 3.0 * forward_flops(arch, tokens, head=head)
+    layers = arch.transformer["num_layers"]
+    weights = 2.0 * layers * layer_parameters(arch) * tokens.sum
+    logits = 2.0 * arch.dims["hidden"] * arch.vocab_size * tokens.rows if head else 0.0
+    attention = 4.0 * layers * arch.dims["q"] * attended(arch, tokens)
+    return 2 * (weights + logits) + 3 * attention + 6.0 * adapter_parameters * tokens.sum
+

@@ -1,0 +1,73 @@
+"""What a plan is made for: a recipe's layout on a machine, with everything that follows from it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_irl.config import Recipe
+from megatron_irl.families.architecture import Architecture
+from megatron_irl.planning.machines import Machine
+from megatron_irl.train.optimizer import shards_optimizer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A resolved recipe on ranks of one kind.
+
+    Attributes:
+        config: Megatron's TransformerConfig.
+        dp: Data-parallel size.
+        lean: Layers are Transformer Engine's, which keep less than the local ones.
+    """
+
+    recipe: Recipe
+    arch: Architecture
+    config: Any
+    machine: Machine
+    dp: int
+    lean: bool
+
+    @property
+    def tp(self) -> int:
+        return self.recipe.parallel.tensor_model_parallel_size
+
+    @property
+    def pp(self) -> int:
+        return self.recipe.parallel.pipeline_model_parallel_size
+
+    @property
+    def vpp(self) -> int:
+        return self.recipe.parallel.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def layers(self) -> int:
+        """Of one stage."""
+        return self.arch.transformer["num_layers"] // self.pp
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 4 if self.recipe.precision == "fp32" else 2
+
+    @property
+    def shards_optimizer(self) -> bool:
+        return shards_optimizer(self.recipe)
+
+    @property
+    def vocabulary(self) -> int:
+        """Columns of this rank's logits."""
+        return -(-self.arch.vocab_size // self.tp)
+
+    def in_flight(self, stage: int, microbatches: int) -> float:
+        """Microbatches whose activations a stage holds at once, in whole stages of layers.
+
+        1F1B: one for every stage from here to the last. Interleaved: the chunks of its warm-up and
+        one more, each a share of the layers.
+        """
+        if self.vpp == 1:
+            return min(self.pp - stage, microbatches)
+        warmup = (self.pp - stage - 1) * 2 + (self.vpp - 1) * self.pp
+        return min(warmup + 1, microbatches * self.vpp) / self.vpp

@@ -1,0 +1,112 @@
+"""Stand-ins that keep for the backward pass what Transformer Engine's kernels keep.
+
+Transformer Engine's layers cannot be made without a GPU. The planner runs Megatron's layers in the
+local spec instead, with these in the places where the kernels differ in what they save: one input
+of a norm, of an activation or of attention instead of every intermediate result. They compute
+nothing that means anything, and run on fake tensors only.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.model.local_layers import ZeroCenteredRMSNorm
+from megatron_irl.model.packed_attention import PackedAttention
+
+from megatron.core.models.common.embeddings import rope_utils  # isort: skip
+from megatron.core.transformer import attention  # isort: skip
+from megatron.core.transformer.mlp import MLP  # isort: skip
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps its input and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+class _Activation(torch.autograd.Function):
+    """Keeps its input, [.., 2F] or [.., F]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.new_empty(*x.shape[:-1], width)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, what it gives, and a number a head and row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query)
+        norms = query.new_empty(query.shape[:2], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, out, norms)
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps nothing but angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        del ctx
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.empty_like(grads[0])
+
+
+@contextmanager
+def like_transformer_engine() -> Iterator[None]:
+    """Within it layers of the local spec keep what Transformer Engine's would."""
+
+    def norm(self: Any, x: Tensor) -> Tensor:
+        return _Norm.apply(x, self.weight)
+
+    def attend(self: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Attention.apply(query, key, value)
+
+    def rotate(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return _Rotation.apply(x)
+
+    def mlp(self: Any, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        inner, bias = self.linear_fc1(hidden)
+        inner = inner if bias is None else inner + bias
+        width = self.linear_fc2.weight.shape[1]
+        return self.linear_fc2(_Activation.apply(inner, width))
+
+    places: list[tuple[Any, str, Any]] = [
+        (nn.RMSNorm, "forward", norm), (nn.LayerNorm, "forward", norm),
+        (ZeroCenteredRMSNorm, "forward", norm), (PackedAttention, "forward", attend),
+        (rope_utils, "apply_rotary_pos_emb", rotate), (attention, "apply_rotary_pos_emb", rotate),
+        (MLP, "forward", mlp),
+    ]
+    before = [(place, name, place.__dict__[name]) for place, name, _ in places]
+    for place, name, stand_in in places:
+        setattr(place, name, stand_in)
+    try:
+        yield
+    finally:
+        for place, name, original in before:
+            setattr(place, name, original)

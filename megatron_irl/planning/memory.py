@@ -1,0 +1,209 @@
+"""Bytes of a rank by term and phase, for every pipeline stage."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_irl.flops import Tokens
+from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb
+from megatron_irl.planning.activations import PerToken
+from megatron_irl.planning.layout import Setup
+from megatron_irl.planning.machines import GIB
+from megatron_irl.planning.workload import PhaseWork, Workload
+
+# Outside of torch's allocator: the CUDA context, cuBLAS and NCCL. What the allocator cannot use
+# because its blocks are in pieces is a share of what it holds.
+CONTEXT, PER_GROUP, PIECES = 0.7 * GIB, 0.35 * GIB, 0.03
+GRAPHS = 0.6 * GIB  # captured graphs and their pool
+PACK_TOKENS = 4096  # of one forward pass of scoring
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Of one rank of a pipeline stage.
+
+    Attributes:
+        parameters, trainable: Elements.
+        terms: Bytes by name, each of them held in some of the phases.
+        phases: Bytes at the peak of each phase: the sum of the terms that ``parts`` names.
+        parts: Which terms a phase holds.
+        reserve: Bytes that are not tensors'.
+        host: Bytes of host memory by name.
+    """
+
+    stage: int
+    parameters: int
+    trainable: int
+    terms: dict[str, float]
+    parts: dict[str, tuple[str, ...]]
+    reserve: float
+    host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def phases(self) -> dict[str, float]:
+        return {phase: sum(self.terms[name] for name in names)
+                for phase, names in self.parts.items()}
+
+    @property
+    def peak(self) -> float:
+        """Most bytes of tensors at once."""
+        return max(self.phases.values())
+
+    @property
+    def needed(self) -> float:
+        """What the device must have."""
+        return self.peak * (1 + PIECES) + self.reserve
+
+
+def stage_memory(
+    setup: Setup, stage: int, parameters: dict[str, tuple[int, int, bool]], activations: PerToken,
+    work: Workload, *, worst: bool = False,
+) -> StageMemory:
+    """Memory of a rank of one stage.
+
+    Args:
+        parameters: As ``parameters_of_stage`` counts them.
+        worst: With the longest packs that the limits of the data allow instead of those drawn.
+    """
+    elements = sum(n for n, _, _ in parameters.values())
+    trained = sum(n for n, _, is_trained in parameters.values() if is_trained)
+    terms = {"weights": float(sum(n * size for n, size, _ in parameters.values()))}
+    if setup.recipe.precision == "fp8":
+        layers = sum(n for name, (n, _, _) in parameters.items() if _is_matrix(name))
+        terms["fp8 weights"] = 2.0 * layers  # by rows and by columns, cast once a step
+    terms |= _training_state(setup, trained)
+    terms |= _activations(setup, stage, activations, work, worst=worst)
+    held = tuple(n for n in terms if n not in ("activations", "logits", "backward"))
+    parts = {"training": tuple(terms)}
+    if work.samples:
+        terms |= _generation(setup, activations)
+        kept = held
+        if setup.recipe.generation.offload_optimizer:
+            kept = tuple(n for n in held if n not in ("gradients", "optimizer"))
+        parts["generation"] = (*kept, "KV cache", "graphs", "prefill")
+        terms["reference pass"] = PACK_TOKENS * activations.forward
+        parts["reference"] = (*held, "reference pass")
+        if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
+            terms["reference weights"] = terms["weights"]
+            parts["reference"] += ("reference weights",)
+    return StageMemory(
+        stage, elements, trained, terms, parts, _reserve(setup), _host(setup, trained, terms),
+    )
+
+
+def _is_matrix(name: str) -> bool:
+    return "linear_" in name and name.endswith("weight") and "layer_norm" not in name
+
+
+def _training_state(setup: Setup, trained: int) -> dict[str, float]:
+    """Megatron's gradient buffer, and what Adam keeps: moments, and a float32 copy of bf16."""
+    options, ddp = setup.recipe.optimizer, setup.recipe.ddp
+    grad = 4 if ddp.get("grad_reduce_in_fp32", True) else setup.element
+    moments = {"sgd": 1, "lion": 1}.get(options.get("optimizer", "adam"), 2)
+    state = 4.0 * moments + (0 if setup.recipe.precision == "fp32" else 4)
+    share = setup.dp if setup.shards_optimizer else 1
+    return {
+        "gradients": float(trained * grad),
+        "optimizer": trained * state / share * (1 - _offloaded(setup)),
+    }
+
+
+def _offloaded(setup: Setup) -> float:
+    """Share of the optimizer that Megatron keeps and computes on the host."""
+    options: dict[str, Any] = setup.recipe.optimizer
+    if not options.get("optimizer_cpu_offload"):
+        return 0.0
+    return float(options.get("optimizer_offload_fraction", 1.0))
+
+
+def _activations(
+    setup: Setup, stage: int, per_token: PerToken, work: Workload, *, worst: bool
+) -> dict[str, float]:
+    """Of the phase that takes most: what is in flight, the head's logits, the backward pass."""
+    most = {"activations": 0.0, "logits": 0.0, "backward": 0.0}
+    for phase in work.phases:
+        found = _phase_activations(setup, stage, per_token, phase, phase.worst if worst
+                                   else phase.largest)
+        if sum(found.values()) > sum(most.values()):
+            most = found
+    return most
+
+
+def _phase_activations(
+    setup: Setup, stage: int, per_token: PerToken, phase: PhaseWork, pack: Tokens
+) -> dict[str, float]:
+    is_edge = stage in (0, setup.pp - 1)
+    kept = pack.sum * per_token.kept(setup.layers, is_edge=is_edge)
+    if setup.recipe.precision == "fp8":
+        kept += pack.sum * setup.layers * fp8_change(setup)
+    in_flight = setup.in_flight(stage, len(phase.packs))
+    logits, head = head_memory(setup, pack) if stage == setup.pp - 1 and phase.has_head else (0, 0)
+    # The head's backward comes first and frees its logits before the layers' begins.
+    backward = max(head, pack.sum * per_token.backward + per_token.gradients - logits)
+    return {"activations": kept * in_flight, "logits": logits, "backward": max(0.0, backward)}
+
+
+def fp8_change(setup: Setup) -> float:
+    """Bytes a token and layer that FP8 products keep more: their inputs in one byte, not two.
+
+    What attention gave is kept in bf16 too, for attention's own backward pass.
+    """
+    if setup.config.recompute_granularity == "full":
+        return 0.0
+    dims = setup.arch.dims
+    return (dims["q"] - 2.0 * dims["hidden"] - dims["ffn"]) / setup.tp
+
+
+def head_memory(setup: Setup, pack: Tokens) -> tuple[float, float]:
+    """Bytes of response rows' logits: kept from forward to backward, and more in the backward.
+
+    See ``parallel.logprobs``: one block of logits is kept, in float32 on a CPU, and on a GPU in the
+    dtype of the weights with as many more rows.
+    """
+    at_once, hidden = setup.recipe.train.logprob_rows, setup.arch.dims["hidden"]
+    size = setup.element
+    block = min(pack.rows, at_once * (8 // size) if setup.lean else at_once)
+    logits = block * setup.vocabulary * (size if setup.lean else 4)
+    rows = pack.rows * hidden * size
+    weight = setup.vocabulary * hidden * size
+    gradients = weight * (1 if pack.rows <= block else 2)
+    spread = pack.sum * hidden * size  # rows' gradients back among all tokens
+    if not setup.lean and size < 4:
+        logits_gradient = block * setup.vocabulary * size
+    else:
+        logits_gradient = 0
+    return logits + rows, rows + max(gradients + logits_gradient, spread)
+
+
+def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
+    options = setup.recipe.generation
+    longest = setup.recipe.data.max_prompt_length + (options.max_new_tokens or 0)
+    cache = cache_gb(
+        setup.config, max_sequence_length=longest, max_requests=options.max_requests,
+        block_tokens=CUDA_BLOCK_TOKENS, kv_cache_gb=options.kv_cache_gb,
+    )
+    ffn = setup.config.ffn_hidden_size // setup.tp
+    prompt = (3 * ffn + 4 * setup.config.hidden_size) * setup.element
+    tokens = min(65536, max(4096, 2 * GIB // prompt // 4096 * 4096),
+                 options.max_requests * setup.recipe.data.max_prompt_length)
+    logits = options.max_requests * setup.vocabulary * (setup.element + 4)
+    return {"KV cache": cache * GIB, "graphs": 0.0 if options.cuda_graphs == "off" else GRAPHS,
+            "prefill": tokens * per_token.forward + logits}
+
+
+def _reserve(setup: Setup) -> float:
+    groups = sum(size > 1 for size in (setup.tp, setup.pp, setup.dp))
+    return CONTEXT + PER_GROUP * groups
+
+
+def _host(setup: Setup, trained: int, terms: dict[str, float]) -> dict[str, float]:
+    """Of one rank: the optimizer gathered for a checkpoint, and what is offloaded."""
+    state = 8.0 + (0 if setup.recipe.precision == "fp32" else 4)
+    found = {"optimizer gathered to save (first replica)": trained * state}
+    if setup.recipe.generation.offload_optimizer:
+        found["optimizer while generating"] = terms["gradients"] + terms["optimizer"]
+    if setup.recipe.adapter.enabled and setup.recipe.adapter.generation == "merged":
+        found["base weights while sampling"] = terms["weights"]
+    if share := _offloaded(setup):
+        dp = setup.dp if setup.shards_optimizer else 1
+        found["offloaded optimizer"] = trained * (state + 4) / dp * share
+    return found

@@ -1,0 +1,231 @@
+"""Seconds of a round's parts: a roofline, with shares of the peaks that were measured.
+
+The shares come from one H100 (docs/results.md, "One H100"); other devices are taken to reach the
+same shares of theirs. docs/scaling.md compares with figures that were not used.
+"""
+
+from dataclasses import dataclass
+
+from megatron_irl.flops import Tokens, attended, layer_parameters
+from megatron_irl.planning.layout import Setup
+from megatron_irl.planning.workload import PhaseWork, Workload
+
+PRODUCTS = 0.66  # of the peak: bf16 matrix products
+FP8_GAIN = 1.49  # of those products in FP8 over bf16, casts included
+FP32_SHARE = 1 / 15  # of bf16's peak
+ATTENTION = 0.40  # of bf16's peak: fused attention, its recomputation in the backward counted
+ELEMENTWISE = 0.47  # of the memory's bandwidth: norms, activations, additions, rotations
+DECODE = 0.85  # likewise: weights and cache while decoding
+LINK = 0.75  # of the links' speed: collectives
+UPDATE_BYTES = (22.0, 40.0)  # of Adam, a parameter: on all of them, and on the rank's share
+HOST_LAYER = 5.6e-3  # seconds of Python for a layer's forward and backward
+DECODE_LAYER = 50e-6  # seconds a layer and decode step beyond reading, and
+DECODE_REQUEST = 2.5e-6  # a request of it
+COLLECTIVE = 12e-6  # latency of an all-reduce in a decode step
+WRITER = 0.4e9  # bytes a second that one rank writes of a checkpoint
+FULL_SLOTS = 0.8  # how full the engine's places are on average
+
+
+@dataclass(frozen=True)
+class RoundTime:
+    """Seconds of a round's parts, and speeds.
+
+    Attributes:
+        seconds: By part.
+        step: Seconds of one optimizer step of each phase.
+        tokens_per_second: Trained tokens a second and rank, of each phase.
+        bubble: Share of a step's time that stages wait for each other.
+        decode_step: Seconds of one decode step at ``decode_batch`` requests.
+        decode_tokens_per_second: Of all replicas.
+    """
+
+    seconds: dict[str, float]
+    step: dict[str, float]
+    tokens_per_second: dict[str, float]
+    bubble: float
+    decode_step: float
+    decode_tokens_per_second: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def generation_share(self) -> float:
+        return self.seconds.get("generation", 0.0) / self.total if self.total else 0.0
+
+
+def round_time(
+    setup: Setup, work: Workload, *, parameters: int, adapter: int | None = None
+) -> RoundTime:
+    """Of one round.
+
+    Args:
+        parameters: Of the fullest rank.
+        adapter: Trained parameters of the fullest rank where an adapter is trained alone.
+    """
+    trained = parameters if adapter is None else adapter
+    steps = {p.name: step_seconds(setup, p, trained, is_adapter=adapter is not None)
+             for p in work.phases}
+    speeds = {p.name: sum(pack.sum for pack in p.packs) / steps[p.name] / (setup.tp * setup.pp)
+              for p in work.phases}
+    seconds = {"training": sum(steps[p.name] * p.steps for p in work.phases)}
+    decode, rate = 0.0, 0.0
+    if work.samples:
+        generation, decode, rate = _generation(setup, work, parameters)
+        seconds = {"generation": generation, "reference": _reference(setup, work)} | seconds
+    state = 14.0 if setup.recipe.precision != "fp32" else 12.0
+    seconds["checkpoint"] = trained * state / WRITER
+    microbatches = max((len(p.packs) for p in work.phases), default=1)
+    idle = (setup.pp - 1) / setup.vpp
+    return RoundTime(seconds, steps, speeds, idle / (microbatches + idle), decode, rate)
+
+
+def step_seconds(
+    setup: Setup, phase: PhaseWork, trained: int, *, is_adapter: bool = False
+) -> float:
+    """Of one optimizer step: microbatches through the pipeline, gradients exchanged, the update."""
+    times = [microbatch_seconds(setup, pack, has_head=phase.has_head, is_adapter=is_adapter)
+             for pack in phase.packs]
+    mean = sum(times) / len(times)
+    pipeline = sum(times) + mean * (setup.pp - 1) / setup.vpp
+    return pipeline + update_seconds(setup, trained) + _exchange(setup, trained)
+
+
+def microbatch_seconds(
+    setup: Setup, pack: Tokens, *, has_head: bool = True, backward: bool = True,
+    is_adapter: bool = False,
+) -> float:
+    """Of one microbatch on the slowest stage, forward and backward."""
+    arch, machine, layers = setup.arch, setup.machine, setup.layers
+    passes = 1.0
+    if backward:
+        passes = (2.0 if is_adapter else 3.0) + _recomputed(setup)
+    peak = machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
+    rate = PRODUCTS * peak
+    layer_rate = rate * FP8_GAIN if setup.recipe.precision == "fp8" and machine.fp8 else rate
+    weights = 2.0 * layers * layer_parameters(arch) * pack.sum / setup.tp * passes / layer_rate
+    attention_passes = passes + (1.0 if is_adapter and backward else 0.0)
+    attention = 4.0 * layers * arch.dims["q"] * attended(arch, pack) / setup.tp
+    attention *= attention_passes / (ATTENTION * peak)
+    elementwise = layers * elementwise_bytes(setup) * pack.sum * passes / 3 / (
+        ELEMENTWISE * machine.bandwidth)
+    host = HOST_LAYER * layers * passes / 3
+    head = _head(setup, pack, backward=backward) if has_head else 0.0
+    return max(weights + attention + elementwise + head, host) + _tensor_parallel(
+        setup, pack, passes)
+
+
+def _recomputed(setup: Setup) -> float:
+    """Forward passes done again."""
+    if setup.config.recompute_granularity == "full":
+        return 1.0
+    modules = setup.config.recompute_modules if setup.config.recompute_granularity else ()
+    return 0.35 if "mlp" in (modules or ()) else 0.02 if modules else 0.0
+
+
+def elementwise_bytes(setup: Setup) -> float:
+    """Bytes a layer and token moved by everything that is no product, forward and backward."""
+    dims, transformer = setup.arch.dims, setup.arch.transformer
+    wide = 16.0 if transformer.get("gated_linear_unit") else 10.0
+    shared = 44.0 * dims["hidden"]  # two norms and two additions
+    if setup.recipe.parallel.sequence_parallel:
+        shared /= setup.tp
+    split = wide * dims["ffn"] + 8.0 * (dims["q"] + dims["kv"])
+    return (shared + split / setup.tp) * setup.element / 2
+
+
+def _head(setup: Setup, pack: Tokens, *, backward: bool) -> float:
+    """The head on response rows: three products and one again for all blocks but the last."""
+    machine = setup.machine
+    product = 2.0 * setup.arch.dims["hidden"] * setup.vocabulary * pack.rows
+    block = setup.recipe.train.logprob_rows * (8 // setup.element)
+    again = max(0.0, 1 - block / max(pack.rows, 1))
+    passes = 3.0 + again if backward else 1.0
+    moved = pack.rows * setup.vocabulary * setup.element * (6 if backward else 2)
+    peak = machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
+    # The other stages wait for the last one.
+    return product * passes / (PRODUCTS * peak) + moved / (ELEMENTWISE * machine.bandwidth)
+
+
+def _tensor_parallel(setup: Setup, pack: Tokens, passes: float) -> float:
+    """Two all-reduces a layer and pass, or what sequence parallelism makes of them."""
+    if setup.tp == 1:
+        return 0.0
+    size = pack.sum * setup.arch.dims["hidden"] * setup.element
+    ring = 2 * (setup.tp - 1) / setup.tp * size / (LINK * _bandwidth(setup, setup.tp))
+    return setup.layers * 2 * min(passes, 2.0 + _recomputed(setup)) * ring
+
+
+def _bandwidth(setup: Setup, ranks: int) -> float:
+    machine = setup.machine
+    return machine.link if ranks <= machine.per_node else machine.network
+
+
+def _exchange(setup: Setup, trained: int) -> float:
+    """Gradients reduced over data parallelism, parameters gathered; overlapped if asked."""
+    if setup.dp == 1:
+        return 0.0
+    grad = 4 if setup.recipe.ddp.get("grad_reduce_in_fp32", True) else setup.element
+    speed = LINK * _bandwidth(setup, setup.world_size)
+    share = (setup.dp - 1) / setup.dp
+    times = (trained * grad * share / speed, trained * setup.element * share / speed)
+    asked = (setup.recipe.ddp.get("overlap_grad_reduce"),
+             setup.recipe.ddp.get("overlap_param_gather"))
+    return sum(t * (0.2 if overlapped else 1.0) for t, overlapped in zip(times, asked, strict=True))
+
+
+def update_seconds(setup: Setup, trained: int) -> float:
+    """Of Adam, and what goes with it: norms, zeroing, copies."""
+    share = setup.dp if setup.shards_optimizer else 1
+    everywhere, own = UPDATE_BYTES
+    return trained * (everywhere + own / share) / setup.machine.bandwidth
+
+
+def _reference(setup: Setup, work: Workload) -> float:
+    """A forward pass over the demonstrations and samples of a round."""
+    lengths = work.lengths
+    prompt, response = float(lengths.prompt.mean()), float(lengths.response.mean())
+    sample = float(lengths.sample.mean())
+    count = max(1.0, 4096 // (prompt + response))
+    pack = Tokens.of([(round(prompt), round(response))] * round(count))
+    sequences = work.prompts * (1 + work.samples_per_prompt * (prompt + sample) / (
+        prompt + response))
+    packs = sequences / count / setup.dp
+    return (packs + setup.pp - 1) * microbatch_seconds(setup, pack, backward=False)
+
+
+def _generation(setup: Setup, work: Workload, parameters: int) -> tuple[float, float, float]:
+    """(seconds, seconds a decode step, tokens a second over all replicas) of a round's samples."""
+    lengths, options = work.lengths, setup.recipe.generation
+    prompt, new = float(lengths.prompt.mean()), float(lengths.sample.mean())
+    per_replica = work.samples / setup.dp
+    batch = min(options.max_requests, max(1.0, per_replica))
+    step = decode_seconds(setup, round(batch), prompt + new / 2, parameters)
+    prefill = Tokens.of([(round(prompt), 0)])
+    forward = microbatch_seconds(setup, prefill, has_head=False, backward=False) - (
+        HOST_LAYER * setup.layers / 3)
+    products = 2.0 * setup.layers * layer_parameters(setup.arch) * prompt / setup.tp / (
+        PRODUCTS * setup.machine.bf16)
+    prefills = per_replica * max(forward, products * 1.25) * setup.pp
+    full = FULL_SLOTS if per_replica > batch else 1.0
+    seconds = prefills + per_replica * new / (batch * full) * step
+    return seconds, step, work.samples * new / seconds if seconds else 0.0
+
+
+def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
+    """Of one decode step of one replica through CUDA graphs: all stages in turn.
+
+    Args:
+        context: Tokens in the cache of a request.
+        parameters: Of a rank.
+    """
+    arch = setup.arch
+    cache = 2.0 * setup.layers * arch.dims["kv"] / setup.tp * context * batch * setup.element
+    # An untied embedding is not read, but for a row a request.
+    embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
+    read = (parameters - embedding * (setup.pp == 1)) * setup.element + cache
+    reading = read / (DECODE * setup.machine.bandwidth)
+    products = 2.0 * parameters * batch / (PRODUCTS * setup.machine.bf16)
+    layers = setup.layers * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
+    return setup.pp * (max(reading, products) + layers) + DECODE_REQUEST * batch

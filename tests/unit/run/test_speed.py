@@ -1,0 +1,80 @@
+"""Model FLOPs against torch's own counter, and what a run says of its speed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.data.packing import pack
+from megatron_irl.flops import Tokens, forward_flops, training_flops
+from megatron_irl.planning.machines import machine_of_device
+from megatron_irl.train.batches import work_of
+from tests.cli.conftest import data, model, small_recipe  # noqa: F401  (fixtures)
+from tests.cli.harness import read_jsonl, run, write_recipe
+
+
+def test_forward_flops_are_what_torch_counts(model):  # noqa: F811
+    """Of transformers' forward over two sequences; torch counts attention without causality."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    arch = architecture(read_hf_config(model))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        for length in (17, 40):
+            theirs(input_ids=torch.ones(1, length, dtype=torch.long))
+    whole = Tokens.of([(0, 17), (0, 40)])
+    hidden_half = 2.0 * arch.transformer["num_layers"] * arch.dims["q"] * whole.squares
+    assert forward_flops(arch, whole) + hidden_half == counter.get_total_flops()
+
+
+def test_the_head_runs_on_response_rows_and_frozen_weights_have_no_gradient(model):  # noqa: F811
+    arch = architecture(read_hf_config(model))
+    few, many = Tokens.of([(30, 10)]), Tokens.of([(0, 40)])
+    head = 6 * arch.dims["hidden"] * arch.vocab_size
+    assert training_flops(arch, many) - training_flops(arch, few) == 30 * head
+    assert training_flops(arch, few, head=False) == training_flops(arch, few) - 10 * head
+    attention = 4 * arch.transformer["num_layers"] * arch.dims["q"] * 40**2 / 2
+    forward = forward_flops(arch, few)
+    assert training_flops(arch, few, adapter_parameters=100) == (
+        2 * forward + attention + 6 * 100 * 40)
+    assert Tokens.of([(3, 4), (1, 1)]).padded == Tokens(14, 98, 14, 2, 7)
+
+
+def test_work_of_packs_leaves_padding_out():
+    ids = np.arange(1, 6, dtype=np.int32)
+    packs = [pack([(ids, ids[:3]), (ids[:2], ids[:1])], None, multiple_of=8),
+             pack([(ids, ids)], None)]
+    assert work_of(packs) == Tokens.of([(5, 3), (2, 1), (5, 5)])
+
+
+@pytest.mark.parametrize(("name", "known"), [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ("NVIDIA H200", "h200"), ("NVIDIA GeForce RTX 4090", None), ("", None),
+])
+def test_devices_are_known_by_the_drivers_names(name, known):
+    machine = machine_of_device(name)
+    assert (machine.name if machine else None) == known
+
+
+def test_a_run_says_its_speed_and_records_a_step(model, data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("megatron_irl.run.recorder.write_report", lambda folder: None)
+    sections = small_recipe(model, data, tmp_path / "run")
+    sections |= {"profile": {"steps": [2]}, "evaluation": {"interval": "never"}}
+    sections["algorithm"] |= {"rounds": 1}
+    result = run("train", write_recipe(tmp_path / "recipe.yaml", **sections))
+    assert result.code == 0, result.err
+    first, second = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    for line in (first, second):
+        assert 0 < line["train/tflops"] < line["train/tflops_padded"]
+        assert line["memory/peak_process"] > 0.1
+        assert "train/mfu" not in line  # a CPU's peak is not known
+    assert first["time/generation"] > 0 and first["time/reference"] > 0
+    assert "time/generation" not in second
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    assert trace.name == "step_000002_rank_0.json"
+    assert any("aten::mm" in e.get("name", "")
+               for e in json.loads(trace.read_text())["traceEvents"])
