@@ -49,11 +49,11 @@ def make_pairs(count: int, vocab: int, seed: int, prompt: tuple[int, int],
     ]
 
 
-def build_ours(model: Path, precision: Precision, topology: Topology, chunk_size: int) -> Stepper:
+def build_ours(model: Path, precision: Precision, topology: Topology, rows_at_once: int) -> Stepper:
     """The product's step on the real weights."""
     arch = architecture(read_hf_config(model))
     config = build_config(arch, ParallelConfig(), precision=precision)
-    policy = Policy(build_chunks(config, arch, topology), topology, arch, rows_at_once=chunk_size)
+    policy = Policy(build_chunks(config, arch, topology), topology, arch, rows_at_once=rows_at_once)
     policy.load_weights(model)
     policy = policy.for_training(build_ddp_config())
     optimizer = build_megatron_optimizer(
@@ -115,7 +115,7 @@ def compare(
     options: argparse.Namespace, precision: Precision, topology: Topology
 ) -> dict[str, Any]:
     """Alternate steps of both; returns the medians and their ratio."""
-    ours = build_ours(options.model, precision, topology, options.logprob_chunk_size)
+    ours = build_ours(options.model, precision, topology, options.logprob_rows)
     theirs = Theirs(options.model, precision)
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
     losses: tuple[float, float] = (0.0, 0.0)
@@ -154,7 +154,7 @@ def main() -> int:
     parser.add_argument("--micro-batch-size", type=int, default=4)
     parser.add_argument("--prompt", type=int, nargs=2, default=[40, 80], metavar=("MIN", "MAX"))
     parser.add_argument("--response", type=int, nargs=2, default=[10, 50], metavar=("MIN", "MAX"))
-    parser.add_argument("--logprob-chunk-size", type=int, default=2048)
+    parser.add_argument("--logprob-rows", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -122,9 +122,9 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--system", metavar="TEXT", help="system turn for prompts without one")
     generate.add_argument("--stream", action="store_true", help="also print each line to "
                           "standard output as soon as it is finished, in that order")
-    generate.add_argument("--chunk-size", type=int, help="lines per model replica between two "
-                          "writes of finished ones (default: 1024, with --stream 64); changes no "
-                          "response")
+    generate.add_argument("--part-size", "--chunk-size", type=int, help="lines per model replica "
+                          "between two writes of finished ones (default: 1024, with --stream 64); "
+                          "changes no response; --chunk-size is its name of before")
     generate.set_defaults(run=_generate)
 
 
@@ -177,10 +177,22 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     if world_size is None:
         size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
         if size > 1:
+            if _was_finished(recipe):
+                _say(f"{recipe.output_dir} is finished; nothing to do.")
+                return 0
             return run_ranks(argv, size)
     check_layout(recipe, world_size)
     _train_rank(recipe, argv)
     return 0
+
+
+def _was_finished(recipe: Recipe) -> bool:
+    """Whether the output folder is a finished run of this recipe, known without reading data."""
+    if not (Path(recipe.output_dir) / "run.json").exists():
+        return False
+    from megatron_irl.run.folder import RunFolder
+
+    return RunFolder(Path(recipe.output_dir)).was_finished_by(recipe)
 
 
 def _train_rank(recipe: Recipe, argv: list[str]) -> None:
@@ -190,18 +202,31 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
     stop = StopRequest(recipe.checkpoint.stop_part_seconds)
     with stop.listening():
         with stop.at_once():
+            from megatron_irl.parallel.main_rank import on_main
             from megatron_irl.parallel.topology import initialize, shutdown
             from megatron_irl.run.inputs import read_inputs
             from megatron_irl.run.loop import train
             from megatron_irl.run.time_limit import TimeLimit
 
-            inputs = read_inputs(recipe)
-            if int(os.environ.get("RANK", "0")) == 0:
+            was_finished = _was_finished(recipe)
+            inputs = None if was_finished else read_inputs(recipe)
+            if inputs is not None and int(os.environ.get("RANK", "0")) == 0:
                 for note in inputs.notes:
                     _say(note)
         topology = initialize(recipe.parallel, seed=recipe.seed, stop=stop)
+        # As the main rank saw it: another may have looked a moment earlier or later.
+        if on_main(lambda: was_finished, topology):
+            if topology.is_main:
+                _say(f"{recipe.output_dir} is finished; nothing to do.")
+            shutdown()
+            return
+        inputs = inputs or read_inputs(recipe)
         if topology.is_main:
-            stop.time_is_up = TimeLimit(recipe.checkpoint.stop_before).is_near
+            limit = TimeLimit(recipe.checkpoint.stop_before)
+            stop.time_is_up = limit.is_near
+            if limit.seconds is not None and not limit.is_known:
+                _say(f"checkpoint.stop_before={limit.seconds:g} has no effect: Slurm names no time "
+                     "limit for this process")
         try:
             train(inputs, topology, argv)
         except RunStopped:

@@ -1,4 +1,4 @@
-"""``megatron-irl generate``: responses to a file of prompts, committed chunk by chunk."""
+"""``megatron-irl generate``: responses to a file of prompts, committed part by part."""
 
 import argparse
 import dataclasses
@@ -24,8 +24,8 @@ from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
 from megatron_irl.types import Sample
 
-CHUNK = 1024  # lines per replica between two writes
-STREAM_CHUNK = 64  # likewise where someone is waiting for what other replicas sample
+PART = 1024  # lines per replica between two writes
+STREAM_PART = 64  # likewise where someone is waiting for what other replicas sample
 
 
 def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
@@ -33,7 +33,7 @@ def run_generate(options: argparse.Namespace, argv: list[str]) -> int:
 
     Started again after a kill, it goes on from the lines it has finished.
     """
-    for name in ("max_new_tokens", "chunk_size", "num_samples"):
+    for name in ("max_new_tokens", "part_size", "num_samples"):
         value = getattr(options, name)
         if value is not None and value < 1:
             flag = name.replace("_", "-")
@@ -108,10 +108,10 @@ def _generate_rest(
     options: argparse.Namespace, model: OpenModel, sampling: SamplingConfig,
     records: Sequence[PromptRecord], prompts: Sequence[np.ndarray], partial: PartialJsonl | None,
 ) -> None:
-    """Sample the lines not written yet, chunk by chunk; the main rank, with ``partial``, writes.
+    """Sample the lines not written yet, part by part; the main rank, with ``partial``, writes.
 
     A line is a sample of a prompt; those of one prompt follow each other. Its key follows from its
-    prompt's place in the file and its number, so neither the chunks, nor where a kill fell, nor
+    prompt's place in the file and its number, so neither the parts, nor where a kill fell, nor
     how many samples a prompt has changes any, and a resumed command may have another layout.
     Collective over every rank.
     """
@@ -124,7 +124,7 @@ def _generate_rest(
         what = "prompts" if each == 1 else "samples"
         progress.note(f"resuming: {start} of {count} {what} are done")
     share = slice(topology.dp_rank, None, topology.dp_size)
-    size = _chunk_size(options, topology.dp_size)
+    size = _part_size(options, topology.dp_size)
     lines_of = _Lines(options, model, records, prompts)
     finished = tokens = 0
     with progress.generation(len(range(start, count)[share])) as advance:
@@ -150,10 +150,10 @@ def _generate_rest(
             lines_of.forget()
 
 
-def _chunk_size(options: argparse.Namespace, replicas: int) -> int:
+def _part_size(options: argparse.Namespace, replicas: int) -> int:
     """Lines between two writes. What other replicas sample can be streamed only then."""
-    default = STREAM_CHUNK if options.stream and replicas > 1 else CHUNK
-    return (options.chunk_size or default) * replicas
+    default = STREAM_PART if options.stream and replicas > 1 else PART
+    return (options.part_size or default) * replicas
 
 
 def _advance(advance: Callable[..., None], finished: int, tokens: int, done: int, new: int) -> None:
@@ -161,7 +161,7 @@ def _advance(advance: Callable[..., None], finished: int, tokens: int, done: int
 
 
 class _Lines:
-    """Samples as lines of the output, each made once: of a chunk, until it is forgotten."""
+    """Samples as lines of the output, each made once: of a part, until it is forgotten."""
 
     def __init__(
         self, options: argparse.Namespace, model: OpenModel, records: Sequence[PromptRecord],
@@ -174,7 +174,7 @@ class _Lines:
         self._streamed: set[int] = set()
 
     def ends(self, first: int, place: int, token_ids: np.ndarray) -> bool:
-        """Whether the response in this place of the chunk has a ``--stop`` text by now."""
+        """Whether the response in this place of the part has a ``--stop`` text by now."""
         assert self._stops is not None
         line = first + place
         return self._stops.ends(line, token_ids, self._decode(line))
@@ -195,7 +195,7 @@ class _Lines:
             sys.stdout.buffer.flush()
 
     def forget(self) -> None:
-        """A chunk is written."""
+        """A part is written."""
         self._made.clear()
         self._streamed.clear()
 

@@ -157,7 +157,7 @@ def _work(known: _Known) -> list[str]:
         lines.append(
             f"each round samples {prompts} prompts{times}, up to "
             f"{recipe.generation.max_new_tokens} new tokens each, in "
-            f"{-(-prompts // recipe.generation.chunk_size)} committed parts"
+            f"{-(-prompts // recipe.generation.part_size)} committed parts"
         )
         passes = algorithm.rounds * prompts / records
     else:

@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from megatron_irl.config.renamed import BEFORE
 from megatron_irl.config.resolve import to_mapping
 from megatron_irl.config.schema import Recipe
 
@@ -13,7 +14,7 @@ from megatron_irl.config.schema import Recipe
 NOT_THE_EXPERIMENT = (
     "output_dir", "logging", "profile", "checkpoint", "evaluation", "parallel", "ddp", "data.eval",
     "data.eval_limit", "data.eval_preferences", "train.micro_batch_size",
-    "train.micro_batch_tokens", "train.logprob_chunk_size", "train.on_nonfinite",
+    "train.micro_batch_tokens", "train.logprob_rows", "train.on_nonfinite",
     "train.max_skips", "train.on_spike", "train.spike_factor", "train.on_collapse",
     "generation.max_requests",
     "generation.kv_cache_gb", "generation.cuda_graphs", "generation.keep_cache",
@@ -30,7 +31,8 @@ def fingerprint(recipe: Recipe) -> str:
     Take it of the resolved recipe: one before and one after ``resolve`` differ.
     """
     given = _flat(_non_defaults(recipe))
-    values = {key: value for key, value in _experiment(recipe).items() if key in given}
+    values = {BEFORE.get(key, key): value for key, value in _experiment(recipe).items()
+              if key in given}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -17,6 +17,7 @@ from megatron_irl.config.fields import (
 )
 from megatron_irl.config.files import expand_files, expand_home
 from megatron_irl.config.hub_cache import hub_snapshot
+from megatron_irl.config.renamed import NOW, with_names_of_now
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -43,6 +44,7 @@ def load_recipe(
     """
     mapping = _read_yaml(Path(path))
     mapping.pop("environment", None)
+    mapping = with_names_of_now(mapping)
     for override in overrides:
         _apply_override(mapping, override)
     recipe = _in_hub_cache(expand_home(recipe_from_mapping(mapping)))
@@ -113,6 +115,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(mapping: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     dotted = dotted.strip()
+    dotted = NOW.get(dotted, dotted)
     if not equals or not dotted:
         raise UserError(f"override {override!r} has no value; an override is section.key=value. "
                         "Write it with = and without spaces around it.")

@@ -16,6 +16,9 @@ from megatron_irl.config.data_schema import DataConfig as DataConfig
 from megatron_irl.config.data_schema import DataSource as DataSource
 from megatron_irl.config.data_schema import FormatName as FormatName
 from megatron_irl.config.data_schema import SplitConfig as SplitConfig
+from megatron_irl.config.run_schema import CheckpointConfig as CheckpointConfig
+from megatron_irl.config.run_schema import LoggingConfig as LoggingConfig
+from megatron_irl.config.run_schema import ProfileConfig as ProfileConfig
 
 LossName = Literal["sigmoid", "hinge", "linear"]
 ReferenceName = Literal["round_start", "initial"]
@@ -134,7 +137,7 @@ class GenerationConfig:
     kv_cache_gb: float | None = None
     """Memory for the KV cache in GiB per rank, held only while generating; none: room for
     ``max_requests`` full-length responses."""
-    chunk_size: int = 256
+    part_size: int = 256
     """Most prompts per committed part of the pair bank: what a killed run may have to redo. It
     changes no sample."""
     cuda_graphs: Literal["auto", "off"] | int = "auto"
@@ -181,7 +184,7 @@ class TrainConfig:
     GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
-    logprob_chunk_size: int = 2048
+    logprob_rows: int = 2048
     """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
     they stay in the model's precision, and so many more as fit the same memory are taken."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -244,58 +247,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
-    """Checkpoints a killed run resumes from."""
-
-    interval: int | None = None
-    """Optimizer steps between checkpoints, besides those at the end of each round."""
-    interval_minutes: float | None = 10.0
-    """Minutes of training after which one is saved too, at the end of a step; none: never."""
-    keep: int = 2
-    """Newest checkpoints kept."""
-    stop_before: float | None = None
-    """Seconds before the time limit of a Slurm job at which the run saves and stops (exit code
-    75); none: it waits for a signal (SIGTERM, SIGUSR1, SIGINT), which does the same."""
-    stop_part_seconds: float = 60.0
-    """How long parts of generation that are begun may still take when a run is asked to stop;
-    then, and at a second signal, they are given up, to be sampled again to the same."""
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """Trackers and examples. ``metrics.jsonl`` has every step whatever is set here; the console
-    shows the newest step on a terminal, and in a log file a step every ten seconds at most."""
-
-    interval: int = 1
-    """Optimizer steps between two lines to TensorBoard and wandb; rounds are logged always."""
-    tensorboard: bool = True
-    """Write TensorBoard event files into the run folder."""
-    wandb: bool = False
-    """Log to Weights & Biases."""
-    wandb_project: str | None = None
-    """Project name; none: the tracker's default."""
-    wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    """none: whatever the WANDB_MODE environment variable says."""
-    samples: int = 4
-    """Example prompts whose responses are logged each round."""
-
-
-@dataclass(frozen=True)
-class ProfileConfig:
-    """Steps that torch's profiler records, for ``chrome://tracing`` or Perfetto."""
-
-    steps: tuple[int, ...] = ()
-    """Optimizer steps, counted from 1 as in ``metrics.jsonl``; each makes a file in ``profile/`` of
-    the run folder. A recorded step is slower."""
-    ranks: tuple[int, ...] = (0,)
-    """Ranks that record."""
-    memory: bool = False
-    """Record every allocation as well."""
-    stacks: bool = False
-    """Record where in the source each operation was asked for."""
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Everything a run is. Made by ``load_recipe``; derived values filled by ``resolve``."""
 
@@ -326,7 +277,7 @@ class Recipe:
     precision: Precision = "bf16"
     """``fp8`` takes Megatron's recipe in ``model.fp8_recipe`` and needs a GPU."""
     seed: int = 1234
-    """Seeds the data order and, with round and chunk, every sample."""
+    """Seeds the data order and, with round and prompt, every sample."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,6 +1,6 @@
 """What the run that resumes does to its bank before it goes on; nobody else changes a round.
 
-Rounds of release 0.1.0 (chunks instead of parts, no digests, no manifest) are brought into today's
+Rounds of release 0.1.0 (other file names, no digests, no manifest) are brought into today's
 form; everybody else reads them as they are (see ``pair_file``).
 """
 
@@ -48,19 +48,19 @@ def settle(bank: PairBank, round: int) -> str | None:
 
 
 def bring_up_to_date(bank: PairBank, round: int) -> None:
-    """Rewrite the chunks of a round as parts, and finish it if all of them are there.
+    """Rewrite the files of a round that 0.1.0 wrote, and finish it if all of them are there.
 
-    For one process. A chunk goes when its part is on disk, so a kill at any instant loses nothing.
-    A damaged chunk is left as it is: it counts as absent.
+    For one process. An old file goes when the new one is on disk, so a kill at any instant loses
+    nothing. A damaged one is left as it is: it counts as absent.
     """
     folder = bank.root / f"round_{round:04d}"
-    chunks = sorted(folder.glob("chunk_[0-9]*.parquet"))
-    if not chunks:
+    old = sorted(folder.glob("chunk_[0-9]*.parquet"))
+    if not old:
         return
-    for path in chunks:
+    for path in old:
         number = int(path.stem.removeprefix("chunk_"))
         try:
-            # Of a part and a chunk of the same number, the part is read.
+            # Of an old and a new file of the same number, the new one is read.
             pairs = bank.read_part(round, number)
         except UserError:
             continue
@@ -76,7 +76,7 @@ def bring_up_to_date(bank: PairBank, round: int) -> None:
 
 
 def _expected_rows(folder: Path) -> int | None:
-    """How many pairs the round was finished with: its last chunk may have been deleted since."""
+    """How many pairs the round was finished with: its last file may have been deleted since."""
     try:
         return int(json.loads((folder / "summary.json").read_text())["generation"]["samples"])
     except (OSError, ValueError, TypeError, KeyError):

@@ -211,7 +211,7 @@ def alignment(
     - Sequence parallelism splits T over the tensor ranks: a multiple of their number.
     - FP8 GEMMs see the tokens of one rank: 16 (``delayed``, ``tensorwise``), 32 (``mxfp8``) or
       128 (``blockwise``) for each rank T is split over.
-    - Context parallelism gives every rank two of 2 * context_parallel_size equal chunks. That
+    - Context parallelism gives every rank two of 2 * context_parallel_size equal pieces. That
       holds for each *sequence*, which ``pack`` does not pad: only the factor for T is here.
 
     Raises:
@@ -221,8 +221,8 @@ def alignment(
         raise ValueError(f"fp8_recipe={fp8_recipe} is none of {', '.join(FP8_ALIGNMENT)}")
     unit = 1 if fp8_recipe is None else FP8_ALIGNMENT[fp8_recipe]
     shards = tensor_model_parallel_size if sequence_parallel else 1
-    chunks = 2 * context_parallel_size if context_parallel_size > 1 else 1
-    return unit * shards * chunks
+    pieces = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    return unit * shards * pieces
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

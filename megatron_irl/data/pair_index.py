@@ -1,4 +1,4 @@
-"""What every rank knows of all pairs of a round: numbers, sixty bytes a pair, no token ids.
+"""What every rank knows of all pairs of a round: numbers, seventy bytes a pair, no token ids.
 
 Orders, splits into microbatches, advantages and a round's line follow from these alone. The ids
 themselves a rank reads for the pairs that it trains on (``data.round_pairs``).

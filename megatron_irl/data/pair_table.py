@@ -42,7 +42,7 @@ SAMPLED = ("round", "ordinal", "prompt_ids", "demo_ids", "sample_ids", "sample_l
 _ADDED = tuple(name for name in SCHEMA.names if name not in SAMPLED)
 _OLD = ["chunk" if name == "part" else name for name in SCHEMA.names]
 # Columns by format version. Release 0.1.0 wrote versions 1 (without explicit rewards, which are
-# read as not computed) and 2, called a part a chunk, and kept no digests.
+# read as not computed) and 2, had another name for a part, and kept no digests.
 COLUMNS = {
     1: [name for name in _OLD if name not in REWARDS],
     2: _OLD,

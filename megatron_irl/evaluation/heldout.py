@@ -150,7 +150,7 @@ class Evaluator:
     def _sample(self, round_index: int, demonstrations: Sequence[Demonstration]) -> list[Pair]:
         sample_pairs(
             self.policy, self.bank, round_index, demonstrations, sampling=self.sampling,
-            part_size=self.recipe.generation.chunk_size, stream=HELDOUT_STREAM, scheme=self.scheme,
+            part_size=self.recipe.generation.part_size, stream=HELDOUT_STREAM, scheme=self.scheme,
             console=self.console, clock=self.clock,
         )
         self._opened = None  # what was read of the round before is not these
@@ -228,7 +228,7 @@ class Evaluator:
 
     def _greedy_ids(self, demonstrations: Sequence[Demonstration]) -> list[np.ndarray]:
         """Token ids of the likeliest responses, some at a time: scratch grows with a call."""
-        size = self.recipe.generation.chunk_size
+        size = self.recipe.generation.part_size
         greedy = replace(self.sampling, seed=GREEDY_SEED, temperature=0.0)
         ids: list[np.ndarray] = []
         with self.clock.timed("generation"):

@@ -34,11 +34,11 @@ class HeadProcessor:
     """The output processor: hidden states → log-probabilities, rewards, or both.
 
     Args:
-        chunk_size: Rows whose vocabulary shard of logits exists at one time.
+        rows_at_once: Rows whose vocabulary shard of logits exists at one time.
     """
 
-    def __init__(self, chunk_size: int) -> None:
-        self.chunk_size = chunk_size
+    def __init__(self, rows_at_once: int) -> None:
+        self.rows_at_once = rows_at_once
 
     def __call__(
         self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
@@ -73,7 +73,7 @@ class HeadProcessor:
         if adapter is not None and adapter.is_applied:
             options |= {"adapter": adapter.head_factors}
         return response_logprobs(
-            hidden_states, weight, batch.rows_R, batch.targets_R, chunk_size=self.chunk_size,
+            hidden_states, weight, batch.rows_R, batch.targets_R, rows_at_once=self.rows_at_once,
             **options,
         )
 

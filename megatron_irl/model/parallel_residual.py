@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.model.attention_arguments import for_self_attention
 
 from megatron.core.transformer.transformer_layer import TransformerLayer  # isort: skip
 from megatron.core.utils import make_viewless_tensor  # isort: skip
@@ -30,18 +31,7 @@ class ParallelResidualLayer(TransformerLayer):
         norm2: Any = self.pre_mlp_layernorm
         mlp_layer: Any = self.mlp
         residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
-        attention = self.self_attention(
-            norm1(hidden_states),
-            attention_mask=options.get("attention_mask"),
-            inference_context=options.get("inference_context"),
-            rotary_pos_emb=options.get("rotary_pos_emb"),
-            rotary_pos_cos=options.get("rotary_pos_cos"),
-            rotary_pos_sin=options.get("rotary_pos_sin"),
-            rotary_pos_cos_sin=options.get("rotary_pos_cos_sin"),
-            attention_bias=options.get("attention_bias"),
-            packed_seq_params=options.get("packed_seq_params"),
-            sequence_len_offset=options.get("sequence_len_offset"),
-        )
+        attention = self.self_attention(norm1(hidden_states), **for_self_attention(options))
         mlp = mlp_layer(norm2(hidden_states))
         fused = self.config.bias_dropout_fusion
         with self.bias_dropout_add_exec_handler():

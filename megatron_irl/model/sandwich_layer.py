@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.model.attention_arguments import for_self_attention
 from megatron_irl.model.local_layers import LocalNorm
 
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
@@ -48,15 +49,9 @@ class SandwichLayer(TransformerLayer):
         mlp_layer: Any = self.mlp
         attention, bias = self.self_attention(
             norm1(hidden_states),
-            attention_mask=options.get("attention_mask"),
-            inference_context=options.get("inference_context"),
-            rotary_pos_emb=self._own_angles(options.get("rotary_pos_emb")),
-            rotary_pos_cos=options.get("rotary_pos_cos"),
-            rotary_pos_sin=options.get("rotary_pos_sin"),
-            rotary_pos_cos_sin=options.get("rotary_pos_cos_sin"),
-            attention_bias=options.get("attention_bias"),
-            packed_seq_params=options.get("packed_seq_params"),
-            sequence_len_offset=options.get("sequence_len_offset"),
+            **for_self_attention(
+                options, rotary_pos_emb=self._own_angles(options.get("rotary_pos_emb"))
+            ),
         )
         assert bias is None, "a bias would have to be added before the norm"
         attention = self.post_self_attn_layernorm(attention)

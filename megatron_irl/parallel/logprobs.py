@@ -108,7 +108,7 @@ def response_logprobs(
     *,
     tp_group: Any,
     sequence_parallel: bool,
-    chunk_size: int,
+    rows_at_once: int,
     softcap: float | None = None,
     adapter: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
@@ -119,7 +119,7 @@ def response_logprobs(
             parallelism. Any float dtype.
         weight_VpH: [Vp, H], this rank's rows of the output embedding, padding included.
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
-        chunk_size: Rows whose ``[chunk_size, Vp]`` logits exist at one time in fp32; on CUDA as
+        rows_at_once: Rows whose ``[rows_at_once, Vp]`` logits exist at one time in fp32; on CUDA as
             many rows as take the same memory in the weight's dtype.
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
         adapter: Of the output embedding: rows [R, H] → (low_Rr, low_Vpr), whose product is added
@@ -147,12 +147,12 @@ def response_logprobs(
     if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
         weight_VpH = weight_VpH[:num_real]
         low_Vpr = None if low_Vpr is None else low_Vpr[:num_real]
-    make_block, block_size = (EagerBlock, chunk_size)
+    make_block, block_size = (EagerBlock, rows_at_once)
     if hardware.IS_CUDA:
         # An eager block's logits take 4 bytes each and as many again while they are rounded; fused
         # ones take what the dtype does, so the same memory holds more rows, and fewer are computed
         # a second time.
-        make_block, block_size = FusedBlock, chunk_size * (8 // weight_VpH.element_size())
+        make_block, block_size = FusedBlock, rows_at_once * (8 // weight_VpH.element_size())
     keep = torch.is_grad_enabled()  # inside the function it always says no
     return _BlockedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, softcap, make_block,

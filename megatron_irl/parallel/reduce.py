@@ -1,6 +1,6 @@
 """Reductions of metrics and objects between the ranks of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,19 @@ def gather_over_data_parallel(value: Any, topology: Topology) -> list[Any]:
     box: list[Any] = [None] * topology.dp_size
     dist.all_gather_object(box, value, group=topology.dp_group)
     return box
+
+
+def largest_over_world(numbers: Mapping[str, float], topology: Topology) -> dict[str, float]:
+    """Of each number the largest that any rank brings: peaks of memory, seconds that all wait for.
+
+    A name may be missing on some ranks. Collective over the world.
+    """
+    if topology.world_size == 1:
+        return dict(numbers)
+    box: list[Mapping[str, float]] = [{}] * topology.world_size
+    dist.all_gather_object(box, dict(numbers))
+    names = dict.fromkeys(name for each in box for name in each)
+    return {name: max(each[name] for each in box if name in each) for name in names}
 
 
 def gather_in_turn(mine: Sequence[Any], topology: Topology) -> list[Any]:

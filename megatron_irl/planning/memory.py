@@ -159,9 +159,9 @@ def head_memory(setup: Setup, pack: Tokens) -> tuple[float, float]:
     See ``parallel.logprobs``: one block of logits is kept, in float32 on a CPU, and on a GPU in the
     dtype of the weights with as many more rows.
     """
-    chunk, hidden = setup.recipe.train.logprob_chunk_size, setup.arch.dims["hidden"]
+    at_once, hidden = setup.recipe.train.logprob_rows, setup.arch.dims["hidden"]
     size = setup.element
-    block = min(pack.rows, chunk * (8 // size) if setup.lean else chunk)
+    block = min(pack.rows, at_once * (8 // size) if setup.lean else at_once)
     logits = block * setup.vocabulary * (size if setup.lean else 4)
     rows = pack.rows * hidden * size
     weight = setup.vocabulary * hidden * size

@@ -139,7 +139,7 @@ def _head(setup: Setup, pack: Tokens, *, backward: bool) -> float:
     """The head on response rows: three products and one again for all blocks but the last."""
     machine = setup.machine
     product = 2.0 * setup.arch.dims["hidden"] * setup.vocabulary * pack.rows
-    block = setup.recipe.train.logprob_chunk_size * (8 // setup.element)
+    block = setup.recipe.train.logprob_rows * (8 // setup.element)
     again = max(0.0, 1 - block / max(pack.rows, 1))
     passes = 3.0 + again if backward else 1.0
     moved = pack.rows * setup.vocabulary * setup.element * (6 if backward else 2)

@@ -14,7 +14,7 @@ from megatron_irl.data.token_table import ordinals_of
 from megatron_irl.generation.interface import SamplingConfig, request_key
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
-from megatron_irl.parallel.reduce import gather_over_data_parallel
+from megatron_irl.parallel.reduce import gather_over_data_parallel, largest_over_world
 from megatron_irl.policy.interruptible import Interruptible
 from megatron_irl.policy.policy import Policy
 from megatron_irl.storage.shared_bank import SharedBank
@@ -69,7 +69,8 @@ def sample_pairs(
     seconds = time.perf_counter() - start
     return {
         "samples": samples_per_prompt * len(demonstrations), "seconds": seconds,
-        "tokens_per_second": tokens / seconds if tokens else 0.0, **policy.generation_costs(),
+        "tokens_per_second": tokens / seconds if tokens else 0.0,
+        **largest_over_world(policy.generation_costs(), topology),
     }
 
 

@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from megatron_irl import hardware
 from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.convert.load import load_hf_weights_once
 from megatron_irl.data.packing import alignment
-from megatron_irl.errors import TrainingDiverged
 from megatron_irl.generation.borrow import complete_gather
 from megatron_irl.generation.interface import Ends, Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
@@ -193,11 +191,7 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        bad = sum(not np.isfinite(values).all() for values in scores)
-        if bad:
-            raise TrainingDiverged(
-                f"log-probabilities of {bad} of {len(sequences)} sequences are not finite"
-            )
+        check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
     def score_sums(

@@ -188,7 +188,7 @@ def rounded(sums: np.ndarray) -> list[float]:
 
 
 def check_finite(values: np.ndarray, what: str) -> None:
-    """Raise TrainingDiverged if a value is NaN or infinite."""
+    """Raise TrainingDiverged where a sequence's sum, or its reward, is NaN or infinite."""
     bad = int((~np.isfinite(values)).sum())
     if bad:
         raise TrainingDiverged(f"{what} of {bad} of {len(values)} sequences are not finite")

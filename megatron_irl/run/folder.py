@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,8 @@ from megatron_irl.storage.lease import LEASE_PATTERN
 
 RECIPE = "recipe.yaml"
 SAMPLING = 2  # the way of drawing samples that a new run begins with
+# Keys of trackers and the like come from the environment, but somebody may write one in a command.
+_SECRET = re.compile(r"(?i)([\w.-]*(?:api_?key|secret|password|_token))=.*")
 PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transformer-engine", "numpy")
 
 
@@ -58,6 +61,17 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         return bool(self._read().get("finished"))
+
+    def was_finished_by(self, recipe: Recipe) -> bool:
+        """Whether this is the finished run of a recipe, as far as can be told without its data.
+
+        Args:
+            recipe: Not resolved. One that is another experiment is for ``check`` to refuse.
+        """
+        known = self._read()
+        if not known.get("finished") or "demonstrations" not in known:
+            return False
+        return known.get("fingerprint") == fingerprint(resolve(recipe, known["demonstrations"]))
 
     def check_place(self) -> None:
         """Raise UserError unless the folder can be written and is new, empty or a run's."""
@@ -110,7 +124,7 @@ class RunFolder:
             )
 
     def claim(
-        self, recipe: Recipe, data: str, start: dict[str, str], argv: list[str],
+        self, recipe: Recipe, began_with: dict[str, Any], argv: list[str],
         kernels: dict[str, Any] | None = None,
     ) -> None:
         """Write ``run.json``, then ``recipe.yaml`` (resolved, with versions and revision).
@@ -118,13 +132,14 @@ class RunFolder:
         In this order, so that a folder with anything in it is known as a run's.
 
         Args:
+            recipe: Resolved.
+            began_with: ``data``, ``demonstrations`` and ``start``, as of ``check``.
             kernels: What the run computes with, for the record.
         """
         # What the folder was begun with stays: how samples are drawn must not change on the way.
         known = self._read()
         sampling = known.get("sampling", 1) if known else SAMPLING
-        identity = {"fingerprint": fingerprint(recipe), "data": data, "sampling": sampling,
-                    "start": start}
+        identity = {"fingerprint": fingerprint(recipe), "sampling": sampling, **began_with}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
         self._write(identity | {"finished": False} | ({"kernels": kernels} if kernels else {}))
@@ -220,7 +235,7 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "host": platform.node(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": argv,
+        "command": [_SECRET.sub(r"\1=***", word) for word in argv],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -58,6 +58,12 @@ class Inputs:
     start: dict[str, str]
     notes: list[str]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run folder keeps of it besides the recipe."""
+        return {"data": self.data.digest, "demonstrations": len(self.data.demonstrations),
+                "start": self.start}
+
 
 def read_inputs(
     recipe: Recipe, *, check_hardware: bool = True, keeps_tokens: bool = True

@@ -49,11 +49,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     """
     recipe, folder = inputs.recipe, inputs.folder
     console = Console(enabled=topology.is_main)
-    checkpointer = Checkpointer(
-        folder.checkpoints, topology, keep=recipe.checkpoint.keep, fence=lease.check
-    )
-    checkpointer.put_back()
-    resume = checkpointer.latest()
+    checkpointer, resume = open_checkpoints(inputs, topology, lease, console)
     policy = build_policy(inputs, topology, weights=resume is None or bool(inputs.adapter))
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
@@ -65,12 +61,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
-    on_main(
-        lambda: folder.claim(
-            recipe, inputs.data.digest, inputs.start, argv, kernels.as_dict()
-        ),
-        topology,
-    )
+    on_main(lambda: folder.claim(recipe, inputs.identity, argv, kernels.as_dict()), topology)
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds, topology.heart)
     recorder = everywhere(lambda: Recorder(
@@ -104,6 +95,26 @@ def open_generator(policy: Policy, recipe: Recipe) -> None:
     )
 
 
+def open_checkpoints(
+    inputs: Inputs, topology: Topology, lease: Lease, console: Console
+) -> tuple[Checkpointer, int | None]:
+    """The run's checkpoints, and the step of the newest intact one. Collective.
+
+    Raises:
+        UserError: There are some, and all of them are damaged.
+    """
+    options = inputs.recipe.checkpoint
+    checkpointer = Checkpointer(
+        inputs.folder.checkpoints, topology, keep=options.keep, keep_every=options.keep_every,
+        asynchronous=options.asynchronous, verify=options.verify, fence=lease.check,
+    )
+    checkpointer.clean()
+    newest = checkpointer.latest()
+    for text in checkpointer.passed_over:
+        console.warn(f"a checkpoint is passed over: {text}")
+    return checkpointer, newest
+
+
 def announce_kernels(policy: Policy, recipe: Recipe, console: Console) -> Kernels:
     """Say what this rank computes with, and warn of what is slow; the main rank's is shown."""
     model = unwrap(policy.chunks[0])
@@ -134,7 +145,7 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
         adapters = add_adapters(chunks, inputs.adapter, arch, topology)
     inputs.algorithm.attach_heads(recipe, chunks, topology)
     policy = Policy(
-        chunks, topology, arch, rows_at_once=recipe.train.logprob_chunk_size,
+        chunks, topology, arch, rows_at_once=recipe.train.logprob_rows,
         adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
     )
     if weights:

@@ -45,6 +45,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         summary["generation"] |= run.speedometer.generation(
             summary["generation"], run.recipe.generation.max_requests
         )
+    run.checkpointer.poll()  # of the round before
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
         previous_bank=run.previous_bank, ledger=run.folder.ledger,
@@ -78,7 +79,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
                 run.data.demonstrations, run.recipe.algorithm.prompts_per_round or 0,
                 run.recipe.seed, round_index,
             ),
-            sampling=run.sampling, part_size=run.recipe.generation.chunk_size,
+            sampling=run.sampling, part_size=run.recipe.generation.part_size,
             samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe),
             scheme=run.evaluator.scheme, console=run.console, clock=run.clock,
         )

@@ -44,7 +44,7 @@ class SharedBank(PairBank):
     def open(self, round: int, *, inside: bool, required: bool = False) -> None:
         """Bring the bank to where a resumed run goes on: in ``round``, later ones are removed.
 
-        Chunks of release 0.1.0 become parts, manifests are brought level with parts rewritten
+        Files of release 0.1.0 are rewritten, manifests are brought level with parts rewritten
         before a kill, and the round's parts are verified. Collective.
 
         Args:

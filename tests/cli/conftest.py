@@ -42,7 +42,7 @@ def small_recipe(model: Path, data: dict[str, Path], output_dir: Path) -> dict[s
             "max_prompt_length": 48, "max_response_length": 8,
         },
         "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1},
-        "generation": {"max_new_tokens": 6, "chunk_size": 3},
+        "generation": {"max_new_tokens": 6, "part_size": 3},
         "train": {"micro_batch_size": 2, "global_batch_size": 4},
         "optimizer": {"lr": 1e-3},
         "logging": {"tensorboard": False},

@@ -57,7 +57,7 @@ def test_another_evaluation_limit_after_a_kill_in_the_first_evaluation(
     sections, tmp_path, monkeypatch, no_report
 ):
     mapping = small(sections, tmp_path / "run")
-    mapping["generation"] = mapping["generation"] | {"chunk_size": 8}
+    mapping["generation"] = mapping["generation"] | {"part_size": 8}
     recipe = write_recipe(tmp_path / "r.yaml", **mapping)
     stop(monkeypatch, recipe, "megatron_irl.evaluation.heldout.Evaluator._sample_numbers",
          after=False)

@@ -17,12 +17,12 @@ def test_greedy_answers_are_generated_in_chunks(sections, tmp_path, monkeypatch,
 
     monkeypatch.setattr(heldout, "generate", counting)
     found = []
-    for chunk_size in (2, 5):
-        sections["generation"]["chunk_size"] = chunk_size
-        sections["output_dir"] = str(tmp_path / f"by_{chunk_size}")
+    for part_size in (2, 5):
+        sections["generation"]["part_size"] = part_size
+        sections["output_dir"] = str(tmp_path / f"by_{part_size}")
         result = run("train", write_recipe(tmp_path / "r.yaml", **sections))
         assert result.code == 0, result.err
-        (line,) = read_jsonl(tmp_path / f"by_{chunk_size}" / "rounds.jsonl")
+        (line,) = read_jsonl(tmp_path / f"by_{part_size}" / "rounds.jsonl")
         found.append((line["evaluation"], line["examples"]))
     assert sizes == [2, 2, 1, 2, 2, 1, 5, 5]  # before and after training
     assert found[0] == found[1]

@@ -71,7 +71,7 @@ def keys_of(monkeypatch):
 def killed(model, prompts, tmp_path, monkeypatch):
     """The folder of partial lines of a command killed with two chunks of two written."""
     out = tmp_path / "out.jsonl"
-    killed_at(monkeypatch, "append", 3, *command(model, prompts, out, "--chunk-size", 2))
+    killed_at(monkeypatch, "append", 3, *command(model, prompts, out, "--part-size", 2))
     assert not out.exists()
     return tmp_path / ".out.jsonl.partial"
 
@@ -80,9 +80,9 @@ def test_chunks_change_no_sample(model, prompts, tmp_path, monkeypatch):
     whole = lines(model, prompts, tmp_path / "whole.jsonl")
     assert len({tuple(line["token_ids"]) for line in whole}) > 5
     keys = keys_of(monkeypatch)
-    assert_same(lines(model, prompts, tmp_path / "a.jsonl", "--chunk-size", 4), whole)
+    assert_same(lines(model, prompts, tmp_path / "a.jsonl", "--part-size", 4), whole)
     assert keys == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
-    assert_same(lines(model, prompts, tmp_path / "b.jsonl", "--chunk-size", 1), whole)
+    assert_same(lines(model, prompts, tmp_path / "b.jsonl", "--part-size", 1), whole)
     assert len(list(tmp_path.iterdir())) == 4, "something is left beside the files"
 
 
@@ -95,7 +95,7 @@ def test_killed_command_goes_on_where_it_was(
         file.write(torn)
     whole = lines(model, prompts, tmp_path / "whole.jsonl")
     keys = keys_of(monkeypatch)
-    result = run(*command(model, prompts, tmp_path / "out.jsonl", "--chunk-size", 3))
+    result = run(*command(model, prompts, tmp_path / "out.jsonl", "--part-size", 3))
     assert result.code == 0 and "resuming: 4 of 9 prompts are done" in result.err, result.err
     assert keys == [[4, 5, 6], [7, 8]]
     assert_same(read_jsonl(tmp_path / "out.jsonl"), whole)
@@ -131,7 +131,7 @@ def test_lines_of_other_settings_are_kept_and_refused(model, prompts, killed, tm
 def test_weights_written_again_are_other_weights(model, prompts, tmp_path, monkeypatch):
     folder, out = tmp_path / "model", tmp_path / "out.jsonl"
     shutil.copytree(model, folder)
-    killed_at(monkeypatch, "append", 2, *command(folder, prompts, out, "--chunk-size", 2))
+    killed_at(monkeypatch, "append", 2, *command(folder, prompts, out, "--part-size", 2))
     os.utime(folder / "model.safetensors", (1, 1))
     refused(*command(folder, prompts, out), named=("weights='files ",))
 
@@ -139,7 +139,7 @@ def test_weights_written_again_are_other_weights(model, prompts, tmp_path, monke
 def test_other_layout_goes_on_and_every_rank_refuses(pool, model, prompts, killed, tmp_path):
     whole = lines(model, prompts, tmp_path / "whole.jsonl")
     given = command(model, prompts, tmp_path / "out.jsonl", "--data-parallel-size", 2,
-                    "--chunk-size", 1)
+                    "--part-size", 1)
     wrong = pool.run(2, jobs.command, arguments=[*map(str, given), "--seed", "12"])
     assert [code for code, _ in wrong] == [2, 2]
     # Every rank refuses, and one of them says why.
@@ -150,9 +150,9 @@ def test_other_layout_goes_on_and_every_rank_refuses(pool, model, prompts, kille
     assert not killed.exists()
 
 
-def test_chunk_size_must_count_something(model, prompts, tmp_path):
-    refused(*command(model, prompts, tmp_path / "o.jsonl", "--chunk-size", 0),
-            named=("--chunk-size 0", "at least 1"))
+def test_part_size_must_count_something(model, prompts, tmp_path):
+    refused(*command(model, prompts, tmp_path / "o.jsonl", "--part-size", 0),
+            named=("--part-size 0", "at least 1"))
 
 
 def test_settings_are_readable(killed):

@@ -18,7 +18,7 @@ def test_four_replicas_hold_a_round_between_them(pool, sections, tmp_path, name)
         sections["algorithm"] |= {"reward_steps": 2, "policy_steps": 2}
         sections["policy"] = {"samples_per_prompt": samples}
     sections["data"].pop("eval")
-    sections["generation"] |= {"chunk_size": 2 // samples}
+    sections["generation"] |= {"part_size": 2 // samples}
     sections["train"] = {"micro_batch_size": 1, "global_batch_size": 4}
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
     answers = pool.run(4, jobs.pairs_held, arguments=["train", str(recipe)])

@@ -98,7 +98,7 @@ def test_score_takes_conversations_and_preferences(finished, tmp_path):
 
 def test_samples_of_a_prompt(model, base, asked, tmp_path):
     """The first sample is the one there is by default, and a line has its number."""
-    generate(model, asked, tmp_path / "o.jsonl", "--num-samples", 3, "--chunk-size", 2)
+    generate(model, asked, tmp_path / "o.jsonl", "--num-samples", 3, "--part-size", 2)
     lines = read_jsonl(tmp_path / "o.jsonl")
     assert [line["sample"] for line in lines] == [0, 1, 2] * 2
     assert ids(lines[::3]) == ids(base)
@@ -148,7 +148,7 @@ def test_a_system_turn(model, base, tmp_path):
 
 
 def test_lines_are_streamed(model, asked, base, tmp_path, capfdbinary):
-    generate(model, asked, tmp_path / "o.jsonl", "--stream", "--chunk-size", 1)
+    generate(model, asked, tmp_path / "o.jsonl", "--stream", "--part-size", 1)
     printed = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
     assert printed == read_jsonl(tmp_path / "o.jsonl") and ids(printed) == ids(base)
     # Whoever is finished first is printed first; the file has the order of the prompts.

@@ -103,10 +103,14 @@ def test_the_folder_says_what_the_run_computed_with(finished):
     assert kernels["training_attention"] == kernels["generation_attention"] == "SDPA"
 
 
-def test_finished_run_is_left_alone(finished):
+def test_finished_run_is_left_alone(finished, monkeypatch):
+    """It is said at once: no data is read, and no ranks are started."""
+    monkeypatch.setattr("megatron_irl.run.inputs.read_inputs", None)
+    monkeypatch.setattr("megatron_irl.cli.run_ranks", None)
     before = (finished / "metrics.jsonl").read_bytes(), (finished / "run.json").stat().st_mtime_ns
-    result = run("train", finished.parent / "recipe.yaml")
-    assert result.code == 0 and "finished" in result.err
+    for layout in ("parallel.data_parallel_size=1", "parallel.data_parallel_size=2"):
+        result = run("train", finished.parent / "recipe.yaml", layout)
+        assert result.code == 0 and "is finished; nothing to do" in result.err
     after = (finished / "metrics.jsonl").read_bytes(), (finished / "run.json").stat().st_mtime_ns
     assert after == before
 
@@ -190,7 +194,7 @@ def test_unfinished_run_generates_from_its_checkpoint(
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, folder))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, "megatron_irl.run.run.Run.save", 1, after=True)
-        run("train", recipe)
+        run("train", recipe, "checkpoint.asynchronous=false")
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}])
     result = run("generate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "o.jsonl",
                  "--max-new-tokens", 4)
@@ -204,7 +208,7 @@ def test_the_cut_into_parts_changes_no_sample(sections, tmp_path, no_report):
     for folder, (size, requests) in zip(folders, ((256, 64), (3, 2)), strict=True):
         options = small(sections, folder, rounds=1, steps_per_round=1, prompts_per_round=8)
         options["generation"] = sections.get("generation", {}) | {
-            "chunk_size": size, "max_requests": requests,
+            "part_size": size, "max_requests": requests,
         }
         assert run("train", write_recipe(tmp_path / f"{folder.name}.yaml", **options)).code == 0
     cut = [len(list((folder / "pairs" / "round_0000").glob("part_*.parquet")))

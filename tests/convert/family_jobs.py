@@ -14,7 +14,7 @@ def likelihood_step(hf: str, seed: int, num: int, vocab: int) -> dict[str, Tenso
     """Gradients of the summed negative log-likelihood of responses, as HF tensors by name."""
     _, (chunk,), _, arch = build(hf, {})
     batch = pack(random_sequences(seed, num, vocab), None)
-    (-forward_packed(chunk, batch, HeadProcessor(chunk_size=7)).sum()).backward()
+    (-forward_packed(chunk, batch, HeadProcessor(rows_at_once=7)).sum()).backward()
     gradients = {name: p.grad for name, p in global_parameters([chunk]) if p.grad is not None}
     return {
         tensor.name: value

@@ -73,12 +73,12 @@ def build(hf: str, layout: Layout, **options: Any) -> tuple[Any, list[Any], Any,
 
 
 def build_trainer(
-    hf: str, layout: Layout, optimizer: dict[str, Any], *, chunk_size: int = 2048, **ddp: Any
+    hf: str, layout: Layout, optimizer: dict[str, Any], *, rows_at_once: int = 2048, **ddp: Any
 ) -> Stepper:
     """A stepper on DDP-wrapped chunks; ``optimizer`` holds Megatron's OptimizerConfig fields."""
     topology, chunks, _, arch = build(hf, layout)
     sharded = optimizer.get("optimizer", "adam") == "adam"
-    policy = Policy(chunks, topology, arch, rows_at_once=chunk_size).for_training(
+    policy = Policy(chunks, topology, arch, rows_at_once=rows_at_once).for_training(
         build_ddp_config({"use_distributed_optimizer": sharded} | ddp)
     )
     assert policy.multiple_of == multiple_of(layout)
@@ -108,10 +108,10 @@ def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: fl
 
 def train_on_bank(
     hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int,
-    micro_batch_size: int = 2, chunk_size: int = 2048, micro_batch_tokens: int | None = None,
+    micro_batch_size: int = 2, rows_at_once: int = 2048, micro_batch_tokens: int | None = None,
 ) -> list[tuple[float, float]]:
     """Steps on the whole bank at once; (loss, gradient norm) of each, as this rank sees them."""
-    stepper = build_trainer(hf, layout, optimizer, chunk_size=chunk_size)
+    stepper = build_trainer(hf, layout, optimizer, rows_at_once=rows_at_once)
     return _steps(stepper, folder, layout, steps, micro_batch_size, micro_batch_tokens)
 
 

@@ -100,11 +100,11 @@ def test_overlapped_parameter_gather_changes_nothing(pool, setting, world_size, 
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 16])
-@pytest.mark.parametrize("chunk_size", [5, 2048])
-def test_splitting_the_batch_changes_nothing(pool, setting, single, micro_batch_size, chunk_size):
+@pytest.mark.parametrize("rows_at_once", [5, 2048])
+def test_splitting_the_batch_changes_nothing(pool, setting, single, micro_batch_size, rows_at_once):
     (got,) = pool.run(
         1, jobs.train_on_bank, **setting[False], layout={}, steps=1, optimizer=OPTIMIZERS["sgd"],
-        micro_batch_size=micro_batch_size, chunk_size=chunk_size,
+        micro_batch_size=micro_batch_size, rows_at_once=rows_at_once,
     )
     np.testing.assert_allclose(got[0], single(False, "sgd")[0], rtol=2e-6)
 

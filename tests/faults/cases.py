@@ -44,7 +44,7 @@ def write_recipe(case: str, root: Path, output_dir: Path) -> Path:
         "model": {"hf": str(root / "model")},
         "data": {"train": str(root / "train.jsonl"), "eval": str(root / "eval.jsonl"),
                  "max_prompt_length": 48, "max_response_length": 8},
-        "generation": {"max_new_tokens": 6, "chunk_size": 3, "max_requests": 4},
+        "generation": {"max_new_tokens": 6, "part_size": 3, "max_requests": 4},
         "train": {"micro_batch_size": 2, "global_batch_size": 4},
         "optimizer": {"lr": 1e-3},
         "logging": {"tensorboard": False},

@@ -129,7 +129,7 @@ def test_fingerprint_tells_rewards_apart(override: str):
 @pytest.mark.parametrize("override", [
     "seed=1", "precision=fp32", "algorithm.beta=0.2", "algorithm.rounds=2", "optimizer.lr=1e-4",
     "model.hf=n", "model.num_layers=2", "data.train=e.jsonl", "data.max_response_length=9",
-    "train.global_batch_size=16", "generation.temperature=0.5", "generation.chunk_size=8",
+    "train.global_batch_size=16", "generation.temperature=0.5", "generation.part_size=8",
     "schedule.min_lr_ratio=0.1"])
 def test_fingerprint_tells_experiments_apart(override: str):
     assert fingerprint(load("irft", override)) != fingerprint(load("irft"))
