@@ -30,9 +30,9 @@ from gpu_shapes import (
 )
 
 from megatron_irl import hardware
-from megatron_irl.collector import settled
 from megatron_irl.adapters.adapters import add_adapters
 from megatron_irl.adapters.spec import adapter_spec
+from megatron_irl.collector import settled
 from megatron_irl.config import AdapterConfig, ParallelConfig, Precision
 from megatron_irl.model.build import build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
