@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check benchmark clean
+.PHONY: setup demo test test-slurm check benchmark clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +21,11 @@ demo: setup
 # Two files at a time, one thread each: the suite is made of many small runs.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+
+# The job script on a real Slurm of two nodes, which needs root and ten minutes; Debian's packages.
+test-slurm: setup
+	command -v slurmctld munged srun >/dev/null || (apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge)
+	$(BIN)/python -m tests.slurm
 
 check: setup
 	$(BIN)/ruff check .

@@ -246,7 +246,11 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
             return
         inputs = inputs or read_inputs(recipe)
         if topology.is_main:
-            stop.time_is_up = TimeLimit(recipe.checkpoint.stop_before).is_near
+            limit = TimeLimit(recipe.checkpoint.stop_before)
+            stop.time_is_up = limit.is_near
+            if limit.seconds is not None and not limit.is_known:
+                _say(f"checkpoint.stop_before={limit.seconds:g} has no effect: Slurm names no time "
+                     "limit for this process")
         try:
             train(inputs, topology, argv)
         except RunStopped:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_irl.compat import safe_bytes
 from megatron_irl.errors import UserError
 
 METADATA = ".metadata"
@@ -33,11 +34,14 @@ _NAMED: dict[tuple[str, str], Any] = {
 
 
 def read_metadata(checkpoint: Path) -> Metadata:
-    """Read ``.metadata`` of a checkpoint folder.
+    """Read ``.metadata`` of a checkpoint folder, before anything else of it.
+
+    From then on this process reads the objects in a checkpoint's files as safely as weights.
 
     Raises:
         UserError: It is missing or damaged, or holds what no checkpoint has.
     """
+    safe_bytes.install()
     try:
         with open(checkpoint / METADATA, "rb") as file:
             metadata = _Unpickler(file).load()

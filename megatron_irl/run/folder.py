@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +28,8 @@ from megatron_irl.storage.lease import LEASE_PATTERN
 
 RECIPE = "recipe.yaml"
 SAMPLING = 2  # the way of drawing samples that a new run begins with
+# Keys of trackers and the like come from the environment, but somebody may write one in a command.
+_SECRET = re.compile(r"(?i)([\w.-]*(?:api_?key|secret|password|_token))=.*")
 PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transformer-engine", "numpy")
 
 
@@ -232,7 +235,7 @@ def describe_environment(argv: list[str]) -> dict[str, Any]:
         "git_revision": _git_revision(),
         "host": platform.node(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "command": argv,
+        "command": [_SECRET.sub(r"\1=***", word) for word in argv],
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -25,7 +25,8 @@ def stopped(model, data, tmp_path_factory):
         if where not in known:
             root = tmp_path_factory.mktemp("stopped")
             mapping = small_recipe(model, data, root / "run")
-            mapping["checkpoint"] = {"interval": 1}
+            # On disk when ``save`` returns: these runs are killed right after it.
+            mapping["checkpoint"] = {"interval": 1, "asynchronous": False}
             recipe = write_recipe(root / "recipe.yaml", **mapping)
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
                 patch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)
@@ -208,3 +209,25 @@ def test_a_live_folder_is_refused_before_anything_is_read(stopped, tmp_path):
         refused("train", recipe, "model.hf=/nowhere", named=("in use by process", str(folder)))
     finally:
         lease.release()
+
+
+def test_a_run_folder_is_as_private_as_the_umask_says(finished):
+    """Nobody else may write there, and no file is more closed than its neighbours."""
+    import os
+
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in (finished, *finished.rglob("*")):
+        if "wandb" in path.parts or path.is_symlink():
+            continue
+        mode = path.stat().st_mode & 0o777
+        assert mode & umask == 0, path
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_keys_in_a_command_are_not_kept():
+    from megatron_irl.run.folder import describe_environment
+
+    words = ["train", "r.yaml", "WANDB_API_KEY=abc", "data.tokenizer=here", "hf_token=abc"]
+    assert describe_environment(words)["command"] == [
+        "train", "r.yaml", "WANDB_API_KEY=***", "data.tokenizer=here", "hf_token=***"]

@@ -51,14 +51,13 @@ def start_agents(hosts, recipe, folder):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     agents = []
-    for rank, (prefix, address, interface) in enumerate(hosts):
+    for rank, (prefix, _, interface) in enumerate(hosts):
         environment = os.environ | {
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
         agents.append(subprocess.Popen(
             [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
-             "--nproc-per-node", "1", "--node-rank", str(rank), "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", f"{hosts[0][1]}:{port}", "--rdzv-id", str(port),
-             "--local-addr", address, "-m", "megatron_irl", "train", str(recipe),
+             "--nproc-per-node", "1", "--node-rank", str(rank), "--master-addr", hosts[0][1],
+             "--master-port", str(port), "-m", "megatron_irl", "train", str(recipe),
              "parallel.pipeline_model_parallel_size=2"],
             cwd=folder, env=environment, stderr=subprocess.PIPE, text=True,
             start_new_session=True))
@@ -81,7 +80,9 @@ def test_two_agents_stopped_and_resumed(hosts, sections, finished, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", **sections)
     agents = start_agents(hosts, recipe, tmp_path)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        if time.monotonic() > deadline or any(agent.poll() is not None for agent in agents):
+            raise AssertionError(end(agents))
         time.sleep(0.02)
     agents[1].send_signal(signal.SIGTERM)
     codes, said = end(agents)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_irl.convert.checkpoint_reader import CheckpointReader
@@ -14,6 +15,7 @@ from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
+UPSTREAM = DefaultLoadPlanner.load_bytes  # at collection, before anything is read
 
 
 class Evil:
@@ -80,3 +82,34 @@ def test_the_tool_refuses_such_a_checkpoint(tmp_path):
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert not (tmp_path / "it ran").exists()
+
+
+def test_objects_in_the_files_are_not_run_either(tmp_path):
+    """torch's own planner runs them; after a look at the metadata it does not any more."""
+    import io
+    import warnings
+
+    import torch.distributed.checkpoint as dcp
+
+    folder, sign = tmp_path / "checkpoint", tmp_path / "it ran"
+    safe = "a text"
+
+    def load(key):
+        state = {key: io.BytesIO()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, checkpoint_id=str(folder), no_dist=True)
+        return state[key]
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        dcp.save({"evil": Evil(sign), "safe": safe}, checkpoint_id=str(folder), no_dist=True)
+        patch.setattr(DefaultLoadPlanner, "load_bytes", UPSTREAM)
+        load("evil")
+        assert sign.exists()  # as it would be
+    sign.rmdir()
+    read_metadata(folder)
+    assert load("safe") == safe
+    with pytest.raises(dcp.api.CheckpointException, match="mkdir"):
+        load("evil")
+    assert not sign.exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _MARK = "MEGATRON_IRL_FAULTS"
-HANG_SECONDS = 240.0  # after a fault everything must be gone, or the run finished, in this time
+HANG_SECONDS = 600.0  # after a fault everything must be gone, or the run finished, in this time
 LEFT_SECONDS = 20.0  # a process may outlive its launcher by so much
 
 

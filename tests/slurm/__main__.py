@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import CREDENTIAL_SECONDS, Cluster
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 900.0
@@ -71,7 +71,11 @@ class Trial:
         return self.cluster.job(self.job).get("JobState", "")
 
     def start_now(self) -> None:
-        """A requeued job waits two minutes by default; here it need not."""
+        """A requeued job waits two minutes by default; here until its old credential has expired.
+
+        Earlier the nodes refuse it, and it fails.
+        """
+        time.sleep(CREDENTIAL_SECONDS + 3)
         self.cluster.ask("scontrol", "update", f"JobId={self.job}", "StartTime=now")
 
     def time_limit(self) -> None:
@@ -110,7 +114,7 @@ class Trial:
 
     def finish(self) -> None:
         self.wait("the job has ended",
-                  lambda: self.state() in ("COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED"))
+                  lambda: self.state() in ("COMPLETED", "FAILED", "NODE_FAIL", "CANCELLED", ""))
         assert self.state() == "COMPLETED", self.state() + (self.root / "job.log").read_text()
         assert json.loads((self.run / "run.json").read_text())["finished"]
         steps = [json.loads(line)["step"]

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+CREDENTIAL_SECONDS = 10
 _CONF = """
 ClusterName=irl
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket,cred_expire=10
+AuthInfo=socket={root}/munge.socket,cred_expire={credential}
 CredType=cred/munge
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool_%n
@@ -63,7 +64,8 @@ class Cluster:
         for node in ("n1", "n2"):
             (root / f"spool_{node}").mkdir()
         (root / "slurm.conf").write_text(_CONF.format(
-            host=socket.gethostname(), root=root, port=port, first=port + 1, second=port + 2))
+            credential=CREDENTIAL_SECONDS, host=socket.gethostname(), root=root, port=port,
+            first=port + 1, second=port + 2))
         key = root / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
