@@ -2,6 +2,7 @@
 
     python tools/verify_checkpoint.py --hf models/llama --checkpoint checkpoints/llama
     python tools/verify_checkpoint.py --hf runs/irft/hf
+    python tools/verify_checkpoint.py --hf runs/irft/adapter    (peft reads it on its base)
 
 transformers reads ``--hf``; Megatron reads ``--checkpoint``, or ``--hf`` itself without one, once
 per layout, in fp32. If nothing differs by more than the bound, ``certificate.json`` is written into
@@ -31,9 +32,10 @@ def verify(options: argparse.Namespace) -> int:
     from megatron_irl.convert.hf_config import architecture, read_hf_config
     from megatron_irl.convert.hf_folder import validate_hf_folder
     from megatron_irl.convert.locate import find_checkpoint
+    from megatron_irl.convert.peft_folder import model_folder
 
     options.hf = hub_snapshot(options.hf)
-    arch = architecture(read_hf_config(options.hf))
+    arch = architecture(read_hf_config(model_folder(options.hf)))
     validate_hf_folder(options.hf, arch)
     checkpoint = find_checkpoint(options.checkpoint) if options.checkpoint else None
     sequences = read_sequences(options.hf, options.prompts, arch, max_tokens=options.max_tokens)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from megatron_irl import hardware
 from megatron_irl.adapters.lora import LoraAdapter, attach
-from megatron_irl.adapters.peft_folder import PeftFolder, require_finite
 from megatron_irl.adapters.sharding import save_adapters_only
 from megatron_irl.adapters.spec import AdapterSpec
 from megatron_irl.convert.load import global_parameters
+from megatron_irl.convert.peft_folder import PeftFolder, require_finite
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.table import ADAPTER, HEAD, heads
 from megatron_irl.families.tensors import Replicated, Split
@@ -242,6 +242,8 @@ def remove_adapters(adapters: Adapters) -> None:
     """Leave plain layers, as they are merged, for inference."""
     for layer in adapters.layers.values():
         delattr(layer, ADAPTER)
+        if hasattr(layer, "return_layernorm_output"):
+            layer.return_layernorm_output = False
         for key, hook in list(layer._forward_hooks.items()):
             if hook.__module__ == LoraAdapter.__module__:
                 del layer._forward_hooks[key]

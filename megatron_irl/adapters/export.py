@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_irl.adapters.adapters import Adapters
-from megatron_irl.adapters.peft_folder import WEIGHTS, PeftFolder, tensor_names, write_config
 from megatron_irl.convert.export import export_rows
 from megatron_irl.convert.hf_folder import SINGLE
+from megatron_irl.convert.peft_folder import WEIGHTS, PeftFolder, tensor_names, write_config
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.linears import TargetedLayer
 from megatron_irl.families.rows import HfTensor, Row

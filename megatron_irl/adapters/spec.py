@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_irl.adapters.peft_folder import PeftFolder
 from megatron_irl.config.schema import AdapterConfig, ParallelConfig
+from megatron_irl.convert.peft_folder import PeftFolder
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.linears import TargetedLayer, targeted_layers

@@ -14,6 +14,7 @@ import torch
 from megatron_irl import hardware
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.algorithms.rules import RewardKind
+from megatron_irl.cli.adapted import load_adapted
 from megatron_irl.cli.encoding import scored_sequences
 from megatron_irl.cli.outputs import check_out, reading_of, say_what_was_read, write_records
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
@@ -21,6 +22,7 @@ from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recip
 from megatron_irl.console import Console
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import validate_hf_folder
+from megatron_irl.convert.peft_folder import is_adapter, model_folder
 from megatron_irl.convert.reward_folder import read_reward_head
 from megatron_irl.data.prompts import ScoreRecord, load_score_records
 from megatron_irl.data.sources import Reading
@@ -38,7 +40,10 @@ from megatron_irl.storage.checkpoint import Checkpointer
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: an HF folder, or a run (its result or its newest checkpoint)."""
+    """Where a model comes from: an HF folder, or a run (its result or its newest checkpoint).
+
+    In the place of an HF folder there may be an adapter of peft, which is merged into its base.
+    """
 
     hf_dir: Path
     tokenizer_dir: Path
@@ -98,10 +103,12 @@ def find_source(folder: Path) -> Source:
                 Path(recipe.model.hf), tokenizer, template, folder / "checkpoints", recipe
             )
         raise UserError(f"--model {folder} is a run without hf/ or a checkpoint yet. Let it run.")
+    if is_adapter(folder):
+        return Source(folder, model_folder(folder))
     if not (folder / "config.json").exists():
         raise UserError(
-            f"--model {folder} is neither an HF folder (config.json) nor a run folder "
-            "(recipe.yaml). Give one of these."
+            f"--model {folder} is neither an HF folder (config.json), nor an adapter of peft "
+            "(adapter_config.json), nor a run folder (recipe.yaml). Give one of these."
         )
     if "ForSequenceClassification" in str(read_hf_config(folder).get("architectures")):
         raise UserError(
@@ -119,7 +126,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         data_parallel_size=options.data_parallel_size,
     )
-    arch = architecture(read_hf_config(source.hf_dir))
+    arch = architecture(read_hf_config(model_folder(source.hf_dir)))
     default = source.recipe.precision if source.recipe else "bf16" if hardware.IS_CUDA else "fp32"
     if default == "fp8":
         default = "bf16"  # the parameters' type; 8-bit products want padded packs and gain little
@@ -132,7 +139,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     template = options.chat_template or source.chat_template
     recipe = source.recipe
     tokenizer = load_tokenizer(
-        source.tokenizer_dir, template, model=source.hf_dir,
+        source.tokenizer_dir, template, model=model_folder(source.hf_dir),
         arguments=recipe.data.chat_template_args if recipe else None,
         date=date_of(start_of(options.model)) if recipe else None,
     )
@@ -152,7 +159,10 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         checkpointer = Checkpointer(source.checkpoints, topology, keep=1)
         step = checkpointer.latest()
         assert step is not None
-        checkpointer.load(step, chunks)
+        if recipe is not None and recipe.adapter.enabled:
+            load_adapted(policy, options.model, recipe, parallel, checkpointer, step)
+        else:
+            checkpointer.load(step, chunks)
         model.weights = f"step {step}"
     return model
 
@@ -189,7 +199,7 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
         return with_ranks(options, argv, lambda: _score_explicit(options, reading, records))
     reference, beta = _reward_terms(options, source)
     reference = hub_snapshot(reference)
-    if not (reference / "config.json").exists():
+    if not is_adapter(reference) and not (reference / "config.json").exists():
         _refuse_reference(options, reference)
     return with_ranks(options, argv, lambda: _score(options, reading, records, reference, beta))
 
@@ -213,9 +223,10 @@ def with_ranks(
 def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, float]:
     recipe = source.recipe
     if recipe is not None and source.reward == "implicit":
-        reference = options.reference or Path(recipe.model.hf)
-        if options.reference is None and (reference / "config.json").exists():
-            check_weights(options.model, reference)
+        base = Path(recipe.model.hf)
+        reference = options.reference or Path(recipe.adapter.path or base)
+        if options.reference is None and (base / "config.json").exists():
+            check_weights(options.model, base)
         return reference, options.beta if options.beta is not None else recipe.algorithm.beta[-1]
     if options.reference is None:
         what = "an HF folder" if recipe is None else f"an {recipe.algorithm.name} run"
@@ -295,7 +306,7 @@ def _write_rewards(
 
 
 def _check_reference(reference: Path, arch: Architecture) -> None:
-    other = architecture(read_hf_config(reference))
+    other = architecture(read_hf_config(model_folder(reference)))
     if (other.transformer, other.vocab_size) != (arch.transformer, arch.vocab_size):
         raise UserError(
             f"--reference {reference} has another architecture than --model; both must be the "

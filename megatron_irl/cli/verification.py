@@ -12,6 +12,7 @@ import numpy as np
 from megatron_irl.cli.ranks import run_ranks
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.peft_folder import is_adapter, model_folder
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
 
@@ -68,7 +69,7 @@ def read_sequences(
     from megatron_irl.data.conversation import Conversation
     from megatron_irl.data.prompts import PromptRecord, load_prompts
 
-    tokenizer = load_tokenizer(hf_dir)
+    tokenizer = load_tokenizer(model_folder(hf_dir))
     plain = [[{"role": "user", "content": text}] for text in TEXTS]
     records = load_prompts(str(prompts)) if prompts else [
         PromptRecord(Conversation(messages, "", plain=True), {}) for messages in plain]
@@ -92,7 +93,15 @@ def transformers_logprobs(hf_dir: Path, sequences: Sequence[list[int]]) -> list[
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(model_folder(hf_dir), dtype=torch.float32)
+    if is_adapter(hf_dir):
+        try:
+            from peft import PeftModel
+        except ImportError as error:
+            raise UserError(f"{hf_dir} is an adapter, which transformers reads through peft. "
+                            "Install peft.") from error
+        model = PeftModel.from_pretrained(model, hf_dir)
+    model.eval()
     scores = []
     for sequence in sequences:
         ids = torch.tensor([sequence])
@@ -138,7 +147,7 @@ def score_as_rank(job_file: Path) -> None:
 
     job: dict[str, Any] = json.loads(job_file.read_text())
     hf_dir, layout = Path(job["hf"]), Layout(job["tp"], job["pp"])
-    arch = architecture(read_hf_config(hf_dir))
+    arch = architecture(read_hf_config(model_folder(hf_dir)))
     config = build_config(arch, layout.parallel, precision="fp32")
     topology = initialize(layout.parallel)
     policy = Policy(build_chunks(config, arch, topology), topology, arch)

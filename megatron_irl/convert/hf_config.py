@@ -20,7 +20,8 @@ def read_hf_config(hf_dir: Path) -> dict[str, Any]:
     path = Path(hf_dir) / "config.json"
     if (Path(hf_dir) / "adapter_config.json").exists() and not path.exists():
         raise UserError(
-            f"model.hf={hf_dir} is an adapter of peft, not a model. Merge it first: "
+            f"model.hf={hf_dir} is an adapter of peft, not a model. Set adapter.path to it and "
+            "model.hf to its base to train it further; to train the whole model merge it first: "
             "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()"
             ".save_pretrained(merged), and copy the tokenizer there."
         )

@@ -8,7 +8,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from megatron_irl.convert.hf_config import Architecture
+from megatron_irl.convert.peft_folder import AdaptedSlice, PeftFolder, is_adapter
 from megatron_irl.errors import UserError
+from megatron_irl.families.linears import targeted_layers
 from megatron_irl.families.table import BUFFERS, HfTensor, hf_head, rows
 
 INDEX = "model.safetensors.index.json"
@@ -18,6 +20,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 class HfWeights:
     """Read-only view of a folder's tensors; files are opened once, tensors read by slice.
+
+    A folder of peft's is that of its base, with the adapter's updates added to what is read.
 
     Attributes:
         files: Tensor name → file name.
@@ -29,13 +33,23 @@ class HfWeights:
 
     def __init__(self, hf_dir: Path) -> None:
         self.hf_dir = Path(hf_dir)
+        self.adapter: PeftFolder | None = None
+        self._adapted: set[str] = set()
+        if is_adapter(self.hf_dir):
+            self.adapter = PeftFolder.read(self.hf_dir)
+            self._adapted = self.adapter.modules()
+            self.hf_dir = self.adapter.base_folder()
         self._open: dict[str, Any] = {}
         self._names: dict[str, set[str]] = {}
         self.files = self._locate()
 
     def slice(self, name: str) -> Any:
         """A lazily read tensor: index it to read only those bytes."""
-        return self._file(self.files[name]).get_slice(name)
+        whole = self._file(self.files[name]).get_slice(name)
+        module = name.removesuffix(".weight")
+        if self.adapter is None or module not in self._adapted:
+            return whole
+        return AdaptedSlice(whole, *self.adapter.tensors(module), self.adapter.scale)
 
     def close(self) -> None:
         """Unmap the files; the next read opens them again.
@@ -124,6 +138,8 @@ def validate_hf_folder(hf_dir: Path, arch: Architecture) -> None:
             and file.
     """
     weights = HfWeights(hf_dir)
+    if weights.adapter is not None:
+        weights.adapter.check(arch, targeted_layers(arch, weights.adapter.targets))
     expected = [tensor for row in rows(arch) for tensor in row.hf]
     missing = sorted({t.name for t in expected} - set(weights.files))
     if missing:

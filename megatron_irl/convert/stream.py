@@ -25,6 +25,7 @@ from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_c
 from megatron_irl.convert.hf_folder import HfWeights, validate_hf_folder
 from megatron_irl.convert.load import check_tied_head, refuse_not_finite
 from megatron_irl.convert.locate import HF_PART, RELEASE, TRACKER
+from megatron_irl.convert.peft_folder import model_folder
 from megatron_irl.convert.reward_folder import complete_reward_folder
 from megatron_irl.convert.safetensors_writer import DTYPES, ShardedWriter, TensorPlan
 from megatron_irl.convert.staging import Staging, file_stamps
@@ -70,7 +71,7 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: torch.dtype | None = N
             exists or would not fit. Running also refuses NaN and infinite weights.
     """
     hf_dir = hub_snapshot(hf_dir)
-    hf_config = read_hf_config(hf_dir)
+    hf_config = read_hf_config(model_folder(hf_dir))
     arch = architecture(hf_config, reward_model=True)
     validate_hf_folder(hf_dir, arch)
     weights = HfWeights(hf_dir)
@@ -101,8 +102,8 @@ def hf_to_megatron(hf_dir: Path, out_dir: Path, *, dtype: torch.dtype | None = N
             writer.finish()
             shutil.rmtree(folder / HF_PART, ignore_errors=True)
             (folder / HF_PART).mkdir()
-            copy_companions(folder / HF_PART, hf_dir)
-            shutil.copyfile(hf_dir / "config.json", folder / HF_PART / "config.json")
+            copy_companions(folder / HF_PART, model_folder(hf_dir))
+            shutil.copyfile(model_folder(hf_dir) / "config.json", folder / HF_PART / "config.json")
             (folder / TRACKER).write_text(RELEASE)
             _write_note(folder, hf_dir, dtype)
 
@@ -124,7 +125,7 @@ def megatron_to_hf(
             fit. Running also refuses damaged files, and NaN and infinite weights.
     """
     hf_dir = hub_snapshot(hf_dir)
-    hf_config = read_hf_config(hf_dir)
+    hf_config = read_hf_config(model_folder(hf_dir))
     source = architecture(hf_config, reward_model=True)
     arch = dataclasses.replace(source, reward=reward or source.reward)
     reader = CheckpointReader(checkpoint)
@@ -158,7 +159,7 @@ def megatron_to_hf(
                     write_file(journal, str(index + 1).encode())
                 on_progress(label, sizes[index])
             writer.close()
-            copy_companions(folder, hf_dir)
+            copy_companions(folder, model_folder(hf_dir))
             if arch.reward and not source.reward:
                 complete_reward_folder(folder, hf_config, arch, written[EMBEDDING])
             else:

@@ -1,12 +1,13 @@
 """Text to token ids and back, from whatever library a model's tokenizer needs; no templates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
 
+from megatron_irl.data.readers import RecordError
 from megatron_irl.data.sentencepiece_codec import SentencePieceCodec
 from megatron_irl.errors import UserError
 
@@ -42,6 +43,7 @@ class Codec:
         special_ids: Ids of tokens that are no text, such as marks of a turn's end.
         encode_batch: Texts to ids, all together: the library uses every core.
         split_batch: (text, positions in it) to ``Split``, all together.
+            Both raise RecordError if the library fails on one of the texts.
         decode: Ids to text, special tokens left out.
         decode_all: Ids to text, special tokens spelt out.
     """
@@ -69,9 +71,39 @@ def load_codec(path: Path) -> tuple[Codec, str | None]:
     Raises:
         UserError: Nothing loadable there. No remote code is run, nothing is downloaded.
     """
-    if path.is_file() or _only_sentencepiece(path):
-        return _load_sentencepiece(path)
-    return _load_hf(path)
+    is_sentencepiece = path.is_file() or _only_sentencepiece(path)
+    codec, template = (_load_sentencepiece if is_sentencepiece else _load_hf)(path)
+    return replace(codec, encode_batch=_guarded(codec.encode_batch),
+                   split_batch=_guarded(codec.split_batch)), template
+
+
+def _guarded[T, R](work: Callable[[T], R]) -> Callable[[T], R]:
+    """``work``, whatever it raises turned into RecordError: it is about the texts or the files."""
+    def guarded(texts: T) -> R:
+        try:
+            return work(texts)
+        except BaseException as error:
+            # A panic of the Rust library is no Exception.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise RecordError(f"the tokenizer fails on the text: {error}. Look at its "
+                              "tokenizer.json") from error
+
+    return guarded
+
+
+def split_each(
+    codec: Codec, texts: Sequence[tuple[str, Sequence[int]]]
+) -> list[Split | RecordError]:
+    """``Codec.split_batch``, with the error of each text that the library fails on in its place."""
+    if not texts:
+        return []
+    try:
+        return list(codec.split_batch(texts))
+    except RecordError as error:
+        if len(texts) == 1:
+            return [error]
+    return [found for text in texts for found in split_each(codec, [text])]
 
 
 def text_after(codec: Codec, before: list[int], ids: list[int]) -> str:

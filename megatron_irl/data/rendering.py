@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_irl.data.codec import Split
+from megatron_irl.data.codec import Split, split_each
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.readers import EmptyAnswer, RecordError
 from megatron_irl.data.structured_fields import check_structure, rendered
@@ -94,13 +94,16 @@ def encode_conversations(
     ready: list[tuple[str, Sequence[int]]] = [
         (t.text, (t.position,)) for t in texts if isinstance(t, Text)
     ]
-    splits = iter(tokenizer.codec.split_batch(ready) if ready else ())
+    splits = iter(split_each(tokenizer.codec, ready))
     encoded: list[Encoded | RecordError] = []
     for text in texts:
         try:
             if isinstance(text, RecordError):
                 raise text
-            encoded.append(_encoded(tokenizer, text, next(splits), allow_empty))
+            split = next(splits)
+            if isinstance(split, RecordError):
+                raise split
+            encoded.append(_encoded(tokenizer, text, split, allow_empty))
         except RecordError as error:
             encoded.append(error)
     return encoded

@@ -155,7 +155,10 @@ def load_tokenizer(
         template = ChatTemplate(text, codec.special_tokens, arguments or {}, date or datetime.now())
         own = chat_template is None
         template.check(f"tokenizer={path}" if own else f"data.chat_template={chat_template}"[:200])
-        shape = learn_shape(template, codec, stop_ids)
+        try:
+            shape = learn_shape(template, codec, stop_ids)
+        except RecordError as error:
+            raise UserError(f"tokenizer={path}: {error}.") from error
     if shape.end_id is not None:
         stop_ids = list(dict.fromkeys([shape.end_id, *stop_ids]))
     if not stop_ids:

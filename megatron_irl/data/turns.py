@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from megatron_irl.data.codec import Split
+from megatron_irl.data.codec import Split, split_each
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.readers import RecordError
 from megatron_irl.data.rendering import Encoded, encode_conversations
@@ -90,7 +90,7 @@ def _all_marked(
     """Conversations whose template marks what the assistant generates."""
     plain = iter(encode_conversations(tokenizer, [c for c in conversations if c.plain]))
     texts = [None if c.plain else _rendered_with_marks(tokenizer, c) for c in conversations]
-    splits = iter(tokenizer.codec.split_batch([t for t in texts if isinstance(t, tuple)]))
+    splits = iter(split_each(tokenizer.codec, [t for t in texts if isinstance(t, tuple)]))
     results: list[Turned | RecordError] = []
     for conversation, text in zip(conversations, texts, strict=True):
         if isinstance(text, tuple):
@@ -120,7 +120,9 @@ def _rendered_with_marks(
     return text, positions
 
 
-def _marked(tokenizer: Tokenizer, split: Split) -> Encoded | RecordError:
+def _marked(tokenizer: Tokenizer, split: Split | RecordError) -> Encoded | RecordError:
+    if isinstance(split, RecordError):
+        return split
     # A token that reaches over a border belongs to the answer, as transformers counts it.
     starts = split.counts[0::2]
     ends = [count + bool(missing)

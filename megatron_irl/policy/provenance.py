@@ -5,11 +5,9 @@ import json
 from datetime import datetime
 from pathlib import Path
 
+from megatron_irl.convert.weights_digest import weights_digest
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
-
-BLOCKS = 64  # of each weight file that are read
-BLOCK_BYTES = 4096
 
 
 def today() -> datetime:
@@ -65,26 +63,6 @@ def check_weights(run: Path, hf_dir: Path) -> None:
             f"{known} and is {digest}. Put the files back, or give a folder that has them as "
             "--reference."
         )
-
-
-def weights_digest(hf_dir: Path) -> str:
-    """Sixteen hex digits that change when a model's weights or configuration are others.
-
-    Files may have hundreds of gigabytes: read are the names, the sizes, and blocks spread evenly
-    over each file. Training changes every tensor, and so what lies in any block. Times play no
-    part: a copy of the folder is the same model.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted([*hf_dir.glob("*.safetensors"), hf_dir / "config.json"]):
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}\n".encode())
-        with path.open("rb") as file:
-            for block in range(BLOCKS):
-                file.seek(block * max(size - BLOCK_BYTES, 0) // (BLOCKS - 1))
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def _digest(value: object) -> str:

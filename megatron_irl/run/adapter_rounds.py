@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.adapters.export import export_adapter, join_adapters
-from megatron_irl.adapters.peft_folder import PeftFolder
+from megatron_irl.convert.peft_folder import PeftFolder
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import start_of
+from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.run import BASE, Run
 from megatron_irl.run.state import RunState
@@ -34,9 +36,7 @@ def merge_round(run: Run) -> None:
 def restore_base(
     inputs: Inputs, policy: Policy, state: RunState, saved: dict[str, Any]
 ) -> None:
-    """Merge into a resumed run's base what earlier rounds learnt.
-
-    The round at whose start the run stands has not merged the last one yet. Collective.
+    """Merge into a resumed run's base what earlier rounds learnt. Collective.
 
     Args:
         saved: What the checkpoint kept besides tensors.
@@ -53,16 +53,24 @@ def restore_base(
             f"digest was {saved[BASE]} and that of model.hf={inputs.recipe.model.hf} is {digest}. "
             "Put the files of the base back."
         )
+    if inputs.recipe.adapter.merge_each_round:
+        merge_earlier(adapters, inputs.folder, state)
+
+
+def merge_earlier(adapters: Adapters, folder: RunFolder, state: RunState) -> None:
+    """Merge what rounds learnt before the one in which a checkpoint was saved. Collective.
+
+    The last one is still in the checkpoint's adapters where it stands at the start of a round.
+    """
     merged = state.round if state.step_in_round else state.round - 1
 
     def merge() -> None:
         with adapters.set_aside():
             for index in range(merged):
-                adapters.read(PeftFolder.read(inputs.folder.round_adapter(index)))
+                adapters.read(PeftFolder.read(folder.round_adapter(index)))
                 adapters.merge_for_good()
 
-    if inputs.recipe.adapter.merge_each_round:
-        everywhere(merge, policy.topology)
+    everywhere(merge, adapters.topology)
 
 
 def write_adapter(run: Run) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.policy.policy import Policy
-from tests.cli.harness import deterministic, read_jsonl, refused, run, write_recipe
+from tests.cli.harness import deterministic, read_jsonl, refused, run, write_jsonl, write_recipe
 from tests.cli.test_resume import Killed, kill_after
 from tests.convert.tiny import make_tiny_llama
 
@@ -180,3 +180,36 @@ def test_wrong_input(recipe, model, tmp_path):
     wrong(path, *plain, f"model.hf={wide}", named=("NaN",))
     shutil.rmtree(start)
     wrong(path, *plain, named=("adapter_config.json",))
+
+
+@pytest.mark.parametrize("merges", [False, True], ids=["keep", "merge"])
+def test_score_and_generate_take_adapters(
+    recipe, model, tmp_path, monkeypatch, no_report, merges
+):
+    """The run's checkpoint, its hf/ and its adapter/ say the same."""
+    changes = {"checkpoint.interval": 1, "algorithm.rounds": 3} | (MERGES if merges else {})
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, "megatron_irl.run.loop.finish", 1, after=False)
+        train(recipe, out, **changes)
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [
+        {"prompt": f"{a}+3", "responses": [str(a + 3), "no"]} for a in range(3)
+    ])
+    score = ("score", "--pairs", pairs, "--beta", 1, "--precision", "fp32")
+    found = {}
+    for name in ("checkpoint", "hf", "adapter"):
+        folder = out if name == "checkpoint" else out / name
+        reference = () if name == "checkpoint" else ("--reference", model)
+        result = run(*score, "--model", folder, "--out", tmp_path / name, *reference)
+        assert result.code == 0, result.err
+        found[name] = np.array([line["rewards"] for line in read_jsonl(tmp_path / name)])
+        if name == "checkpoint":
+            train(recipe, out, **changes)  # to its end
+    assert np.abs(found["hf"]).max() > 0.1
+    assert np.abs(found["checkpoint"] - found["hf"]).max() < 1e-3
+    assert np.abs(found["adapter"] - found["hf"]).max() < 1e-3
+    # An adapter as the reference: of itself, every reward is nothing.
+    result = run(*score, "--model", out / "hf", "--reference", out / "adapter",
+                 "--out", tmp_path / "self")
+    assert result.code == 0, result.err
+    assert max(abs(r) for line in read_jsonl(tmp_path / "self") for r in line["rewards"]) < 1e-3

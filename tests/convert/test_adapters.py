@@ -1,14 +1,19 @@
-"""LoRA adapters: merged by peft they are plain folders; unmerged, refused with the remedy."""
+"""LoRA adapters: merged by peft they are plain folders; unmerged, read on their base."""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_irl.convert.hf_config import read_hf_config
+from megatron_irl.convert.hf_folder import HfWeights
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert.test_round_trip import assert_same_weights
 from tests.convert.test_stream import ignore
+from tests.convert.test_verify import verify
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
 
@@ -79,5 +84,30 @@ def test_merged_adapter_converts_bitwise(adapted, tmp_path):
 
 def test_unmerged_adapter_is_refused_with_the_remedy(adapted):
     adapter, _, _ = adapted
-    with pytest.raises(UserError, match="adapter of peft.*merge_and_unload"):
+    with pytest.raises(UserError, match="adapter of peft.*adapter.path.*merge_and_unload"):
         read_hf_config(adapter)
+
+
+def test_unmerged_adapter_converts_as_merged_by_peft(adapted, tmp_path):
+    """From the adapter's folder alone; and Megatron's ranks read their slices so, as peft says."""
+    adapter, merged, _ = adapted
+    hf_to_megatron(adapter, tmp_path / "megatron").run(ignore)
+    megatron_to_hf(tmp_path / "megatron" / "release", tmp_path / "hf", hf_dir=merged).run(ignore)
+    one, other = HfWeights(tmp_path / "hf"), HfWeights(merged)
+    assert one.files.keys() == other.files.keys()
+    worst = max((one.slice(n)[:] - other.slice(n)[:]).abs().max().item() for n in one.files)
+    assert worst < 1e-6
+    assert (tmp_path / "megatron" / "hf" / "tokenizer.json").is_file()
+    assert verify(["--hf", str(adapter), "--layouts", "tp1pp1", "tp2pp1"]) == 0
+
+
+def test_adapter_without_its_base_is_refused(adapted, tmp_path):
+    adapter = shutil.copytree(adapted[0], tmp_path / "adapter")
+    (adapter / "base.json").write_text(json.dumps({"digest": "0" * 16}))
+    with pytest.raises(UserError, match="another base"):
+        HfWeights(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="base_model_name_or_path=.*gone"):
+        HfWeights(adapter)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_irl.config import check_layout, load_recipe, recipe_from_mapping, resolve
+from tests.examples.plans import PLANS, planned, row
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(p for p in (ROOT / "examples").iterdir() if p.is_dir())
@@ -26,6 +27,12 @@ def test_recipe_parses_and_resolves(path):
 def test_job_script_is_valid_shell(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
     text = path.read_text()
+    if path.parent.name != "slurm":  # resources of its own, and the one script for the work
+        assert text.rstrip().endswith(". examples/slurm/job.slurm")
+        assert "#SBATCH --requeue" in text and "#SBATCH --signal=USR1@" in text
+        recipe = text.split("RECIPE:-")[1].split("}")[0]
+        assert (ROOT / recipe).exists()
+        return
     assert "srun" in text and "megatron-irl" in text and "train \"$RECIPE\"" in text
 
 
@@ -36,6 +43,18 @@ def test_no_orphans(folder):
     for path in folder.iterdir():
         if path.name not in ("README.md", "__pycache__"):
             assert path.name in readme, f"{path.name} is not mentioned in the example's README"
+
+
+@pytest.mark.parametrize("one", PLANS, ids=lambda one: f"{one.path}-{one.gpus}")
+def test_recipe_plans_clean(one):
+    """On the GPUs it is for, with any packs; and the README's line is what the planner says.
+
+    ``python -m tests.examples.plans`` writes the lines anew.
+    """
+    plan = planned(one)
+    assert plan.always_fits, plan.verdict()
+    readme = (ROOT / "examples" / one.path.split("/")[0] / "README.md").read_text()
+    assert row(one, plan) in readme
 
 
 def test_readme_commands_exist():

@@ -15,10 +15,10 @@ from megatron_irl.families.tensors import Replicated
 from megatron_irl.planning.machines import MACHINES
 from megatron_irl.planning.plan import setup_of, stage_parameters
 from tests.cli.harness import refused, run
+from tests.examples.plans import PLANS, planned
 from tests.planning.cases import CONFIGS, shape
 
 ROOT = Path(__file__).parents[2]
-MODELS = {"llama_70b": "llama-3.1-70b", "pythia_rft": "pythia-1.4b"}
 SEVENTY = ROOT / "examples" / "llama_70b" / "recipe.yaml"
 
 
@@ -46,23 +46,35 @@ def expected(recipe, arch, stage, *, has_reward_head):
     return total + (arch.dims["hidden"] if has_reward_head and stage == pp - 1 else 0)
 
 
-@pytest.mark.parametrize("folder", MODELS)
-@pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 8},
-                                    {"tensor_model_parallel_size": 2, "vpp": 2, "pp": 4}])
-def test_parameters_are_exact(folder, layout):
+@pytest.mark.parametrize("one", PLANS, ids=lambda one: f"{one.path}-{one.gpus}")
+@pytest.mark.parametrize("layout", [(), ("tensor_model_parallel_size=2",
+                                         "pipeline_model_parallel_size=4",
+                                         "virtual_pipeline_model_parallel_size=2",
+                                         "sequence_parallel=true")])
+def test_parameters_are_exact(one, layout):
     """Megatron's modules of every stage hold what the folder's names and shapes say."""
-    names = {"vpp": "virtual_pipeline_model_parallel_size", "pp": "pipeline_model_parallel_size"}
-    recipe = load_recipe(ROOT / "examples" / folder / "recipe.yaml", [
-        f"parallel.{names.get(name, name)}={value}" for name, value in layout.items()
-    ] + ["train.global_batch_size=512"], check_files=False)
-    arch = shape(MODELS[folder])
+    recipe = load_recipe(ROOT / "examples" / one.path, [
+        *(f"parallel.{key}" for key in layout), "train.global_batch_size=512"], check_files=False)
+    arch = shape(one.model)
     setup = setup_of(resolve(recipe, 1000), arch, MACHINES["h100"], 2)
     built = stage_parameters(setup, algorithm_of(recipe))
     head = algorithm_of(recipe).head_lr(recipe) is not None
     assert len(built) == setup.pp
     for stage, parameters in built.items():
-        assert sum(n for n, _, _ in parameters.values()) == expected(
-            recipe, arch, stage, has_reward_head=head)
+        model = {name: n for name, (n, _, _) in parameters.items() if "lora" not in name}
+        assert sum(model.values()) == expected(recipe, arch, stage, has_reward_head=head)
+        trained = {name for name, (_, _, is_trained) in parameters.items() if is_trained}
+        assert trained == (parameters.keys() - model.keys() or parameters.keys())
+
+
+def test_adapters_are_exact():
+    """Rank times rows and columns of q, k, v, o, gate, up and down of every layer."""
+    one = next(one for one in PLANS if one.path == "llama_8b/one_gpu.yaml")
+    plan = planned(one)
+    matrices = [(4096, 4096), (4096, 1024), (4096, 1024), (4096, 4096), (4096, 14336),
+                (4096, 14336), (14336, 4096)]
+    assert plan.fullest.trainable == 32 * sum(64 * (i + o) for i, o in matrices)
+    assert plan.fullest.terms["gradients"] == 4 * plan.fullest.trainable
 
 
 def plan(*arguments, capsys):

@@ -4,12 +4,16 @@ import json
 from datetime import datetime
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_irl.data.chat_template import ChatTemplate
 from megatron_irl.data.conversation import Conversation
+from megatron_irl.data.demonstrations import load_demonstrations
 from megatron_irl.data.readers import RecordError
 from megatron_irl.data.rendering import encode_conversations, encode_prompt
+from megatron_irl.data.sources import Reading
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
 from tests.unit.data.conftest import CHATML
@@ -147,6 +151,42 @@ def test_files_that_are_not_what_they_should_be(byte_folder, name, content, mess
     with pytest.raises(UserError, match=message) as raised:
         load_tokenizer(folder)
     assert str(folder) in str(raised.value)
+
+
+@pytest.mark.parametrize("marks", [False, True])
+def test_a_text_that_the_tokenizer_fails_on_is_named(tmp_path, marks):
+    """A library that raises at a word: the record's message, whatever else is encoded with it."""
+    words = ["a", "user", "assistant", "hello", "paris", "7", "yes", "42", "six"]
+    vocabulary = {word: i for i, word in enumerate([*words, "<|im_end|>"])}
+    backend = Backend(models.WordLevel(vocabulary, unk_token="[UNK]"))  # which there is not
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    begin, end = ("{% generation %}", "{% endgeneration %}") if marks else ("", "")
+    template = ("{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}" + begin +
+                "{{ m.content }} <|im_end|> " + end + "{% else %}{{ m.content }} {% endif %}"
+                "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}")
+    folder = tmp_path / "words"
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>").save_pretrained(
+        folder)
+    tokenizer = load_tokenizer(folder, template)
+    path = tmp_path / "a.jsonl"
+    texts = ["42", "seven", "six", "6"]
+    path.write_text("".join(json.dumps({"messages": [
+        {"role": "user", "content": "hello"}, {"role": "assistant", "content": text}]}) + "\n"
+        for text in texts))
+    limits = {"max_prompt_length": 9, "max_response_length": 9, "turns": "all"}
+    with pytest.raises(UserError, match="2 records cannot be used") as raised:
+        load_demonstrations(path, tokenizer, **limits)
+    for line in (2, 4):
+        assert f"{path}:{line}: the tokenizer fails on the text: WordLevel" in str(raised.value)
+    found, _ = load_demonstrations(Reading((path,), bad_records="drop"), tokenizer, **limits)
+    assert [d.response for d in found] == ["42", "six"]
+    asked = Conversation([{"role": "user", "content": "seven"}], "a.jsonl:1")
+    with pytest.raises(RecordError, match="fails on the text"):
+        encode_prompt(tokenizer, asked)
+    vocabulary.pop("hello")
+    Backend(models.WordLevel(vocabulary, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=f"tokenizer={folder}: the tokenizer fails"):
+        load_tokenizer(folder, template)
 
 
 @pytest.mark.parametrize(("files", "stop_ids"), [

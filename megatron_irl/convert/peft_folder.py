@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_irl.convert.weights_digest import weights_digest
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.linears import TargetedLayer, module_name
@@ -74,6 +75,35 @@ class PeftFolder:
         return cls(folder, rank, float(alpha), tuple(sorted(map(str, targets))),
                    values.get("base_model_name_or_path"), digest)
 
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / self.rank
+
+    def base_folder(self) -> Path:
+        """The model below it.
+
+        Raises:
+            UserError: It is not where the adapter says, or is another model.
+        """
+        path = self.folder / CONFIG
+        base = Path(self.base or "")
+        if self.base is None or not (base / "config.json").is_file():
+            raise UserError(
+                f"{path}: base_model_name_or_path={self.base} is not a model folder on this "
+                f"machine (the working directory is {Path.cwd()}). Set it there to the folder of "
+                "the model that the adapter was made for."
+            )
+        if self.digest is not None:
+            self.check_base(weights_digest(base), base)
+        return base
+
+    def modules(self) -> set[str]:
+        """HF's names of the modules it has matrices for."""
+        with self._open() as file:
+            names = [name for name in file.keys() if ".lora_A." in name]  # noqa: SIM118
+        return {n.removeprefix(_PREFIX).removesuffix(".lora_A.weight") for n in names}
+
     def tensors(self, module: str) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank] of a module, by its HF name, as stored."""
         with self._open() as file:
@@ -122,8 +152,36 @@ class PeftFolder:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter."""
-    return (folder / CONFIG).is_file()
+    """Whether a folder holds an adapter, and no model beside it."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def model_folder(folder: Path) -> Path:
+    """Where config and tokenizer of a model are: of an adapter, in the folder of its base.
+
+    Raises:
+        UserError: As ``PeftFolder.read`` and ``base_folder``.
+    """
+    return PeftFolder.read(folder).base_folder() if is_adapter(folder) else folder
+
+
+class AdaptedSlice:
+    """A weight of the base with the adapter's update, computed for what is asked of it."""
+
+    def __init__(self, base: Any, a: Tensor, b: Tensor, scale: float) -> None:
+        self._base, self._a, self._b, self._scale = base, a, b, scale
+
+    def get_shape(self) -> list[int]:
+        return self._base.get_shape()
+
+    def get_dtype(self) -> str:
+        return self._base.get_dtype()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
+        base = self._base[index]
+        update = (self._b[rows].float() @ self._a[:, columns].float()).mul_(self._scale)
+        return (base.float() + update).to(base.dtype)
 
 
 def tensor_names(module: str) -> tuple[str, str]:
