@@ -26,6 +26,8 @@ _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_
 _8B = _LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
                 "num_key_value_heads": 8, "vocab_size": 128256}
 SHAPES: dict[str, dict[str, Any]] = {
+    "200M": _LLAMA | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+                      "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 32000},
     "1.1B": _LLAMA | {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
                       "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000},
     "8B/4": _8B | {"num_hidden_layers": 8},  # an 8B's shape with a quarter of the layers: 2.8 B

@@ -23,10 +23,12 @@ def between_steps(run: Run, phase: Phase, wanted: Set[str] = frozenset()) -> Non
     topology, state = run.topology, run.state
     topology.heart.place = f"step {state.step}, round {state.round}"
     topology.heart.beat()
-    asked, due, halve, end = agree(
-        [topology.stop.level, save_is_due(run), "halve_lr" in wanted, "end_round" in wanted],
+    asked, due, halve, end, *saving = agree(
+        [topology.stop.level, save_is_due(run), "halve_lr" in wanted, "end_round" in wanted,
+         *run.checkpointer.status()],
         topology,
     )
+    run.checkpointer.take_note(*saving)
     if halve:
         state.lr_scale /= 2
         run.trainer.stepper.lr_scale = state.lr_scale

@@ -59,8 +59,11 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
             run = open_run(inputs, topology, argv or sys.argv, lease)
-            with settled():
-                train_rounds(run)
+            try:
+                with settled():
+                    train_rounds(run)
+            finally:
+                run.checkpointer.abandon()  # nothing where it ended well
     finally:
         watchdog.stop()
         lease.release()
@@ -79,6 +82,7 @@ def train_rounds(run: Run) -> None:
             run_round(run)
         stop_if_asked(run.topology)
     except TrainingDiverged as error:
+        run.finish_saving()
         raise TrainingDiverged(
             f"{error} (round {state.round}, {state.step_in_round} steps into it, lr "
             f"{run.trainer.lr:.3g}); training stopped. The last good state is "
@@ -87,6 +91,7 @@ def train_rounds(run: Run) -> None:
         ) from error
     except RunStopped as stop:
         run.save_unless_saved()
+        run.finish_saving()
         raise RunStopped(
             f"{stop}; stopped at step {state.step}, round {state.round}. The run goes on from "
             f"{run.checkpointer.describe_latest()} when the same command is started again."
@@ -157,8 +162,8 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
     seconds = time.perf_counter() - start
     wanted = run.recorder.step(
         state, result, lr=lr, tokens=tokens, seconds=seconds, phase=phase.name,
-        speed=run.speedometer.step(
-            run.trainer.work, seconds, has_head=work.heads != "rewards"),
+        speed=run.speedometer.step(run.trainer.work, seconds, has_head=work.heads != "rewards")
+        | run.checkpointer.take_measured(),
     )
     between_steps(run, phase, wanted)
 
@@ -189,13 +194,13 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     state.evaluation = evaluation
     state.summary = {}
     state.seconds.clear()  # the clock counts on in the same dictionary
-    run.save()
-    run.recorder.publish(record)
+    run.save(then=lambda: run.recorder.publish(record))
 
 
 def finish(run: Run) -> None:
     """Leave the policy, and what else was learnt, as HF folders; mark the run finished."""
     folder, policy = run.folder, run.policy
+    run.finish_saving()
     run.console.note(f"writing {folder.hf}")
     with policy.merged():
         export_hf(policy.chunks, policy.architecture, out_dir=folder.hf, **run.companions)

@@ -49,11 +49,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     """
     recipe, folder = inputs.recipe, inputs.folder
     console = Console(enabled=topology.is_main)
-    checkpointer = Checkpointer(
-        folder.checkpoints, topology, keep=recipe.checkpoint.keep, fence=lease.check
-    )
-    checkpointer.put_back()
-    resume = checkpointer.latest()
+    checkpointer, resume = open_checkpoints(inputs, topology, lease, console)
     policy = build_policy(inputs, topology, weights=resume is None or bool(inputs.adapter))
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
@@ -97,6 +93,26 @@ def open_generator(policy: Policy, recipe: Recipe) -> None:
         kv_cache_gb=options.kv_cache_gb, cuda_graphs=options.cuda_graphs,
         keep_cache=options.keep_cache, share_prompts=options.share_prompts,
     )
+
+
+def open_checkpoints(
+    inputs: Inputs, topology: Topology, lease: Lease, console: Console
+) -> tuple[Checkpointer, int | None]:
+    """The run's checkpoints, and the step of the newest intact one. Collective.
+
+    Raises:
+        UserError: There are some, and all of them are damaged.
+    """
+    options = inputs.recipe.checkpoint
+    checkpointer = Checkpointer(
+        inputs.folder.checkpoints, topology, keep=options.keep, keep_every=options.keep_every,
+        asynchronous=options.asynchronous, verify=options.verify, fence=lease.check,
+    )
+    checkpointer.clean()
+    newest = checkpointer.latest()
+    for text in checkpointer.passed_over:
+        console.warn(f"a checkpoint is passed over: {text}")
+    return checkpointer, newest
 
 
 def announce_kernels(policy: Policy, recipe: Recipe, console: Console) -> Kernels:

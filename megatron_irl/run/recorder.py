@@ -64,7 +64,8 @@ class Recorder:
         """Record one optimizer step.
 
         Args:
-            speed: Utilisation and memory, see ``Speedometer``.
+            speed: Utilisation and memory, see ``Speedometer``; of a checkpoint that was finished
+                since the last step, what it took.
 
         Returns:
             What the guards want done, by the recipe: ``halve_lr``, ``end_round``.

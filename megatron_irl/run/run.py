@@ -1,6 +1,7 @@
 """A run in progress on this rank: who owns what."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,14 @@ class Run:
         is_initial = self.recipe.algorithm.reference == "initial"
         return Path(self.recipe.model.hf) if is_initial and self.state.step > 0 else None
 
-    def save(self) -> None:
+    def save(self, then: Callable[[], None] | None = None) -> None:
         """Checkpoint the run as it stands. Collective.
+
+        Everything that the state refers to is on disk before: pairs, ledger and logs are written
+        when they are made.
+
+        Args:
+            then: Called on every rank after the checkpoint is in its place, maybe later.
 
         Raises:
             TrainingDiverged: The weights give no finite log-probability; nothing is saved, and
@@ -93,13 +100,18 @@ class Run:
             UserError: The disk is full.
         """
         with self.topology.heart.within("checkpoint", slow=True):
-            self._save()
+            self._save(then)
         self.saved, self._saved_at = self._position(), time.monotonic()
 
     def save_unless_saved(self) -> None:
         """As ``save``, if the newest checkpoint is not of where the run stands. Collective."""
         if self.saved != self._position():
             self.save()
+
+    def finish_saving(self) -> None:
+        """Wait until the newest checkpoint is in its place. Collective. Raises as ``save``."""
+        with self.topology.heart.within("checkpoint", slow=True):
+            self.checkpointer.wait()
 
     def seconds_since_save(self) -> float:
         """Since the last save of this process, or since it opened the run."""
@@ -108,7 +120,7 @@ class Run:
     def _position(self) -> tuple[int, int, int]:
         return self.state.step, self.state.round, self.state.step_in_round
 
-    def _save(self) -> None:
+    def _save(self, then: Callable[[], None] | None) -> None:
         probe = self.data.demonstrations[:NUM_PROBES]
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the
@@ -116,7 +128,7 @@ class Run:
         state = on_main(self._state, self.topology)
         self.checkpointer.save(
             self.state.step, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
-            state,
+            state, then,
         )
 
     def _state(self) -> dict[str, Any]:

@@ -2,135 +2,228 @@
 
 A checkpoint holds the model, the optimizer, the schedule, the random states and the run's
 position. It can be read under any tensor, pipeline and data parallel layout. A folder named
-``step_NNNNNN`` is always whole: it is written under a dotted name and renamed last.
+``step_NNNNNN`` is always whole: it is written under a dotted name and renamed last. Every rank
+writes its part, in the background unless told otherwise; training waits while its state is copied.
 """
 
-import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_irl import hardware
-from megatron_irl.compat import checkpoint_writer
 from megatron_irl.compat.adam_state import loadable, make_savable
+from megatron_irl.compat.checkpoint_writer import PlanOnly
+from megatron_irl.compat.optimizer_blocks import in_blocks
+from megatron_irl.compat.threaded_reader import in_threads
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
 from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
+from megatron_irl.hardware.host_copy import copy_to_host, threads_for_files
+from megatron_irl.parallel.agreement import agree
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.storage.commit import (
-    commit_folder,
-    fresh_folder,
-    put_back,
-    unfinished,
-    write_errors,
-)
+from megatron_irl.storage.checkpoint_folder import CheckpointFolder
+from megatron_irl.storage.commit import fresh_folder, unfinished, write_errors
+from megatron_irl.storage.damage import Verify, damage
+from megatron_irl.storage.random_states import random_states, restore_random_states
+from megatron_irl.storage.saving import ADVICE, Saving
 
-from megatron.core import dist_checkpointing, tensor_parallel  # isort: skip
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # isort: skip
+from megatron.core import dist_checkpointing  # isort: skip
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isort: skip
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
+    TorchDistLoadShardedStrategy,
+)
 from megatron.core.utils import unwrap_model  # isort: skip
 
 FORMAT_VERSION = 1
-_ADVICE = ("The previous checkpoint is untouched; free some space, then start the same command "
-           "again.")
 
 
-class Checkpointer:
-    """The ``checkpoints/`` folder of one run.
+class Checkpointer(CheckpointFolder):
+    """The ``checkpoints/`` folder of one run, written and read by all of its ranks.
 
     Args:
         folder: Where ``step_NNNNNN`` folders live.
         keep: Newest checkpoints kept; older ones are removed after a newer one is whole.
+        keep_every: Those of steps that this divides are kept besides.
+        asynchronous: Write in the background: ``save`` returns once the state is copied.
+        verify: What ``latest`` compares with a checkpoint's manifest.
         fence: Called on rank 0 before each commit; raises if the folder is not ours any more.
+
+    Attributes:
+        passed_over: What ``latest`` found damaged, a sentence each.
+        measured: Seconds and bytes of the newest save that was committed, by name of the metric;
+            on rank 0.
     """
 
     def __init__(
-        self, folder: Path, topology: Topology, *, keep: int,
+        self, folder: Path, topology: Topology, *, keep: int, keep_every: int | None = None,
+        asynchronous: bool = False, verify: Verify = "hashes",
         fence: Callable[[], None] | None = None,
     ) -> None:
-        self.folder, self.topology, self.keep = folder, topology, keep
+        super().__init__(folder, keep=keep, keep_every=keep_every)
+        self.topology, self.asynchronous = topology, asynchronous
+        self.verify: Verify = verify
+        self.passed_over: list[str] = []
+        self.measured: dict[str, float] = {}
         self._fence = fence or (lambda: None)
-        checkpoint_writer.install()
+        self._pending: tuple[Saving, Callable[[], None]] | None = None
+        self._distribution: Any = None  # of replicated tensors over their ranks; by Megatron
 
-    def put_back(self) -> None:
-        """Undo a replacement that was killed between its two renames.
+    def clean(self) -> None:
+        """Make good what a kill left; for the run itself, before it looks for its checkpoint."""
+        if self.topology.is_main:
+            self.put_back()
+            self.discard_unfinished()
 
-        For the run itself, before it looks for its newest checkpoint: to anybody else a
-        replacement in progress looks the same.
-        """
-        if not self.topology.is_main:
-            return
-        for old in self.folder.glob(".step_*.old"):
-            put_back(self.folder / old.name.removeprefix(".").removesuffix(".old"))
-
-    def steps(self) -> list[int]:
-        """Steps that have a whole checkpoint, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name[5:]) for p in self.folder.glob("step_*") if p.name[5:].isdigit())
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}"
-
-    def latest(self) -> int | None:
-        """The newest whole checkpoint as rank 0 sees it, on every rank. Collective."""
-        return on_main(lambda: (self.steps() or [None])[-1], self.topology)
-
-    def describe_latest(self) -> str:
-        """The newest checkpoint's path, for messages."""
-        steps = self.steps()
-        return str(self.path(steps[-1])) if steps else "the starting model; no checkpoint yet"
+    # --- saving
 
     def save(
         self, step: int, chunks: Sequence[Any], optimizer: Any, scheduler: Any,
-        state: dict[str, Any],
+        state: dict[str, Any], then: Callable[[], None] | None = None,
     ) -> None:
         """Write a checkpoint for ``step``. Collective over every rank.
+
+        An earlier one that is still being written is waited for.
+
+        Args:
+            then: Called on every rank after the checkpoint is in its place: by this call, or if it
+                is written in the background by ``poll`` or ``wait``.
 
         Raises:
             UserError: The disk is full or not writable; the previous checkpoint is untouched.
         """
+        self.wait()
+        start = time.perf_counter()
         final = self.path(step)
         partial = unfinished(final)
         on_main(lambda: self._begin(final, partial), self.topology)
         make_savable(optimizer)
-        sharded = self._sharded(chunks, optimizer, is_loading=False)
+        with in_blocks(optimizer):
+            sharded = self._sharded(chunks, optimizer, is_loading=False)
         sharded |= {
             "scheduler": scheduler.state_dict(), "state": state, "layout": self._layout(),
             "format_version": FORMAT_VERSION,
         }
-        failure: BaseException | None = None
-        with write_errors(final, _ADVICE):
-            try:
-                dist_checkpointing.save(sharded, str(partial))
-            except CheckpointException as error:
-                # No ``Exception``, and on every rank at once: rank 0 alone knows what happened.
-                # Any other error is one rank's own; the rest wait until the launcher ends them.
-                failure = error
-        on_main(lambda: self._commit(final, partial, failure), self.topology)
+        plan = self._planned(sharded, partial)
+        saving = Saving(
+            final, partial, plan, self.topology.rank, self.topology.world_size, self._fence,
+            committed=lambda: self.prune(step), notes={"step": step},
+        )
+        self._pending = saving, then or (lambda: None)
+        if self.asynchronous:
+            _copy_out(plan)
+        saving.stall_seconds = time.perf_counter() - start
+        if self.asynchronous:
+            saving.start()
+        else:
+            self.wait()
+
+    def status(self) -> tuple[int, int]:
+        """(whether a save is still being written, whether it has failed) on this rank, 0 or 1."""
+        return (0, 0) if self._pending is None else self._pending[0].status()
+
+    def take_note(self, busy: int, failed: int) -> None:
+        """Settle a save that has ended in the background. Collective.
+
+        Args:
+            busy, failed: The largest ``status`` of all ranks.
+
+        Raises:
+            UserError: It has failed, on every rank.
+        """
+        if failed or not busy:
+            self.wait()
+
+    def poll(self) -> None:
+        """Agree on the ``status`` and take note of it. Collective."""
+        if self._pending is not None:
+            self.take_note(*agree(self.status(), self.topology))
+
+    def wait(self) -> None:
+        """Wait until the save in the background, if any, is committed. Collective.
+
+        Raises:
+            UserError: As ``save``.
+        """
+        if self._pending is None:
+            return
+        start = time.perf_counter()
+        saving, then = self._pending
+        self._pending = None
+        try:
+            everywhere(saving.write, self.topology)
+            on_main(saving.commit, self.topology)
+        except BaseException:
+            saving.abandon()
+            raise
+        saving.stall_seconds += time.perf_counter() - start
+        self.measured = {
+            "checkpoint/stall_seconds": saving.stall_seconds,
+            "checkpoint/background_seconds": saving.background_seconds,
+            "checkpoint/bytes": saving.bytes,
+        }
+        then()
+
+    def take_measured(self) -> dict[str, float]:
+        """``measured``, once."""
+        measured, self.measured = self.measured, {}
+        return measured
+
+    def abandon(self) -> None:
+        """Give up a save that is still being written, as a kill would. Not collective."""
+        if self._pending is not None:
+            self._pending[0].abandon()
+            self._pending = None
 
     def _begin(self, final: Path, partial: Path) -> None:
         self._fence()
-        with write_errors(final, _ADVICE):
+        with write_errors(final, ADVICE):
             fresh_folder(partial)
 
-    def _commit(self, final: Path, partial: Path, failure: BaseException | None) -> None:
-        try:
-            with write_errors(final, _ADVICE):
-                if failure is not None:
-                    raise OSError(f"{final} was not written: {_words(failure)}") from failure
-                self._fence()
-                commit_folder(partial, final)
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+    def _planned(self, sharded: Any, partial: Path) -> PlanOnly:
+        """What this rank has to write: its own, and its share of what other ranks have too."""
+        plan = PlanOnly(threads_for_files())
+        strategy: Any = FullyParallelSaveStrategyWrapper(
+            plan, self.topology.dp_group, do_cache_distribution=True  # type: ignore[arg-type]
+        )
+        is_first = self._distribution is None
+        strategy.cached_distribution = self._distribution
+        dist_checkpointing.save(
+            sharded, str(partial), strategy, async_sharded_save=True,
+            validate_access_integrity=is_first,  # what there is does not change within a run
+        )
+        self._distribution = strategy.cached_distribution
+        return plan
+
+    # --- choosing and loading
+
+    def latest(self) -> int | None:
+        """The newest intact checkpoint, on every rank; None where there is none at all. Collective.
+
+        What was found damaged on the way is in ``passed_over``.
+
+        Raises:
+            UserError: There are checkpoints, and every one of them is damaged.
+        """
+        self.passed_over = []
+        for step in on_main(lambda: self.steps()[::-1], self.topology):
+            wrong = damage(self.path(step), self.verify, self.topology)
+            if wrong is None:
+                return step
+            self.passed_over.append(wrong)
+        if self.passed_over:
+            raise UserError(
+                f"no checkpoint in {self.folder} is intact: {'; '.join(self.passed_over)}. "
+                f"Restore one of them, or remove {self.folder} to begin again from the starting "
+                "model."
+            )
+        return None
 
     def load(
         self, step: int, chunks: Sequence[Any], optimizer: Any = None, scheduler: Any = None
@@ -145,13 +238,13 @@ class Checkpointer:
         path = self.path(step)
         if not path.is_dir():
             raise UserError(f"{path} does not exist; the run has {self.steps()} checkpoints.")
-        with loadable(optimizer):
+        with loadable(optimizer), in_blocks(optimizer):
             loaded = self._read(path, chunks, optimizer)
             if optimizer is not None:
                 optimizer.load_state_dict(loaded["optimizer"])
                 scheduler.num_steps = 0  # loading counts on from where the schedule stands
                 scheduler.load_state_dict(loaded["scheduler"])
-                self._load_rng(loaded)
+                restore_random_states(loaded.get("rng"))
         for index, chunk in enumerate(unwrap_model(list(chunks))):
             fill(chunk, loaded[f"model{index}"])
         return loaded["state"]
@@ -172,7 +265,11 @@ class Checkpointer:
             adapt_to_spec(models, path)
             if common.get("layout") != self._layout():
                 sharded.pop("rng", None)
-            loaded: Any = dist_checkpointing.load(sharded, str(path))
+            strategy: Any = FullyParallelLoadStrategyWrapper(
+                TorchDistLoadShardedStrategy(), self.topology.dp_group
+            )
+            with in_threads():
+                loaded: Any = dist_checkpointing.load(sharded, str(path), strategy)
         except CheckpointException as error:  # torch's; what happened is inside, by rank
             raise UserError(f"the checkpoint {path} cannot be read: {_words(error)}") from error
         except dist_checkpointing.core.CheckpointingException as error:
@@ -184,9 +281,6 @@ class Checkpointer:
     def _sharded(self, chunks: Sequence[Any], optimizer: Any, *, is_loading: bool) -> Any:
         metadata = {
             "distrib_optim_sharding_type": "fully_reshardable",
-            # Gathered in the host memory of one data-parallel rank (see build_optimizer); otherwise
-            # every GPU would hold the whole fp32 state for a moment.
-            "distrib_optim_fully_reshardable_mem_efficient": True,
             "chained_optim_avoid_prefix": True,
             "singleton_local_shards": False,
             "dp_cp_group": self.topology.dp_group,
@@ -198,56 +292,21 @@ class Checkpointer:
         if optimizer is None:
             return model
         state = optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
-        if not is_loading:
-            _drop_what_is_elsewhere(state)
-        return model | {"optimizer": state, "rng": self._rng()}
+        return model | {"optimizer": state, "rng": random_states(self.topology)}
 
     def _layout(self) -> tuple[int, int]:
         """What the saved random states are split by."""
         return self.topology.tp_size, self.topology.pp_size
 
-    def _rng(self) -> ShardedObject:
-        # Saved per (pipeline, tensor) rank. Sampling and data order have seeds of their own, so
-        # these matter to dropout only and may be left alone when the layout changes.
-        t = self.topology
-        states = {
-            "torch": torch.get_rng_state(),
-            "numpy": np.random.get_state(),
-            "tracker": _tracker().get_states(),
-            "device": hardware.get_rng_state(),
-        }
-        return ShardedObject(
-            "rng", states, (t.pp_size, t.tp_size), (t.pp_rank, t.tp_rank), replica_id=t.dp_rank,
-        )
 
-    def _load_rng(self, loaded: dict[str, Any]) -> None:
-        states = loaded.get("rng")
-        if not isinstance(states, dict):
-            return
-        torch.set_rng_state(states["torch"])
-        np.random.set_state(states["numpy"])
-        _tracker().set_states(states["tracker"])
-        hardware.set_rng_state(states["device"])
-
-
-def _drop_what_is_elsewhere(optimizer: Any) -> None:
-    """Take out the None that ranks other than the gathering one have for the optimizer's tensors.
-
-    It would make their common state differ from rank 0's, and Megatron's check of that cry wolf.
-    """
-    if isinstance(optimizer, dict):
-        if "param_state" in optimizer and optimizer["param_state"] is None:
-            del optimizer["param_state"]
-        for part in optimizer.values():
-            _drop_what_is_elsewhere(part)
+def _copy_out(plan: PlanOnly) -> None:
+    """Copy all that is to be written out of the reach of the next step."""
+    copies = iter(copy_to_host([t for bucket in plan.buckets for t in bucket.tensors()]))
+    for bucket in plan.buckets:
+        bucket.replace_tensors(copies)
 
 
 def _words(error: BaseException) -> str:
     """What happened, of torch's exception for all ranks; only rank 0 is told."""
     failures = getattr(error, "failures", None) or {0: (error, None)}
     return first_line(next(iter(failures.values()))[0])
-
-
-def _tracker() -> Any:
-    """Megatron's tracker of the random states of model-parallel regions."""
-    return tensor_parallel.get_cuda_rng_tracker()

@@ -31,9 +31,10 @@ def states_saved(arguments: list[str]) -> list[dict[str, Any]]:
     states: list[dict[str, Any]] = []
     original = Checkpointer.save
 
-    def spy(self: Any, step: int, chunks: Any, optimizer: Any, scheduler: Any, state: Any) -> None:
+    def spy(self: Any, step: int, chunks: Any, optimizer: Any, scheduler: Any, state: Any,
+            *rest: Any) -> None:
         states.append(copy.deepcopy(state))
-        original(self, step, chunks, optimizer, scheduler, state)
+        original(self, step, chunks, optimizer, scheduler, state, *rest)
 
     Checkpointer.save = spy
     try:

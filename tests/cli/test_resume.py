@@ -194,7 +194,7 @@ def test_unfinished_run_generates_from_its_checkpoint(
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, folder))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, "megatron_irl.run.run.Run.save", 1, after=True)
-        run("train", recipe)
+        run("train", recipe, "checkpoint.asynchronous=false")
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}])
     result = run("generate", "--model", folder, "--prompts", prompts, "--out", tmp_path / "o.jsonl",
                  "--max-new-tokens", 4)

@@ -25,7 +25,8 @@ def stopped(model, data, tmp_path_factory):
         if where not in known:
             root = tmp_path_factory.mktemp("stopped")
             mapping = small_recipe(model, data, root / "run")
-            mapping["checkpoint"] = {"interval": 1}
+            # On disk when ``save`` returns: these runs are killed right after it.
+            mapping["checkpoint"] = {"interval": 1, "asynchronous": False}
             recipe = write_recipe(root / "recipe.yaml", **mapping)
             with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
                 patch.setattr("megatron_irl.run.recorder.write_report", lambda folder: folder)

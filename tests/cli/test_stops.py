@@ -191,7 +191,10 @@ def filled(model, data, small_disk):
             root.mkdir()
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(owner, method, write)
-                known[name] = start(model, data, root, patch)
+                # In the background the next write of the run could be the first to fail.
+                known[name] = start(
+                    model, data, root, patch, checkpoint={"asynchronous": False}
+                )
             assert count[0] >= calls, "the write never happened"
             (small_disk / "filler").unlink()
         return known[name]

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,23 +184,32 @@ def checkpoint_log(hf: str, folder: str, *, differs: bool) -> list[str]:
     return [text for text in said if "common state dict" in text]
 
 
-def failing_save(hf: str, folder: str, *, rank: int) -> Any:
+def failing_save(hf: str, folder: str, *, rank: int, asynchronous: bool) -> Any:
     """A checkpoint whose files one rank of two cannot write."""
-    import megatron_irl.compat.checkpoint_writer as compat
+    import megatron_irl.storage.saving as saving
 
     stepper = build_trainer(hf, {"tensor_model_parallel_size": 2}, {"lr": 1e-3})
     topology = stepper.policy.topology
-    checkpointer = Checkpointer(Path(folder), topology, keep=1)
-    original = compat._Writer.write_preloaded_data
+    checkpointer = Checkpointer(Path(folder), topology, keep=1, asynchronous=asynchronous)
+    original = saving.write_buckets
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        index, result = original(*arguments, **options)
-        return index, OSError(27, "File too large") if topology.rank == rank else result
+        written = original(*arguments, **options)
+        if topology.rank == rank:
+            raise OSError(27, "File too large")
+        return written
 
-    compat._Writer.write_preloaded_data = staticmethod(fail)
-    try:
-        return told(lambda: checkpointer.save(
+    saving.write_buckets = fail
+
+    def save() -> None:
+        checkpointer.save(
             1, stepper.policy.chunks, stepper.optimizer, SimpleNamespace(state_dict=dict), {}
-        ))
+        )
+        deadline = time.monotonic() + 60
+        while checkpointer._pending is not None and time.monotonic() < deadline:
+            checkpointer.poll()  # as the loop does after every step
+
+    try:
+        return told(save)
     finally:
-        compat._Writer.write_preloaded_data = staticmethod(original)
+        saving.write_buckets = original

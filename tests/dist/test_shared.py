@@ -70,10 +70,13 @@ def test_megatrons_check_of_the_ranks_states_is_heard_and_content(pool, hf, tmp_
     assert first == [] and len(second) == 1 and "seconds" in second[0]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_file_that_one_rank_cannot_write_is_named_on_all(pool, hf, tmp_path, rank):
+def test_a_file_that_one_rank_cannot_write_is_named_on_all(
+    pool, hf, tmp_path, rank, asynchronous
+):
     for kind, text, _ in pool.run(2, shared_jobs.failing_save, hf=hf, folder=str(tmp_path),
-                                  rank=rank):
+                                  rank=rank, asynchronous=asynchronous):
         assert kind == "UserError"
         assert text.startswith(f"cannot write {tmp_path}/step_000001: File too large.")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from typing import Any
 Trajectory = dict[str, Any]
 
 # Clock readings, and what later versions may measure of the machine rather than of the run.
-_OF_THE_MACHINE = ("time/", "train/", "memory/", "tokens_per_second")
+_OF_THE_MACHINE = ("time/", "train/", "memory/", "checkpoint/", "tokens_per_second")
 _HEX_DIGITS = 32
 
 

@@ -15,9 +15,9 @@ PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples") for p in (ROOT / to
 SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
-    ("types", "objectives", "errors", "config.schema", "config.data_schema", "config.bounds",
-     "families", "convert.hf_config", "convert.hf_folder",
-     "convert.peft_folder", "convert.weights_digest"),
+    ("types", "objectives", "errors", "config.schema", "config.data_schema", "config.run_schema",
+     "config.bounds", "families", "convert.hf_config", "convert.hf_folder", "convert.peft_folder",
+     "convert.weights_digest"),
     ("algorithms.registry", "algorithms.rules"),
     ("config",),
     ("flops", "hardware", "compat", "collector", "console", "timing", "parallel", "storage.commit",

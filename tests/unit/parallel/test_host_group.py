@@ -1,4 +1,4 @@
-"""Groups on a pretended GPU: what is gathered in host memory goes over gloo, in time limits."""
+"""Groups on a pretended GPU: what is in host memory goes over gloo, all in time limits."""
 
 import datetime
 
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_irl import hardware
+from megatron_irl.compat.optimizer_blocks import in_blocks
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.model.build import (
@@ -20,6 +21,7 @@ from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_megatron_optimizer
 from tests.convert.tiny import make_tiny_llama
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
 from megatron.core import parallel_state, tensor_parallel  # isort: skip
 from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip
@@ -54,8 +56,8 @@ def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, topo
     assert topology.host_dp_group.size() == topology.dp_size
 
 
-def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(topology_on_cuda, monkeypatch, tmp_path):
-    """Otherwise each GPU holds the whole optimizer state of its data-parallel group."""
+def test_an_optimizer_is_saved_without_gathering_or_a_copy(topology_on_cuda, monkeypatch, tmp_path):
+    """What is planned for a checkpoint are views of what this rank updates, moments and weights."""
     hf = make_tiny_llama(tmp_path / "hf", layers=1)
     topology = topology_on_cuda
     arch = architecture(read_hf_config(hf))
@@ -69,17 +71,17 @@ def test_a_checkpoint_with_cuda_is_gathered_in_host_memory(topology_on_cuda, mon
     monkeypatch.setattr(hardware, "BACKEND", "nccl")
     optimizer = build_megatron_optimizer(options, chunks, topology)
     optimizer.step()  # Megatron's state begins with it
-    gathered = []
-    original = DistributedOptimizer.get_parameter_state_dp_zero
-
-    def spy(self, **how):
-        gathered.append((how["use_gloo_comm"], self.data_parallel_group_gloo))
-        return original(self, **how)
-
-    monkeypatch.setattr(DistributedOptimizer, "get_parameter_state_dp_zero", spy)
+    monkeypatch.setattr(DistributedOptimizer, "get_parameter_state_dp_zero", None)  # it gathers
     checkpointer = Checkpointer(tmp_path / "checkpoints", topology, keep=1)
-    checkpointer._sharded(chunks, optimizer, is_loading=False)
-    assert gathered == [(True, topology.host_dp_group)]
+    with in_blocks(optimizer):
+        sharded = checkpointer._sharded(chunks, optimizer, is_loading=False)
+    (inner,) = optimizer.chained_optimizers
+    owned = {
+        tensor.untyped_storage().data_ptr() for state in inner.optimizer.state.values()
+        for name, tensor in state.items() if name != "step"
+    } | {buffer.param_data.untyped_storage().data_ptr() for buffer in inner.buffers}
+    saved = list(nested_values(sharded["optimizer"]["param_state"]))
+    assert saved and all(t.data.untyped_storage().data_ptr() in owned for t in saved)
 
 
 def test_every_group_has_the_time_limit(monkeypatch):
