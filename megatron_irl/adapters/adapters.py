@@ -31,6 +31,13 @@ class Adapters:
         layers: By the base weight's canonical name, its layer.
 
     The base below them never changes but by ``merge_and_begin``.
+
+    Example:
+        adapters = add_adapters(chunks, spec, arch, topology)    # before DDP wraps the chunks
+        with adapters.merged():
+            ...                                                  # weights hold the updates
+        with adapters.off():
+            ...                                                  # the model is its base
     """
 
     def __init__(
@@ -170,6 +177,8 @@ class Adapters:
             weight = layer.weight
             step = max(1, BLOCK // weight.shape[1])
             for start in range(0, weight.shape[0], step):
+                # Summed in fp32 and rounded once, in blocks whose bounds never change: a run that
+                # resumes and merges again comes to the same bits.
                 rows = slice(start, min(start + step, weight.shape[0]))
                 weight[rows] = (weight[rows].float() + module.update(rows)).to(weight.dtype)
 

@@ -28,6 +28,7 @@ def save_adapters_only(chunk: Any, layers: dict[str, Any], topology: Topology) -
     Args:
         layers: Those with adapters, of this and other chunks, by the canonical name of the weight.
     """
+    # On the instance: Megatron's DDP and optimizer ask the module itself for what it saves.
     whole: Callable[..., Sharded] = chunk.sharded_state_dict
     places = {id(module): name for name, module in chunk.named_modules()}
     mine = {name: layer for name, layer in layers.items() if id(layer) in places}

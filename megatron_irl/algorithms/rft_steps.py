@@ -77,6 +77,7 @@ def score_round(round: Round) -> None:
         return rewards
 
     with round.clock.timed("scoring"):
+        # In the order of the parts, which is the index's; so no second survey reads them again.
         by_part = score_parts(round.policy, round.pairs, score)
         rewards = np.concatenate([np.zeros((0, 2), np.float32), *by_part])
         round.pairs.index["reward_demo"], round.pairs.index["reward_sample"] = rewards.T

@@ -146,6 +146,7 @@ class PairRows(Sequence[Pair]):
         Raises:
             UserError: A part that has one of them is missing or damaged.
         """
+        # By place and not by position, as a choice of these rows has positions of its own.
         wanted = set(self._places(sorted(set(indices))))
         for place in self._kept.keys() - wanted:
             del self._kept[place]

@@ -74,6 +74,8 @@ def _copy_over_streams(pieces: list[tuple[Tensor, Tensor]]) -> None:
 
     def copy(some: list[tuple[Tensor, Tensor]]) -> None:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            # After what is queued: the update whose result is copied. A copy to memory that is
+            # not pinned has arrived when it returns: with all threads in, the next step may write.
             torch.cuda.current_stream().wait_stream(current)
             for to, source in some:
                 to.copy_(source)

@@ -31,7 +31,7 @@ class LocalNorm(nn.Module):
             assert kind is nn.RMSNorm, "no family centres the weights of its LayerNorm"
             kind = ZeroCenteredRMSNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in norm.parameters():
+        for parameter in norm.parameters():  # read by finalize_model_grads, after the last backward
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 

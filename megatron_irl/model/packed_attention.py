@@ -168,6 +168,7 @@ def padded_layout(cu_seqlens: list[int], device: torch.device) -> tuple[Tensor, 
     lengths = torch.tensor(cu_seqlens[1:], device=device) - starts
     if len(starts) == 1:
         return None
+    # A wait for the device on CUDA, as the selection below is: once a microbatch, not once a layer.
     longest = int(lengths.max())
     offsets = torch.arange(longest, device=device)
     inside = offsets < lengths[:, None]

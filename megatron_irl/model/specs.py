@@ -130,6 +130,7 @@ def block_spec(
     _set_softcap(layer.submodules, architecture.attention_softcap)
     if name == "transformer_engine":
         return layer
+    # Upstream would give the block of a single layer spec its own final norm; see ``LocalNorm``.
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalNorm)
 

@@ -120,7 +120,7 @@ class Policy:
         if self.adapters is None:
             yield
             return
-        self.complete_gather()
+        self.complete_gather()  # the update is made of A and B, which must be those of all replicas
         with self.adapters.merged():
             yield
 
@@ -137,7 +137,7 @@ class Policy:
         """
         with ExitStack() as stack:
             if hf_dir is not None and self.adapters is not None:
-                self.complete_gather()
+                self.complete_gather()  # or it would arrive over the adapters that are filled in
                 stack.enter_context(self.adapters.at_start())
                 if not self.adapters.rounds_merged:
                     hf_dir = None
@@ -167,6 +167,7 @@ class Policy:
         pipeline stage.
         Collectives: tensor and pipeline parallel ranks of one replica must call together.
         """
+        # A sync for each microbatch here too, when all of them are queued.
         return [list(out.cpu()) for out, _ in self.schedule.evaluate(microbatches, "rewards")]
 
     def score(

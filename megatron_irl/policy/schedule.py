@@ -64,6 +64,8 @@ class PipelineSchedule:
     def _run(
         self, microbatches: Sequence[PackedBatch], heads: HeadChoice, loss: MegatronLoss | None
     ) -> list[Any]:
+        # Of this replica alone, whose ranks hold the same microbatches: data-parallel ranks differ
+        # in length and do not meet within the schedule.
         longest = max(batch.tokens_T.shape[1] for batch in microbatches)
         if self.topology.vpp_size > 1:  # the interleaved schedule knows one shape only
             microbatches = [lengthen(batch, longest) for batch in microbatches]
@@ -91,6 +93,8 @@ class PipelineSchedule:
         chunk: nn.Module,
     ) -> tuple[Any, Callable[..., Any]]:
         """One microbatch through one chunk, as the schedule asks: (output, output → loss)."""
+        # Each stage makes its own copy: the batch is equal on all ranks of a replica, and what goes
+        # down the pipeline are hidden states only.
         batch = next(iterator).to(hardware.device())
         output = forward_packed(chunk, batch, self.processor, heads)
         return output, _keep_output if loss is None else partial(loss, batch)

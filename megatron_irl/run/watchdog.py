@@ -71,6 +71,7 @@ class Watchdog:
         if not self.seconds:
             return
         self.heart.beat()
+        # In C: it also shows the stack of a thread that is inside NCCL and runs no Python.
         faulthandler.register(SHOW_STACKS, file=sys.__stderr__, all_threads=True)
         threading.Thread(target=self._live, name="watchdog", daemon=True).start()
 
@@ -104,7 +105,7 @@ class Watchdog:
                     with contextlib.suppress(OSError):
                         os.kill(mate.pid, SHOW_STACKS)
         time.sleep(_SHOWING_SECONDS)
-        os._exit(HUNG)
+        os._exit(HUNG)  # an exception, or sys.exit, would wait for the main thread's collective
 
     def describe(self, silent: float, limit: float) -> str:
         """What this rank knows, for the log."""

@@ -16,7 +16,7 @@ from megatron_irl.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_CHUNK = 4 << 20
+_CHUNK = 4 << 20  # bytes read at a time: few calls, and little beside what a rank has in memory
 
 
 def write_manifest(folder: Path, files: Mapping[str, Any], **notes: Any) -> None:

@@ -55,6 +55,7 @@ class SharedBank(PairBank):
         Raises:
             UserError: A part of a round in progress is missing or damaged, by file.
         """
+        # Manifests are small (a line for each part), so that all of them can go to every rank.
         self._known = on_main(lambda: self._prepare(round, inside, required), self.topology)
         self._written = {}
 

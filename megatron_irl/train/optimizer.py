@@ -119,7 +119,7 @@ def build_megatron_optimizer(
         pg_collection=topology.groups,
     )
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part in parts:
+    for part in parts:  # megatron-core 0.19
         # Checkpoints are gathered over it. Megatron would set it itself if it were told to take
         # all groups from its globals instead of from the topology.
         part.data_parallel_group_gloo = topology.host_dp_group
@@ -196,7 +196,7 @@ def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
         max_lr=peak,
         min_lr=float(optimizer.config.min_lr),
         lr_warmup_steps=min(int(steps * schedule.lr_warmup_fraction), steps),
-        lr_decay_steps=steps + 1,
+        lr_decay_steps=steps + 1,  # one more than updates, as it stands one step ahead
         lr_decay_style=schedule.lr_decay_style,
         start_wd=decay,
         end_wd=decay,
@@ -211,6 +211,8 @@ def reset_optimizer(optimizer: Any) -> None:
     """Forget the moments, as at the start of a new stage; parameters stay."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
+        # In place, and nothing is deleted: Megatron looks for the state when it saves, and torch's
+        # Adam would begin anew with other tensors.
         for state in inner.state.values():
             for name, value in state.items():
                 if name == "step" and not hasattr(value, "zero_"):
