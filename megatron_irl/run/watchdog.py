@@ -71,8 +71,9 @@ class Watchdog:
         if not self.seconds:
             return
         self.heart.beat()
+        stream: Any = sys.__stderr__
         # In C: it also shows the stack of a thread that is inside NCCL and runs no Python.
-        faulthandler.register(SHOW_STACKS, file=sys.__stderr__, all_threads=True)
+        faulthandler.register(SHOW_STACKS, file=stream, all_threads=True)
         threading.Thread(target=self._live, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
