@@ -67,6 +67,7 @@ class Adapters:
     @torch.no_grad()
     def begin(self, round_index: int = 0) -> None:
         """Random A and zero B, the same under every layout; of a round its own."""
+        # Drawn whole and on the CPU by every rank, by name, then cut: no layout changes a number.
         for module in self.modules:
             module.lora_A.copy_(self._shard_A(module, [
                 _random_A(self.spec, name, self._input_size(module), round_index)
@@ -128,6 +129,7 @@ class Adapters:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Within the block the matrices may be changed; afterwards they are what they were."""
+        # Filled in place and back: DDP's buffers and CUDA graphs know the matrices by address.
         aside = [p.detach().clone() for p in self.parameters]
         try:
             yield

@@ -151,6 +151,7 @@ def _add(linear: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor, Ten
     if out.shape[-1] != matrix.shape[0]:  # a head that has gathered its logits
         added = gather_from_tensor_model_parallel_region(low @ matrix.T, group=adapter.tp_group)
         return out + added, bias
+    # One pass over the output, where a product and a sum of their own would take two.
     flat = torch.addmm(out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T)
     return flat.view(out.shape), bias
 

@@ -165,6 +165,7 @@ def results_of(lines: Sequence[list[Any]]) -> list[WriteResult]:
 
 def _write(bucket: Bucket, folder: Path, go_on: Callable[[], bool]) -> Written:
     lines: list[list[Any]] = []
+    # Private names of torch 2.14: what its own writer does with an item, and no more.
     transforms = _StorageWriterTransforms()
     with open(folder / bucket.name, "wb") as file:
         checked = _Checked(file)

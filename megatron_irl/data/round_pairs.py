@@ -47,6 +47,7 @@ class RoundPairs:
         Raises:
             UserError: The part cannot be read.
         """
+        # Read once: what a pass adds to the pairs (``commit``) must be added to these objects.
         if part not in self._read:
             self._read[part] = self.bank.read_part(self.round, part)
         return self._read[part]

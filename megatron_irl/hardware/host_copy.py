@@ -12,7 +12,7 @@ from megatron_irl import hardware
 
 _ALIGNMENT = 4096
 _PIECE = 64 << 20  # bytes that a thread copies at a time
-_THREADS = 8
+_THREADS = 8  # at most; more are no faster on one bus, or one file system
 
 
 def copy_to_host(tensors: Sequence[Tensor], *, huge_pages: bool = False) -> list[Tensor]:

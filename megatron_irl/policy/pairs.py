@@ -163,7 +163,7 @@ def _sample_share(
     topology = policy.topology
     # ``left`` is rank 0's list on every rank, so no part is drawn twice and none forgotten.
     mine = {number: parts[number] for number in left[topology.dp_rank :: topology.dp_size]}
-    keys = parts.keys()
+    keys = parts.keys()  # of all: a prompt may also stand in a part that another replica draws
     places = [(number, i) for number, part in mine.items() for i in range(len(part))]
     drawn: dict[int, dict[int, Sample]] = {number: {} for number in mine}
     queue = Interruptible(topology, drawn)

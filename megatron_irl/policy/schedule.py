@@ -85,7 +85,7 @@ class PipelineSchedule:
                 seq_length=longest,
                 micro_batch_size=1,  # one packed row
                 forward_only=loss is None,
-                collect_non_loss_data=loss is None,
+                collect_non_loss_data=loss is None,  # the outputs, and no loss of them
             )
 
     def _forward_step(
@@ -102,7 +102,7 @@ class PipelineSchedule:
     def _fill_pipeline(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """Repeat the last microbatch until the interleaved schedule accepts the number."""
         group = self.topology.pp_size if self.topology.vpp_size > 1 else 1
-        missing = -len(microbatches) % group
+        missing = -len(microbatches) % group  # dropped again by ``evaluate``
         return list(microbatches) + [microbatches[-1]] * missing
 
 

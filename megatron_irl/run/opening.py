@@ -141,6 +141,8 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
     """
     recipe, arch = inputs.recipe, inputs.architecture
     chunks = build_chunks(inputs.model_config, arch, topology)
+    # In this order: adapters freeze what is there, a reward head is trained all the same, and DDP
+    # makes buffers of the parameters that it finds.
     adapters = None
     if inputs.adapter is not None:
         adapters = add_adapters(chunks, inputs.adapter, arch, topology)

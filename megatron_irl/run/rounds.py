@@ -73,7 +73,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
         return open_pairs(run.bank, round_index), known
     if run.state.step_in_round:  # what is measured at a round's start cannot be any more
         return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # around sampling only: a reference pass needs less than training
         if run.recipe.generation.offload_optimizer:
             stack.enter_context(offloaded(run.policy.chunks, run.trainer.optimizer))
         generation = sample_pairs(

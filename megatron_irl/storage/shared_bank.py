@@ -87,6 +87,7 @@ class SharedBank(PairBank):
         To be called when every rank has written its parts, of a new round or new versions.
         Digests come from the ranks that wrote, not from files that rank 0 may see late. Collective.
         """
+        # Popped, so that what is written from here on belongs to the next manifest.
         mine = self._written.pop(round, {}) | {part.number: part for part in parts or ()}
         written: list[dict[int, Part]] = [mine]
         if self.topology.world_size > 1:

@@ -32,6 +32,7 @@ def offloaded(chunks: Sequence[Any], optimizer: Any) -> Iterator[None]:
     hardware.synchronize()  # the copies are made before their sources go
     for storage, _ in kept:
         storage.resize_(0)
+    # The freed blocks are torch's still; the engine's cache is to be one piece of memory.
     hardware.release_cached_memory()
     try:
         yield
@@ -80,6 +81,7 @@ def _state_storages(chunks: Sequence[Any], optimizer: Any) -> list[torch.Untyped
 
 
 def _to_host(storage: torch.UntypedStorage) -> torch.Tensor:
+    # Pinned: to other memory a copy makes the host wait, at a fraction of the bus's speed.
     host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=hardware.IS_CUDA)
     return host.copy_(_bytes(storage), non_blocking=True)
 

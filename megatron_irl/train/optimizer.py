@@ -99,6 +99,7 @@ def build_optimizer(
     """
     overrides = None
     if head_lr is not None:
+        # With overrides of ours Megatron leaves its own out (no decay of biases and norms).
         overrides = get_standard_config_overrides(options) | reward_head_group(
             head_lr, min_lr=head_lr * min_lr_ratio
         )
@@ -152,6 +153,7 @@ def freeze(optimizer: Any, frozen: Frozen) -> Iterator[None]:
         if frozen is not None and (frozen == "reward_head") == _is_reward_head(group)
     ]
     rates = [group["lr"] for group in groups]
+    # The groups are the inner optimizer's own dictionaries, whichever of Megatron's holds them.
     for group in groups:
         group["lr"] = 0.0
     try:

@@ -122,6 +122,7 @@ class Stepper:
         # Reads the device: the one wait of a step before the update. The check below needs it.
         metrics = reduce_metrics(reports, policy.topology, hardware.device())
         loss = metrics.pop("loss")
+        # The same number on every rank, so all of them leave here or none does.
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss} {where}", loss=loss, local_losses=_means(reports))
         with freeze(self.optimizer, frozen), lowered(self.optimizer, self.lr_scale):
@@ -217,6 +218,7 @@ class Trainer:
         microbatches: list[PackedBatch] = []
         tokens = 0
         for stream in streams:
+            # Every rank draws the whole batch, by numbers alone, and makes its own share of it.
             drawn = self.drawn(stream)
             tokens += sum(token_counts(drawn))
             microbatches += microbatches_for(
