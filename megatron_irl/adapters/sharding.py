@@ -69,6 +69,7 @@ def _adapter_state(
             allow_shape_mismatch=adapter.layer.row.megatron == HEAD, **groups,
         ),
     }
+    # Gate and up are split over ranks each by itself; the factory stores them as two tensors.
     if isinstance(adapter.layer.row.transform, GateUp | FusedGateUp):
         state[place + split] = apply_swiglu_sharded_factory(state[place + split], ())
     return state

@@ -29,6 +29,7 @@ def learn_reward(round: Round) -> Work:
         drawn = survey(open_pairs(bank, earlier), topology).rows() + drawn
     pairs = usable(drawn)
     objective, heads = reward_objective(recipe)
+    # No gradient enters a detached trunk, but its momentum and decay would still move it.
     only_head = recipe.reward.trunk == "detached" and not recipe.algorithm.nll_coefficient
     return Work(
         pairs, objective, heads, "trunk" if only_head else None, second=round.data.preferences,

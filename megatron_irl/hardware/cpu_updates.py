@@ -65,4 +65,5 @@ def all_gather(output: Tensor, input: Tensor, **options: Any) -> Any:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Equal sizes, so a group of one rank, at the same place."""
+    # The optimizer's shard is a view of DDP's buffer, of all of it where one rank has no peers.
     return a.numel() == b.numel() and a.data_ptr() == b.data_ptr()

@@ -34,6 +34,7 @@ def is_current_stream_capturing() -> bool:
 
 
 def device_count() -> int:
+    # A rank has its process's memory to itself; what several share is not modelled.
     return 1
 
 
@@ -105,6 +106,7 @@ def _lazy_init() -> None:
 
 
 def _lazy_call(callable: Any, **_: Any) -> None:
+    # At once: the real one keeps the call until CUDA has started.
     callable()
 
 

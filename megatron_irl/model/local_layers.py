@@ -73,6 +73,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
     ) -> Tensor:
         """Angles [T, 1, 1, d] of a pack, or [max_seq_len, 1, 1, d] otherwise; see ``get_emb``."""
+        # Past upstream's forward, which is cached by its arguments: the positions are none of them.
         if packed_seq and self.positions_T is not None:
             return self.get_emb(max_seq_len).index_select(0, self.positions_T)
         return super().forward(max_seq_len, offset, packed_seq, cp_group)

@@ -115,7 +115,7 @@ def block_spec(
     """
     if name == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        if config.use_te_activation_func:
+        if config.use_te_activation_func:  # in megatron-core 0.19 a spec's MLP is a partial
             layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
     else:
         layer = _local_layer_spec(config)

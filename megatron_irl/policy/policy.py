@@ -192,6 +192,7 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
+        # After the exchange: every rank has all scores, so all of them find the same and raise.
         check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
@@ -284,6 +285,7 @@ class Policy:
         """
         assert self.generator is not None, "open_generator comes first"
         topology = self.topology
+        # Dealt in turn: prompts are often sorted, by length or by source.
         share = slice(topology.dp_rank, None, topology.dp_size)
         keys = range(len(prompts)) if keys is None else keys
         places = range(len(prompts))[share]
@@ -293,6 +295,7 @@ class Policy:
                 on_finished=on_finished and (lambda i, sample: on_finished(places[i], sample)),
                 ends=ends and (lambda i, token_ids: ends(places[i], token_ids)),
             )
+        # Replicas that are done wait here for the slowest one.
         return gather_in_turn(samples, topology)
 
     def _ready_to_sample(self) -> AbstractContextManager[None]:

@@ -82,6 +82,8 @@ class Watchdog:
             faulthandler.unregister(SHOW_STACKS)
 
     def _live(self) -> None:
+        # A thread of Python: it does not look while the main thread keeps the interpreter's lock,
+        # but waiting in a collective does not keep it.
         interval = min(5.0, self.seconds / 10)
         looked = time.monotonic()
         while not self._ended.wait(interval):
