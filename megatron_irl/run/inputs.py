@@ -24,6 +24,7 @@ from megatron_irl.model.build import build_config, build_ddp_config
 from megatron_irl.policy.provenance import describe_start, today
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.tokens import Tokens
+from megatron_irl.train.host_optimizer import grad_buffer_fields
 from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
@@ -128,9 +129,11 @@ def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
         arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
         check_hardware=check_hardware,
     )
-    optimizer_config = build_optimizer_config(recipe, model_config)
+    optimizer_config = build_optimizer_config(
+        recipe, model_config, check_hardware=check_hardware
+    )
     sharded = {"use_distributed_optimizer": shards_optimizer(recipe)}
-    ddp_config = build_ddp_config(recipe.ddp | sharded)
+    ddp_config = build_ddp_config(grad_buffer_fields(recipe) | recipe.ddp | sharded)
     check_lengths(recipe, arch, model_config)
     return Headers(
         folder, algorithm, hf_config, arch, model_config, optimizer_config, ddp_config,
