@@ -135,6 +135,12 @@ class PairRows(Sequence[Pair]):
         wanted = np.asarray(indices, np.int64)
         return PairRows(self._rounds, self._source[wanted], self.numbers[wanted], self._kept)
 
+    def read(self) -> list[Pair]:
+        """All of them, each part that is not in memory read once and not kept."""
+        copy = PairRows(self._rounds, self._source, self.numbers, dict(self._kept))
+        copy.keep(range(len(copy)))
+        return [copy[index] for index in range(len(copy))]
+
     def token_counts(self) -> list[int]:
         """Of each pair: the prompt twice, demonstration and sample."""
         known = self.numbers

@@ -82,10 +82,15 @@ class Checkpointer(CheckpointFolder):
         self._distribution: Any = None  # of replicated tensors over their ranks; by Megatron
 
     def clean(self) -> None:
-        """Make good what a kill left; for the run itself, before it looks for its checkpoint."""
-        if self.topology.is_main:
+        """Make good what a kill left; for the run itself, before it looks for its checkpoint.
+
+        Collective: what rank 0 cannot mend is every rank's error.
+        """
+        def mend() -> None:
             self.put_back()
             self.discard_unfinished()
+
+        on_main(mend, self.topology)
 
     # --- saving
 

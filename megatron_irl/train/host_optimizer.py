@@ -45,6 +45,15 @@ def completed(recipe: Recipe, *, check_hardware: bool) -> dict[str, Any]:
             if key in fields:
                 raise UserError(f"optimizer.{key}={fields[key]} does nothing without optimizer."
                                 f"{_OFFLOAD}=true. Set that, or remove optimizer.{key}.")
+    keeps_copies = fields.get(_AWARE) and not fields.get(_OFFLOAD)
+    if keeps_copies and recipe.adapter.merge_each_round:
+        # megatron-core 0.19: reload_model_params() returns at once for this optimizer, whose own
+        # float32 copies would bring the merged adapters back with the next update.
+        raise UserError(
+            f"adapter.merge_each_round=true conflicts with optimizer.{_AWARE}=true, whose copies "
+            f"of the adapters Megatron does not reload. Remove optimizer.{_AWARE}, or set "
+            "adapter.merge_each_round to false."
+        )
     _check_grads(recipe, fields)
     if not check_hardware and not fields.get(_OFFLOAD):
         fields.pop(_AWARE, None)  # Megatron looks for Transformer Engine's Adam

@@ -54,6 +54,8 @@ def test_without_keys_nothing_changes():
     (OFFLOAD, {"generation": {"offload_optimizer": True}}, "generation.offload_optimizer"),
     ({"optimizer_offload_fraction": 0.5}, {}, "does nothing"),
     ({"exp_avg_dtype": "half"}, {}, "exp_avg_dtype=half"),
+    ({"use_precision_aware_optimizer": True}, {"adapter": {"rank": 4, "merge_each_round": True}},
+     "merge_each_round"),
     ({"main_grads_dtype": "bf16"}, {"ddp": {"grad_reduce_in_fp32": True}}, "the same buffer"),
 ])
 def test_refused(optimizer, sections, named):
