@@ -22,7 +22,7 @@ from megatron_irl.collector import settled
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
-from megatron_irl.errors import RunStopped, TrainingDiverged
+from megatron_irl.errors import RunStopped, TrainingDiverged, UserError
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
@@ -47,7 +47,12 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     if is_finished(inputs.folder, topology):
         Console(enabled=topology.is_main).note(f"{inputs.folder.path} is finished; nothing to do.")
         return
-    lease = hold(inputs.folder.path, topology)
+    try:
+        lease = hold(inputs.folder.path, topology)
+    except UserError:
+        if inputs.tokens is not None:
+            inputs.tokens.discard_new()
+        raise
     options = inputs.recipe.parallel
     watchdog = Watchdog(
         topology, seconds=options.hang_seconds, slow_seconds=60 * options.timeout_minutes,
@@ -56,6 +61,8 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     watchdog.start()
     try:
         check_shared(inputs.folder.path, topology)
+        if inputs.tokens is not None:
+            inputs.tokens.keep_only_these()
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
             run = open_run(inputs, topology, argv or sys.argv, lease)

@@ -71,7 +71,8 @@ class Watchdog:
         if not self.seconds:
             return
         self.heart.beat()
-        faulthandler.register(SHOW_STACKS, file=sys.__stderr__, all_threads=True)
+        stream: Any = sys.__stderr__
+        faulthandler.register(SHOW_STACKS, file=stream, all_threads=True)
         threading.Thread(target=self._live, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:

@@ -12,6 +12,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.hardware import cpu_updates
 from megatron_irl.model.reward_head import PARAMETER
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.train.host_optimizer import completed
 
 from megatron.core.optimizer import (  # isort: skip
     OptimizerConfig,
@@ -27,8 +28,13 @@ Frozen = Literal["trunk", "reward_head"] | None
 DEFAULTS: dict[str, Any] = {"lr": 5e-7, "weight_decay": 0.0, "clip_grad": 1.0}
 
 
-def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> OptimizerConfig:
+def build_optimizer_config(
+    recipe: Recipe, config: TransformerConfig, *, check_hardware: bool = True
+) -> OptimizerConfig:
     """Megatron's OptimizerConfig: our defaults, then the recipe's ``optimizer:`` keys.
+
+    Args:
+        check_hardware: Without it the optimizer may be one that this machine cannot run.
 
     Raises:
         UserError: An unknown key, or values that Megatron refuses.
@@ -39,7 +45,7 @@ def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> Optimiz
         "bf16": config.bf16,
         "params_dtype": config.params_dtype,
         "use_distributed_optimizer": shards_optimizer(recipe),
-    } | recipe.optimizer
+    } | completed(recipe, check_hardware=check_hardware)
     known = ("adam", "sgd", "lion")
     name = fields.get("optimizer", "adam")
     if name not in known and importlib.util.find_spec("emerging_optimizers") is None:
@@ -52,7 +58,7 @@ def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> Optimiz
     fields.setdefault("min_lr", fields["lr"] * recipe.schedule.min_lr_ratio)
     try:
         return OptimizerConfig(**fields)
-    except (ValueError, AssertionError, TypeError, ImportError) as error:
+    except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"Megatron-Core refuses this optimizer configuration: {error}") from error
 
 
@@ -210,16 +216,17 @@ def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
 def reset_optimizer(optimizer: Any) -> None:
     """Forget the moments, as at the start of a new stage; parameters stay."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for state in inner.state.values():
-            for name, value in state.items():
-                if name == "step" and not hasattr(value, "zero_"):
-                    state[name] = 0
-                elif hasattr(value, "zero_") and name != "master_param":
-                    value.zero_()
-        for group in inner.param_groups:
-            if "step" in group:  # fused optimizers keep the count per group
-                group["step"] = group["step"] * 0
+        # One that is partly on the host has several inside, whose state it shows as its own.
+        for inner in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
+            for state in inner.state.values():
+                for name, value in state.items():
+                    if name == "step" and not hasattr(value, "zero_"):
+                        state[name] = 0
+                    elif hasattr(value, "zero_") and name != "master_param":
+                        value.zero_()
+            for group in inner.param_groups:
+                if "step" in group:  # fused optimizers keep the count per group
+                    group["step"] = group["step"] * 0
 
 
 def current_lr(optimizer: Any) -> float:
