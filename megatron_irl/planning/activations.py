@@ -155,8 +155,11 @@ class PerToken:
     gradients: float
 
     def kept(self, layers: float, *, chunks: int) -> float:
-        """Bytes a token that so many layers keep, in chunks that each have two ends."""
-        return layers * self.layer + chunks * self.edge
+        """Bytes a token that so many layers keep, in so many chunks.
+
+        Between two chunks stands what is passed on, about half of what the model's ends keep.
+        """
+        return layers * self.layer + (1 + (chunks - 1) / 2) * self.edge
 
 
 def per_token(
