@@ -88,6 +88,7 @@ def read_inputs(
     algorithm = headers.algorithm
     validate_hf_folder(hf_dir, arch)
     adapter = headers.adapter
+    # A run keeps the date it began with: in a template that prints it another one is other ids.
     date = folder.date or today()
     tokenizer = load_tokenizer(
         recipe.data.tokenizer or hf_dir, recipe.data.chat_template,

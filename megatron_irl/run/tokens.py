@@ -126,6 +126,7 @@ class _Word:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             said = self._read()
+            # A word of an earlier start, of another call, or of a process that is gone, is none.
             if said is not None and said["call"] == self._call and _lives(said):
                 if "key" in said or "error" in said:
                     return said
