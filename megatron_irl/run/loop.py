@@ -205,6 +205,9 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     if run.algorithm.draws_samples:
         record |= {"beta": algorithm.beta[state.round], "reference": algorithm.reference}
     on_main(lambda: run.recorder.round(record), run.topology)
+    if run.prediction is not None:
+        run.recorder.compare(run.prediction, summary.get("generation", {}))
+        run.prediction = None
     state.round += 1
     state.step_in_round = 0
     state.evaluation = evaluation
