@@ -43,14 +43,12 @@ def write_round_ledger(round: Round) -> None:
             ordinal = demonstration.ordinal
             yield LedgerRow.of(demonstration, float(rewards[ordinal]), samples.get(ordinal))
 
-    topology = round.policy.topology
-    with topology.heart.within("ledger", slow=True):  # millions of rows, while the others wait
-        on_main(
-            lambda: write_ledger(
-                round.ledger, round.index, rows(), is_complete=len(known) == len(demonstrations)
-            ),
-            topology,
-        )
+    on_main(
+        lambda: write_ledger(
+            round.ledger, round.index, rows(), is_complete=len(known) == len(demonstrations)
+        ),
+        round.policy.topology,
+    )
 
 
 def _mean_by_ordinal(index: np.ndarray) -> dict[int, float]:
