@@ -84,6 +84,7 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
 def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
     state, heart = run.state, run.topology.heart
+    heart.beat()  # the start has no signs of its own, and may have taken longer than a step may
     heart.phase, heart.is_slow = "training", False
     try:
         stop_if_asked(run.topology)

@@ -59,7 +59,6 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         state = RunState.from_dict(saved)
         restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
-    # After a checkpoint was read: the probe of attention takes no random numbers of the run.
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
