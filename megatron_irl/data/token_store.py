@@ -133,7 +133,7 @@ class TokenStore:
         if final.exists() and self.open(final.name) is None:
             shutil.rmtree(final, ignore_errors=True)  # damaged since
         try:
-            os.rename(partial, final)
+            os.rename(partial, final)  # fails if that has something in it: the race is noticed
         except OSError:
             if self.open(final.name) is None:
                 raise

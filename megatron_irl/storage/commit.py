@@ -98,7 +98,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-            sync_folder(target.parent)
+            sync_folder(target.parent)  # or a power cut takes the new name back
         finally:
             _remove_quietly(temporary)
 
@@ -181,6 +181,7 @@ def commit_folder(new: Path, final: Path) -> None:
     An old folder is moved aside before, never half deleted: a kill between the two renames leaves
     it as ``.<name>.old``, which ``put_back`` returns.
     """
+    # Before the rename: a power cut could else leave the name without the content.
     for path in (*new.rglob("*"), new):
         sync_folder(path)
     old = final.with_name(f".{final.name}.old")

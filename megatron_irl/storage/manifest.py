@@ -16,7 +16,7 @@ from megatron_irl.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_CHUNK = 4 << 20
+_CHUNK = 4 << 20  # bytes read at a time: few calls, and little beside what a rank has in memory
 
 
 def write_manifest(folder: Path, files: Mapping[str, Any], **notes: Any) -> None:
@@ -98,6 +98,7 @@ def shares(folder: Path, count: int) -> list[list[str]]:
     sizes = {name: known["bytes"] for name, known in (files_of(folder) or {}).items()}
     lists: list[list[str]] = [[] for _ in range(count)]
     loads = [0] * count
+    # The largest first, each to whoever has least; names break ties, so that all come to the same.
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         lightest = loads.index(min(loads))
         lists[lightest].append(name)

@@ -29,6 +29,7 @@ FLOORS = [
     ("algorithms",),
     ("planning",),
     ("run",),
+    ("bench",),
     ("cli", "__main__"),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
