@@ -1,8 +1,8 @@
 """A byte flipped, a file cut, a file deleted: every kind of file in the folder of a killed run.
 
-There are three right answers of the next start: it makes no difference, it is named and the run ends
-bitwise as it would have, or it is named and refused with code 2. ``docs/checkpoints.md`` has the
-table. Pairs within a round in progress are in ``test_run_folder.py``.
+There are three right answers of the next start: it makes no difference, it is named and the run
+ends bitwise as it would have, or it is named and refused with code 2. ``docs/checkpoints.md`` has
+the table. Pairs within a round in progress are in ``test_run_folder.py``.
 """
 
 import shutil
