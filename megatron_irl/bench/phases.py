@@ -1,5 +1,6 @@
 """The phases of a round, timed one by one with the product's own owners."""
 
+import shutil
 import statistics
 import tempfile
 import time
@@ -15,6 +16,7 @@ from megatron_irl.bench.work import Range, random_pairs
 from megatron_irl.config import Recipe
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.objectives import irft_loss, sequence_logprobs
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.inputs import Headers, Inputs
 from megatron_irl.run.opening import build_policy, build_trainer, open_generator
@@ -143,13 +145,18 @@ class Bench:
     def _save(self) -> dict[str, Any]:
         folder = Path(self.case.recipe.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
-            saver = Checkpointer(Path(place), self.topology, keep=1)
+        # One place for all ranks, which write their parts into one checkpoint.
+        place = Path(on_main(lambda: tempfile.mkdtemp(dir=folder), self.topology))
+        try:
+            saver = Checkpointer(place, self.topology, keep=1)
             with _Timer() as timer:
                 saver.save(1, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
                            {})
-            size = sum(p.stat().st_size for p in Path(place).rglob("*") if p.is_file())
+            size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
             self.topology.barrier()
+        finally:
+            if self.topology.is_main:
+                shutil.rmtree(place, ignore_errors=True)
         return {"seconds": timer.seconds, "bytes": size, "bytes_per_second": size / timer.seconds}
 
 

@@ -37,7 +37,7 @@ def make_savable(optimizer: Any) -> None:
 
 @contextmanager
 def _loadable(part: Any, inner: torch.optim.Optimizer) -> Iterator[None]:
-    _give_state(inner)
+    _give_state(inner)  # loading fills what is there; a fresh Adam has nothing
     copy_in = getattr(part, "_set_main_param_and_optimizer_states", None)
     if copy_in is None:  # not the distributed optimizer
         yield

@@ -55,6 +55,10 @@ def export_hf(
 
     Collectives: every rank must call; data-parallel replicas other than the first only wait.
 
+    Example:
+        export_hf(policy.chunks, arch, hf_config, Path("out/hf"), source_dir=hf_dir,
+                  topology=topology)
+
     Raises:
         UserError: ``out_dir`` is ``source_dir``; the disk is full (nothing is left behind).
     """
@@ -120,6 +124,7 @@ Owner = tuple[int, torch.dtype]
 
 def _owners(mine: dict[str, Tensor], topology: Topology) -> dict[str, Owner]:
     """The first pipeline stage that holds each parameter, and the parameter's dtype."""
+    # Every stage learns all owners, and so which of its tensors the main rank will wait for when.
     held: list[Any] = [None] * topology.pp_size
     dtypes = {name: parameter.dtype for name, parameter in mine.items()}
     dist.all_gather_object(held, dtypes, group=topology.pp_group)
@@ -140,6 +145,8 @@ def _collect(
             tensors = [t.contiguous() for t in hf_tensors(row, shards, arch)]
     if topology.tp_rank != 0:
         return []
+    # Stage after stage as the table has them, on every rank of the replica: sends and receives pair
+    # up by that order alone. Ranks count over the run, hence the translation.
     if stage != 0:
         first = dist.get_global_rank(topology.pp_group, 0)
         sender = dist.get_global_rank(topology.pp_group, stage)

@@ -47,6 +47,7 @@ class RoundPairs:
         Raises:
             UserError: The part cannot be read.
         """
+        # Read once: what a pass adds to the pairs (``commit``) must be added to these objects.
         if part not in self._read:
             self._read[part] = self.bank.read_part(self.round, part)
         return self._read[part]
@@ -146,6 +147,7 @@ class PairRows(Sequence[Pair]):
         Raises:
             UserError: A part that has one of them is missing or damaged.
         """
+        # By place and not by position, as a choice of these rows has positions of its own.
         wanted = set(self._places(sorted(set(indices))))
         for place in self._kept.keys() - wanted:
             del self._kept[place]

@@ -139,6 +139,7 @@ class TokenStore:
     def _commit(self, partial: Path, final: Path) -> None:
         for path in (*partial.iterdir(), partial):
             sync_folder(path)
+        # Renaming onto a folder that has something in it fails: that is how a race is noticed.
         if final.exists() and self.open(final.name) is None:
             shutil.rmtree(final, ignore_errors=True)  # damaged since
         try:

@@ -193,6 +193,7 @@ class Evaluator:
         path, topology = self.preference_references, self.policy.topology
         sequences = self._preference_sequences()
         digest = digest_of(sequences)
+        # Rank 0's look: whether they are computed, which is collective, must not differ by rank.
         kept: Any = on_main(lambda: read_json(path), topology)
         if not isinstance(kept, dict) or kept.get("digest") != digest:
             with self.policy.with_weights_of(Path(self.recipe.model.hf)):

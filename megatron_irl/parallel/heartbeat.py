@@ -16,6 +16,8 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
+        # Set one by one: the watchdog may see a phase with the ``is_slow`` of the one before. That
+        # is for one look; a phase that begins has just given a sign, and its full time to go.
         self.phase, self.is_slow, self.place = "start", True, ""
         self.last = time.monotonic()
 

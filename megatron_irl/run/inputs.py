@@ -43,6 +43,7 @@ class Inputs:
         adapter: What is trained instead of the whole model, if anything.
         start: What the run begins with, see ``describe_start``.
         notes: Lines for the user.
+        tokens: Where the token ids are kept; None where nothing is.
     """
 
     recipe: Recipe
@@ -58,6 +59,7 @@ class Inputs:
     adapter: AdapterSpec | None
     start: dict[str, str]
     notes: list[str]
+    tokens: Tokens | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def read_inputs(
     algorithm = headers.algorithm
     validate_hf_folder(hf_dir, arch)
     adapter = headers.adapter
+    # A run keeps the date it began with: in a template that prints it another one is other ids.
     date = folder.date or today()
     tokenizer = load_tokenizer(
         recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
@@ -95,11 +98,13 @@ def read_inputs(
     start = describe_start(hf_dir, tokenizer, date, adapter=recipe.adapter.path)
     if adapter is not None and adapter.start is not None:
         adapter.start.check_base(start["model.hf"], hf_dir)
-    data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
+    data, resolved, tokens = _read_data(
+        recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens
+    )
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
         headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
-        [*certificate_notes(hf_dir), *data.notes],
+        [*certificate_notes(hf_dir), *data.notes], tokens,
     )
 
 
@@ -143,7 +148,7 @@ def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
 def _read_data(
     recipe: Recipe, algorithm: Algorithm, folder: RunFolder, tokenizer: Tokenizer,
     start: dict[str, str], *, keeps: bool,
-) -> tuple[Corpus, Recipe]:
+) -> tuple[Corpus, Recipe, Tokens | None]:
     """The data, and the recipe resolved for so much of it; both are those of the run's folder."""
     key = algorithm.preferences
     trained_on = (key, value_at(recipe, key)) if key else None
@@ -153,7 +158,7 @@ def _read_data(
 
     if not keeps:
         data = read(None)
-        return data, _resolved(recipe, folder, data, start)
+        return data, _resolved(recipe, folder, data, start), None
     tokens = Tokens(TokenStore(folder.tokens))
     data = tokens.corpus(
         lambda: token_key(recipe, tokenizer, trained_on[1] if trained_on else ()), read
@@ -161,10 +166,9 @@ def _read_data(
     try:
         resolved = _resolved(recipe, folder, data, start)
     except UserError:
-        tokens.settle(accepted=False)
+        tokens.discard_new()
         raise
-    tokens.settle(accepted=True)
-    return data, resolved
+    return data, resolved, tokens
 
 
 def _resolved(recipe: Recipe, folder: RunFolder, data: Corpus, start: dict[str, str]) -> Recipe:

@@ -58,6 +58,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         state = RunState.from_dict(saved)
         restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
+    # After a checkpoint was read: the probe of attention takes no random numbers of the run.
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
@@ -140,6 +141,8 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
     """
     recipe, arch = inputs.recipe, inputs.architecture
     chunks = build_chunks(inputs.model_config, arch, topology)
+    # In this order: adapters freeze what is there, a reward head is trained all the same, and DDP
+    # makes buffers of the parameters that it finds.
     adapters = None
     if inputs.adapter is not None:
         adapters = add_adapters(chunks, inputs.adapter, arch, topology)

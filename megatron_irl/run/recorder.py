@@ -81,6 +81,7 @@ class Recorder:
             "time/step": seconds, "tokens_per_second": tokens / seconds,
             "staleness": state.step_in_round - 1, **(speed or {}),
         }
+        # Nothing here reads the device: the numbers came with the step's one reduction.
         if state.step_in_round == 1:  # what the round took before its first step
             line |= {f"time/{name}": taken for name, taken in self.clock.seconds.items()
                      if name != "train"}

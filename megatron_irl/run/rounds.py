@@ -31,6 +31,8 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
     Collectives: every rank must call.
     """
     state = run.state
+    # A checkpoint of a round's start was saved before this, so whoever resumes there does it too;
+    # none is saved between here and the first step.
     if state.step_in_round == 0 and state.round > 0:
         merge_round(run)
         if run.recipe.algorithm.reset_optimizer == "round":
@@ -64,6 +66,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
     """
     topology = run.topology
     summary_path = run.folder.pairs / f"round_{round_index:04d}" / "summary.json"
+    # Rank 0's look decides for all: what follows is collective, and two looks may differ.
     known = on_main(lambda: read_json(summary_path), topology)
     if run.bank.has_references(round_index) and known is not None:
         return open_pairs(run.bank, round_index), known
@@ -71,7 +74,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
         run.recorder.warn(f"{summary_path} is missing or damaged; the line of round {round_index} "
                           "will lack what was measured at the round's start")
         return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # around sampling only: a reference pass needs less than training
         if run.recipe.generation.offload_optimizer:
             stack.enter_context(offloaded(run.policy.chunks, run.trainer.optimizer))
         generation = sample_pairs(

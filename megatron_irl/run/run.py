@@ -121,6 +121,8 @@ class Run:
         return self.state.step, self.state.round, self.state.step_in_round
 
     def _save(self, then: Callable[[], None] | None) -> None:
+        # The forward also completes an exchange of parameters that is pending under
+        # ddp.overlap_param_gather; without one the model would be saved with other ranks' old ones.
         probe = self.data.demonstrations[:NUM_PROBES]
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the

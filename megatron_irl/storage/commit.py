@@ -100,7 +100,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-            sync_folder(target.parent)
+            sync_folder(target.parent)  # or a power cut takes the new name back
         finally:
             _remove_quietly(temporary)
 
@@ -141,7 +141,7 @@ def entry_of(path: Path) -> dict[str, Any]:
     """Size and CRC-32 of a file, which is read for it, as manifests have them."""
     crc = size = 0
     with open(path, "rb") as file:
-        while data := file.read(4 << 20):
+        while data := file.read(4 << 20):  # few calls, and little beside what a rank holds
             crc, size = zlib.crc32(data, crc), size + len(data)
     return entry(size, crc)
 
@@ -214,6 +214,7 @@ def commit_folder(new: Path, final: Path) -> None:
     An old folder is moved aside before, never half deleted: a kill between the two renames leaves
     it as ``.<name>.old``, which ``put_back`` returns.
     """
+    # Before the rename: a power cut could else leave the name without the content.
     for path in (*new.rglob("*"), new):
         sync_folder(path)
     old = final.with_name(f".{final.name}.old")

@@ -83,6 +83,7 @@ def shares(folder: Path, count: int) -> list[list[str]]:
     sizes = {name: known["bytes"] for name, known in (files_of(folder) or {}).items()}
     lists: list[list[str]] = [[] for _ in range(count)]
     loads = [0] * count
+    # The largest first, each to whoever has least; names break ties, so that all come to the same.
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         lightest = loads.index(min(loads))
         lists[lightest].append(name)

@@ -105,6 +105,7 @@ def build_optimizer(
     """
     overrides = None
     if head_lr is not None:
+        # With overrides of ours Megatron leaves its own out (no decay of biases and norms).
         overrides = get_standard_config_overrides(options) | reward_head_group(
             head_lr, min_lr=head_lr * min_lr_ratio
         )
@@ -125,7 +126,7 @@ def build_megatron_optimizer(
         pg_collection=topology.groups,
     )
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part in parts:
+    for part in parts:  # megatron-core 0.19
         # Checkpoints are gathered over it. Megatron would set it itself if it were told to take
         # all groups from its globals instead of from the topology.
         part.data_parallel_group_gloo = topology.host_dp_group
@@ -158,6 +159,7 @@ def freeze(optimizer: Any, frozen: Frozen) -> Iterator[None]:
         if frozen is not None and (frozen == "reward_head") == _is_reward_head(group)
     ]
     rates = [group["lr"] for group in groups]
+    # The groups are the inner optimizer's own dictionaries, whichever of Megatron's holds them.
     for group in groups:
         group["lr"] = 0.0
     try:
@@ -202,7 +204,7 @@ def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
         max_lr=peak,
         min_lr=float(optimizer.config.min_lr),
         lr_warmup_steps=min(int(steps * schedule.lr_warmup_fraction), steps),
-        lr_decay_steps=steps + 1,
+        lr_decay_steps=steps + 1,  # one more than updates, as it stands one step ahead
         lr_decay_style=schedule.lr_decay_style,
         start_wd=decay,
         end_wd=decay,
@@ -218,6 +220,8 @@ def reset_optimizer(optimizer: Any) -> None:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         # One that is partly on the host has several inside, whose state it shows as its own.
         for inner in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
+            # In place, and nothing is deleted: Megatron looks for the state when it saves, and
+            # torch's Adam would begin anew with other tensors.
             for state in inner.state.values():
                 for name, value in state.items():
                     if name == "step" and not hasattr(value, "zero_"):

@@ -76,3 +76,8 @@ def test_the_recorded_cases_are_written_as_results_are():
             for e in entries]
     assert len(falls(slow, entries)) == len(entries)
     assert falls([s | {"tokens_per_second": 2e9} for s in slow], entries) == []
+
+
+def test_ranks_save_into_one_folder(bench):
+    result = run(*bench, "--phase", "save", "parallel.data_parallel_size=2")
+    assert result.code == 0, result.err
