@@ -94,7 +94,8 @@ def test_lost_optimizer_state_would_show(pool, setting, tmp_path):
 
 @pytest.mark.parametrize(("optimizer", "bound"), [
     (ADAM, 3e-4), ({"optimizer": "sgd", "lr": 1e-2, "sgd_momentum": 0.9}, 1e-5),
-], ids=["adam", "sgd"])
+    ({"optimizer": "sgd", "lr": 1e-2, "sgd_momentum": 0.0}, 1e-5),
+], ids=["adam", "sgd", "sgd without momentum"])
 def test_one_run_under_one_layout_after_another(pool, setting, tmp_path, optimizer, bound):
     """TP2, PP2, DP2 and back, a step each; every one saves while it takes a step that is lost."""
     common = setting[0]
