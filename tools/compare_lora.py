@@ -54,6 +54,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for model, data and runs")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps of sft")
     parser.add_argument("--prompts", type=int, default=32, help="of the round of irft")
+    parser.add_argument("--responses", type=int, default=100, help="held-out ones that are drawn")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     options = parser.parse_args()
@@ -67,11 +68,11 @@ def main() -> int:
     common = {
         "data.train": data / "train.jsonl", "data.eval": data / "eval.jsonl",
         "parallel.data_parallel_size": 1, "precision": options.precision,
-        "logging.tensorboard": "false",
+        "logging.tensorboard": "false", "evaluation.limit": options.responses,
+        "evaluation.samples": "false",
     }
     sft = common | {"model.hf": model, "algorithm.steps_per_round": options.steps}
-    irft = common | {"algorithm.rounds": 1, "algorithm.prompts_per_round": options.prompts,
-                     "evaluation.samples": "false"}
+    irft = common | {"algorithm.rounds": 1, "algorithm.prompts_per_round": options.prompts}
     lora = {"adapter.rank": options.rank, "adapter.alpha": 2 * options.rank}
     results = [
         measured("sft.yaml", out / "sft_full", sft | {"optimizer.lr": LR}),

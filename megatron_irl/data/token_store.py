@@ -139,11 +139,10 @@ class TokenStore:
     def _commit(self, partial: Path, final: Path) -> None:
         for path in (*partial.iterdir(), partial):
             sync_folder(path)
-        # Renaming onto a folder that has something in it fails: that is how a race is noticed.
         if final.exists() and self.open(final.name) is None:
             shutil.rmtree(final, ignore_errors=True)  # damaged since
         try:
-            os.rename(partial, final)
+            os.rename(partial, final)  # fails if that has something in it: the race is noticed
         except OSError:
             if self.open(final.name) is None:
                 raise

@@ -133,8 +133,7 @@ def _activations(
 def _phase_activations(
     setup: Setup, stage: int, per_token: PerToken, phase: PhaseWork, pack: Tokens
 ) -> dict[str, float]:
-    is_edge = stage in (0, setup.pp - 1)
-    kept = pack.sum * per_token.kept(setup.layers, is_edge=is_edge)
+    kept = pack.sum * per_token.kept(setup.layers, chunks=setup.vpp)
     if setup.recipe.precision == "fp8":
         kept += pack.sum * setup.layers * fp8_change(setup)
     in_flight = setup.in_flight(stage, len(phase.packs))

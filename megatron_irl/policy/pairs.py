@@ -204,10 +204,9 @@ def _sample_share(
         if failed:
             raise failed[0]
 
-    # Others may have a whole part to go, and their signs of progress do not reach this rank's
-    # watchdog. If one of them hangs, its own ends the run.
-    with topology.heart.within("waiting for the other replicas", slow=True):
-        everywhere(raise_failed, topology)
+    # Replicas that are done wait here for the slowest. Its signs of progress do not reach their
+    # watchdogs, so no part may take longer than ``parallel.hang_seconds``.
+    everywhere(raise_failed, topology)
     stop_if_asked(topology)
     return sum(gather_over_data_parallel(tokens, topology))
 

@@ -84,6 +84,7 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
 def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
     state, heart = run.state, run.topology.heart
+    heart.beat()  # the start has no signs of its own, and may have taken longer than a step may
     heart.phase, heart.is_slow = "training", False
     try:
         stop_if_asked(run.topology)
@@ -205,6 +206,9 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     if run.algorithm.draws_samples:
         record |= {"beta": algorithm.beta[state.round], "reference": algorithm.reference}
     on_main(lambda: run.recorder.round(record), run.topology)
+    if run.prediction is not None:
+        run.recorder.compare(run.prediction, summary.get("generation", {}))
+        run.prediction = None
     state.round += 1
     state.step_in_round = 0
     state.evaluation = evaluation

@@ -21,6 +21,7 @@ from megatron_irl.policy.policy import Policy
 from megatron_irl.run.adapter_rounds import restore_base
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs, generation_length
+from megatron_irl.run.prediction import Prediction
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.run import Run
 from megatron_irl.run.speed import Speedometer
@@ -58,7 +59,6 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         state = RunState.from_dict(saved)
         restore_base(inputs, policy, state, saved)
         console.note(f"resuming at step {state.step}, round {state.round}")
-    # After a checkpoint was read: the probe of attention takes no random numbers of the run.
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
@@ -82,8 +82,17 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
-        speedometer=Speedometer(inputs.architecture, topology, policy.chunks),
+        speedometer=(speed := Speedometer(inputs.architecture, topology, policy.chunks)),
+        prediction=predict(inputs, topology, speed) if state.step == 0 else None,
     )
+
+
+def predict(inputs: Inputs, topology: Topology, speed: Speedometer) -> Prediction | None:
+    """Have the planner say what the run should take, if this is the main rank of known GPUs."""
+    if speed.machine is None or not topology.is_main:
+        return None
+    return Prediction(inputs.folder.path / "recipe.yaml", speed.machine.name, topology.world_size,
+                      inputs.data)
 
 
 def open_generator(policy: Policy, recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from megatron_irl.config.resolve import to_mapping
 from megatron_irl.console import Console
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.guard import CollapseGuard
+from megatron_irl.run.prediction import Prediction, compared
 from megatron_irl.run.report import write_report
 from megatron_irl.run.runlog import RunLog
 from megatron_irl.run.spikes import SpikeGuard
@@ -125,6 +126,15 @@ class Recorder:
             self.console.warn(warning)
         record["guard"], self._warned = self._warned + found, []
         self.log.log_round(record)
+
+    def compare(self, prediction: Prediction, generation: dict[str, Any]) -> None:
+        """Say what the plan was beside what the first round measured; never raises."""
+        def say() -> None:
+            plan = prediction.plan()
+            for line in compared(plan, self.log.read_metrics(), generation) if plan else ():
+                self.console.note(line)
+
+        self._try("the comparison with the plan", say)
 
     def publish(self, record: dict[str, Any]) -> None:
         """Show a finished round in trackers and report. After its checkpoint; never raises."""

@@ -97,7 +97,7 @@ class Lease:
                 folder.mkdir(parents=True, exist_ok=True)
             number = 1 + refuse_if_held(folder)
             if _make(folder, number, me):
-                # Another that was as late may have made, and removed, this very number before.
+                # The number may have been another's, who is gone and whose successor removed it.
                 if max(_numbers(folder)) == number:
                     break
                 _path(folder, number).unlink(missing_ok=True)  # made from an old listing

@@ -45,8 +45,8 @@ def share_of(
     if micro_batch_tokens is None:
         bins = assign(lengths, len(lengths) // micro_batch_size, micro_batch_size)
     else:
-        # Each replica as many, for their gradients are reduced together; and the interleaved
-        # schedule runs microbatches in groups of one per stage.
+        # Dealt below, as many to each replica. The interleaved schedule runs microbatches in groups
+        # of one per stage.
         group = topology.pp_size if topology.vpp_size > 1 else 1
         bins = assign_by_tokens(lengths, micro_batch_tokens, topology.dp_size * group)
     return bins[topology.dp_rank :: topology.dp_size]

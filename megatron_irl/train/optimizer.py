@@ -159,7 +159,7 @@ def freeze(optimizer: Any, frozen: Frozen) -> Iterator[None]:
         if frozen is not None and (frozen == "reward_head") == _is_reward_head(group)
     ]
     rates = [group["lr"] for group in groups]
-    # The groups are the inner optimizer's own dictionaries, whichever of Megatron's holds them.
+    # Megatron's property gives the inner optimizers' own dictionaries, so this reaches the update.
     for group in groups:
         group["lr"] = 0.0
     try:
