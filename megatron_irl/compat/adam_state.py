@@ -4,8 +4,8 @@ Transformer Engine's and Apex's fused Adam keep the step count in the parameter 
 used where neither is installed, keeps a tensor per parameter. Megatron-Core 0.19 saves that once a
 step is taken, and fails to save it before, and to load it. Of torch's SGD it has no way to make the
 state that a checkpoint is loaded into, so that its momentum could be saved and not loaded. To be
-removed when ``DistributedOptimizer`` saves a fresh ``torch.optim.AdamW`` and loads what it saved into
-one, and ``get_megatron_optimizer`` has an ``init_state_fn`` for ``torch.optim.SGD``.
+removed when ``DistributedOptimizer`` saves a fresh ``torch.optim.AdamW`` and loads what it saved
+into one, and ``get_megatron_optimizer`` has an ``init_state_fn`` for ``torch.optim.SGD``.
 """
 
 from collections.abc import Iterator
