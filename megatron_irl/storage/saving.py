@@ -23,8 +23,8 @@ from megatron_irl.compat.checkpoint_writer import (
     write_buckets,
 )
 from megatron_irl.hardware.host_copy import threads_for_files
-from megatron_irl.storage.commit import commit_folder, write_errors
-from megatron_irl.storage.manifest import entry, entry_of, write_manifest
+from megatron_irl.storage.commit import commit_folder, entry, entry_of, write_errors
+from megatron_irl.storage.manifest import write_manifest
 
 from megatron.core.dist_checkpointing.core import (  # isort: skip
     CheckpointingConfig,
