@@ -8,6 +8,7 @@ import importlib.util
 import io
 import logging
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def require_lm_eval() -> None:
     """Raise UserError unless lm-eval is installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs EleutherAI's lm-eval, which is not installed. Run: "
-                        "pip install 'megatron-irl[lm-eval]' (or pip install 'lm-eval>=0.4.9').")
+                        "pip install 'megatron-irl[lm-eval]' (or pip install 'lm-eval>=0.4.13').")
 
 
 def load_tasks(options: TaskOptions) -> dict[str, Any]:
@@ -71,6 +72,8 @@ def load_tasks(options: TaskOptions) -> dict[str, Any]:
     unknown = [c.name for c in choices if c.name not in manager.all_tasks]
     if unknown:
         raise UserError(f"--tasks {','.join(unknown)}: {_no_such(manager, unknown[0], options)}")
+    random.seed(0)  # some tasks shuffle their choices; lm-eval's own defaults
+    np.random.seed(SEED)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for choice in choices:
         with _quiet():
@@ -143,7 +146,6 @@ def _set_up(task: Any, choice: TaskChoice, options: TaskOptions) -> None:
         task.set_config("num_fewshot", choice.shots)
     elif own is None:
         task.set_config("num_fewshot", 0)
-    task.set_fewshot_seed(seed=SEED)
 
 
 def run_tasks(model: Any, tasks: dict[str, Any], options: TaskOptions) -> dict[str, Any]:
@@ -152,6 +154,7 @@ def run_tasks(model: Any, tasks: dict[str, Any], options: TaskOptions) -> dict[s
 
     for task in tasks["tasks"].values():
         task._instances = None  # built anew for every model: answers are kept in them
+        task.set_fewshot_seed(seed=SEED)  # the same examples for each
     with _quiet(), np.errstate(all="ignore"):
         return evaluate(
             lm=model, task_dict=tasks, limit=options.limit, bootstrap_iters=1000, log_samples=True,
