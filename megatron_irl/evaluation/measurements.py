@@ -37,7 +37,9 @@ class Measurement:
     items: np.ndarray | None = field(default=None, compare=False, repr=False)
 
 
-def mean_of(of: str, metric: str, better: Better | None, items: Sequence[float]) -> Measurement:
+def mean_of(
+    of: str, metric: str, better: Better | None, items: Sequence[float] | np.ndarray
+) -> Measurement:
     """The mean of some items with its standard error."""
     values = np.asarray(items, np.float64)
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
