@@ -36,7 +36,7 @@ class Clock:
         start = time.perf_counter()
         with self._heart.within(phase):
             yield
-            hardware.synchronize()
+            hardware.synchronize()  # not on an error: then the time is nobody's
         elapsed = time.perf_counter() - start
         seconds = elapsed - self._inner
         self._inner = outer + elapsed

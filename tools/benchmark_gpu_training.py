@@ -32,6 +32,7 @@ from gpu_shapes import (
 from megatron_irl import hardware
 from megatron_irl.adapters.adapters import add_adapters
 from megatron_irl.adapters.spec import adapter_spec
+from megatron_irl.collector import settled
 from megatron_irl.config import AdapterConfig, ParallelConfig, Precision
 from megatron_irl.model.build import build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
@@ -160,10 +161,11 @@ def lines(options: argparse.Namespace, topology: Topology) -> Iterator[dict[str,
         optimizer=json.loads(options.optimizer), **json.loads(options.model_keys),
     )
     for pairs in options.pairs:
-        numbers = measure(
-            stepper, options.model, pairs=pairs, microbatches=options.microbatches,
-            steps=options.steps, micro_batch_tokens=options.micro_batch_tokens,
-        )
+        with settled():  # as in a run
+            numbers = measure(
+                stepper, options.model, pairs=pairs, microbatches=options.microbatches,
+                steps=options.steps, micro_batch_tokens=options.micro_batch_tokens,
+            )
         packed = {"pairs": pairs, "microbatches": options.microbatches}
         if options.micro_batch_tokens:
             packed = {"pairs_per_step": pairs * options.microbatches,

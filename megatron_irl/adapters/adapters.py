@@ -31,6 +31,13 @@ class Adapters:
         layers: By the base weight's canonical name, its layer.
 
     The base below them never changes but by ``merge_and_begin``.
+
+    Example:
+        adapters = add_adapters(chunks, spec, arch, topology)    # before DDP wraps the chunks
+        with adapters.merged():
+            ...                                                  # weights hold the updates
+        with adapters.off():
+            ...                                                  # the model is its base
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class Adapters:
     @torch.no_grad()
     def begin(self, round_index: int = 0) -> None:
         """Random A and zero B, the same under every layout; of a round its own."""
+        # Drawn whole and on the CPU by every rank, by name, then cut: no layout changes a number.
         for module in self.modules:
             module.lora_A.copy_(self._shard_A(module, [
                 _random_A(self.spec, name, self._input_size(module), round_index)
@@ -121,6 +129,7 @@ class Adapters:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """Within the block the matrices may be changed; afterwards they are what they were."""
+        # Filled in place and back: DDP's buffers and CUDA graphs know the matrices by address.
         aside = [p.detach().clone() for p in self.parameters]
         try:
             yield
@@ -170,6 +179,8 @@ class Adapters:
             weight = layer.weight
             step = max(1, BLOCK // weight.shape[1])
             for start in range(0, weight.shape[0], step):
+                # Summed in fp32 and rounded once, in blocks whose bounds never change: a run that
+                # resumes and merges again comes to the same bits.
                 rows = slice(start, min(start + step, weight.shape[0]))
                 weight[rows] = (weight[rows].float() + module.update(rows)).to(weight.dtype)
 

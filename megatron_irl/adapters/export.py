@@ -33,6 +33,8 @@ def export_adapter(
     Collectives: every rank must call. Raises: UserError as ``export_hf``.
     """
     spec, topology = adapters.spec, adapters.topology
+    # The rank becomes a dimension like the model's own, so that rows of two matrices a layer can be
+    # gathered, checked and written as the rows of weights are.
     arch = _WithRank(**{f.name: getattr(adapters.arch, f.name) for f in fields(adapters.arch)},
                      rank=spec.rank)
     mine: dict[str, Tensor] = {}
@@ -49,7 +51,7 @@ def export_adapter(
 
     export_rows(
         [(row, dtype) for layer in spec.layers for row in _rows(layer)], mine, arch, out_dir,
-        complete, source_dir=base, topology=topology, max_shard_bytes=1 << 62,
+        complete, source_dir=base, topology=topology, max_shard_bytes=1 << 62,  # one file, for peft
     )
 
 
@@ -64,6 +66,7 @@ def join_adapters(folders: Sequence[Path], out_dir: Path, *, base: Path, digest:
         name: torch.cat([state[name] for state in states], dim=0 if ".lora_A." in name else 1)
         for name in states[0]
     }
+    # B_1 A_1 + B_2 A_2 = [B_1 B_2] [A_1; A_2]. The scale alpha / rank stays, as both grow alike.
     first, count = parts[0], len(parts)
     with replacing_folder(out_dir) as folder:
         save_file(joined, folder / WEIGHTS, metadata={"format": "pt"})

@@ -94,6 +94,9 @@ class LoraAdapter(nn.Module):
         if self.tp_size == 1:
             return low
         group = self.tp_group
+        # Collectives meet [T, n r] and not the layer's full width. Which one: A cut gives partial
+        # sums, to be added up forward; B cut gives each rank a part of the gradient, to be added up
+        # backward. Either way what the layer's own weight has, in the layer's own layout.
         if self.layer.splits_input:
             if sequence_parallel:
                 return reduce_scatter_to_sequence_parallel_region(low, group=group)
@@ -144,9 +147,11 @@ def _add(linear: Any, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor, Ten
     x = inputs[0] if normalised is None else normalised
     low = adapter(x, sequence_parallel=linear.sequence_parallel)
     matrix = adapter.matrix()
+    # Only in generation: training reads the head without calling it (``head_factors``).
     if out.shape[-1] != matrix.shape[0]:  # a head that has gathered its logits
         added = gather_from_tensor_model_parallel_region(low @ matrix.T, group=adapter.tp_group)
         return out + added, bias
+    # One pass over the output, where a product and a sum of their own would take two.
     flat = torch.addmm(out.reshape(-1, out.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T)
     return flat.view(out.shape), bias
 
@@ -166,6 +171,7 @@ def _drop(x: Tensor, rate: float, *, differs: bool) -> Tensor:
     """Dropout, of random numbers that differ between tensor-parallel ranks or are the same."""
     if not differs:
         return F.dropout(x, rate)
+    # Megatron's tracker has a state that differs by tensor-parallel rank; the default one is equal.
     tracker: Any = get_cuda_rng_tracker()
     with tracker.fork():
         return F.dropout(x, rate)

@@ -28,6 +28,7 @@ def save_adapters_only(chunk: Any, layers: dict[str, Any], topology: Topology) -
     Args:
         layers: Those with adapters, of this and other chunks, by the canonical name of the weight.
     """
+    # On the instance: Megatron's DDP and optimizer ask the module itself for what it saves.
     whole: Callable[..., Sharded] = chunk.sharded_state_dict
     places = {id(module): name for name, module in chunk.named_modules()}
     mine = {name: layer for name, layer in layers.items() if id(layer) in places}
@@ -68,6 +69,7 @@ def _adapter_state(
             allow_shape_mismatch=adapter.layer.row.megatron == HEAD, **groups,
         ),
     }
+    # Gate and up are split over ranks each by itself; the factory stores them as two tensors.
     if isinstance(adapter.layer.row.transform, GateUp | FusedGateUp):
         state[place + split] = apply_swiglu_sharded_factory(state[place + split], ())
     return state

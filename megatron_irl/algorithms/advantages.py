@@ -22,6 +22,8 @@ def advantages(index: np.ndarray, options: PolicyConfig, beta: float) -> np.ndar
             row for each prompt, scored and with references.
         beta: Weight of the KL penalty, taken where the sample was drawn.
     """
+    # Every rank computes all of them, of the same numbers in the same order and in float64: equal
+    # bits everywhere, and nothing is sent.
     rewards = index["reward_sample"].astype(np.float64)
     is_truncated = ~index["stopped"]
     if options.truncated == "cap" and not is_truncated.all():

@@ -77,6 +77,7 @@ def pair_objective(recipe: Recipe, round_index: int) -> Objective:
 
 
 def _irft(logprobs_R: Tensor, batch: PackedBatch, **options: Any) -> LossOutput:
+    # [demo_0, sample_0, demo_1, ...]: pairs are neighbours of one microbatch (``train.batches``).
     logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
     return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, **options)
 

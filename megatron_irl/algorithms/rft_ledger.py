@@ -29,6 +29,7 @@ def write_round_ledger(round: Round) -> None:
     if is_last or recipe.reward.ledger == "every_round":
         rest = np.flatnonzero(np.isnan(rewards))
         for first in range(0, len(rest), BLOCK):
+            # Equal blocks on every rank, since all know what is missing: scoring is collective.
             block = rest[first : first + BLOCK]
             sequences = list(ids_of(chosen(demonstrations, block.tolist())))
             with round.console.rewards(len(sequences)) as advance:

@@ -29,6 +29,7 @@ def learn_reward(round: Round) -> Work:
         drawn = survey(open_pairs(bank, earlier), topology).rows() + drawn
     pairs = usable(drawn)
     objective, heads = reward_objective(recipe)
+    # No gradient enters a detached trunk, but its momentum and decay would still move it.
     only_head = recipe.reward.trunk == "detached" and not recipe.algorithm.nll_coefficient
     return Work(
         pairs, objective, heads, "trunk" if only_head else None, second=round.data.preferences,
@@ -77,6 +78,7 @@ def score_round(round: Round) -> None:
         return rewards
 
     with round.clock.timed("scoring"):
+        # In the order of the parts, which is the index's; so no second survey reads them again.
         by_part = score_parts(round.policy, round.pairs, score)
         rewards = np.concatenate([np.zeros((0, 2), np.float32), *by_part])
         round.pairs.index["reward_demo"], round.pairs.index["reward_sample"] = rewards.T

@@ -1,6 +1,8 @@
 """sft: the likelihood of the demonstrations."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from megatron_irl.algorithms.base import Algorithm, Phase, Work
 from megatron_irl.config.schema import Recipe
@@ -16,10 +18,19 @@ _ABOUT_SAMPLES = ("prompts_per_round", "beta", "loss", "reference", "nll_coeffic
                   "length_normalize")
 
 
+@dataclass(frozen=True)
+class SftOptions:
+    """Own keys of section ``algorithm``."""
+
+    token_weight: Literal["one", "probability"] = "one"
+    """``probability``: each token counts by what the policy gives it (dynamic fine-tuning)."""
+
+
 class Sft(Algorithm):
     """Rounds of steps on the demonstrations alone; the passes go on from round to round."""
 
     name = "sft"
+    options = SftOptions
     draws_samples = False
     reward = "none"
     unread = {
@@ -51,12 +62,16 @@ class Sft(Algorithm):
 
 def _imitate(round: "Round", step: int) -> Work:
     del step
-    return Work(round.data.demonstrations, likelihood_objective, outlasts_round=True)
+    by_probability = round.recipe.algorithm.token_weight == "probability"
+    objective = partial(likelihood_objective, by_probability=by_probability)
+    return Work(round.data.demonstrations, objective, outlasts_round=True)
 
 
-def likelihood_objective(logprobs_R: "Tensor", batch: "PackedBatch") -> "LossOutput":
+def likelihood_objective(
+    logprobs_R: "Tensor", batch: "PackedBatch", *, by_probability: bool = False
+) -> "LossOutput":
     """The demonstrations' negative log-likelihood, a sum over response tokens in nats."""
     from megatron_irl.objectives import sequence_logprobs, sft_loss
 
     logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
-    return sft_loss(logprobs_R, logps_S)
+    return sft_loss(logprobs_R, logps_S, by_probability=by_probability)

@@ -67,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     _add_plan(commands)
+    _add_benchmark(commands)
     _add_generate(commands)
     _add_score(commands)
     evaluate = commands.add_parser("evaluate", help="what got better and what got worse: tasks of "
@@ -89,6 +90,29 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("folder", type=_path)
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_benchmark(commands: Any) -> None:
+    bench = commands.add_parser("benchmark", help="time the phases of a recipe on this machine")
+    bench.add_argument("recipe", type=_path)
+    bench.add_argument("overrides", nargs="*")
+    bench.add_argument("--phase", default="round", choices=("train", "generate", "reference",
+                                                            "round", "save", "all"))
+    bench.add_argument("--random-weights", action="store_true", help="of the model only "
+                       "config.json is read")
+    bench.add_argument("--lengths", default="256-512,256-512", metavar="PROMPT,RESPONSE",
+                       help="tokens, each a number or LOW-HIGH")
+    bench.add_argument("--requests", type=int, default=64, help="prompts that are sampled for")
+    bench.add_argument("--steps", type=int, default=5, help="repeats, of which the median counts")
+    bench.add_argument("--warmup", type=int, default=2, help="repeats before them")
+    bench.add_argument("--sweep", metavar="KEY=A,B,C", help="time it for each value of a key")
+    bench.add_argument("--peer", choices=("transformers", "trl"), help="time the same work in "
+                       "transformers, with its own loss or trl's")
+    bench.add_argument("--baseline", type=_path, help="warn of what is over 10%% slower than in "
+                       "this file, such as benchmarks/h100.json")
+    bench.add_argument("--plot", type=_path, metavar="FILE", help="draw tokens a second")
+    bench.add_argument("--role", choices=("ours", "peer"), help=argparse.SUPPRESS)
+    bench.set_defaults(run=_benchmark)
 
 
 def _add_plan(commands: Any) -> None:
@@ -253,6 +277,12 @@ def _plan(options: argparse.Namespace, argv: list[str]) -> int:
     planned = run_plan(options)
     sys.stdout.write(planned.text)
     return planned.code
+
+
+def _benchmark(options: argparse.Namespace, argv: list[str]) -> int:
+    from megatron_irl.cli.benchmark import run_benchmark
+
+    return run_benchmark(options, argv)
 
 
 def _generate(options: argparse.Namespace, argv: list[str]) -> int:

@@ -165,10 +165,11 @@ def results_of(lines: Sequence[list[Any]]) -> list[WriteResult]:
 
 def _write(bucket: Bucket, folder: Path, go_on: Callable[[], bool]) -> Written:
     lines: list[list[Any]] = []
+    # Private names of torch 2.14: what its own writer does with an item, and no more.
     transforms = _StorageWriterTransforms()
     with open(folder / bucket.name, "wb") as file:
         checked = _Checked(file)
-        while bucket.items:
+        while bucket.items:  # let go of one by one: the copy in host memory is freed as it goes
             if not go_on():
                 raise Abandoned
             item, data = bucket.items.pop(0)
@@ -183,7 +184,7 @@ def _write(bucket: Bucket, folder: Path, go_on: Callable[[], bool]) -> Written:
             lines.append([result.index.fqn, None if at is None else list(at), result.index.index,
                           stored.relative_path, stored.offset, stored.length])
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # by the host that wrote it: rank 0's sync reaches no other's pages
     return Written(bucket.name, checked.size, checked.crc32, lines)
 
 

@@ -68,6 +68,7 @@ def sharded_blocks(
     """
     del is_loading, metadata
     kept, _ = extract_sharded_tensors_and_factories(model)
+    # By identity, as tensors hash: the optimizer's parameters are the very ones of the model.
     entry_of = {entry.data: entry for entry in nested_values(kept)}
     return {
         str(number): {
@@ -86,6 +87,7 @@ def sharded_blocks(
 def load_blocks(part: Any, loaded: dict[str, Any]) -> None:
     """Put what was read as ``sharded_blocks`` asked into the optimizer."""
     for number, (parameter, _) in enumerate(_owned(part)):
+        # Copies where the optimizer keeps another type, hence the last line.
         state = _state_of(part, parameter)
         for name, blocks in loaded[str(number)].items():
             start = 0

@@ -32,6 +32,7 @@ class ThreadedReader(FileSystemReader):
 
         items = sorted(plan.items, key=place)
         count = max(1, min(threads_for_files(), len(items)))
+        # The planner is shared: every item fills a tensor, or a name, of its own.
         with ThreadPoolExecutor(count) as pool:
             list(pool.map(read, [items[i::count] for i in range(count)]))
         done: Future[None] = Future()

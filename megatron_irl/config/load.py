@@ -39,6 +39,9 @@ def load_recipe(
     A run's own ``recipe.yaml`` is read as well: its ``environment`` block, the record of how the
     run came about, is left out.
 
+    Example:
+        recipe = load_recipe("recipe.yaml", ["optimizer.lr=1e-6", "algorithm.rounds=3"])
+
     Raises:
         UserError: Anything wrong with the file, a key, a value or a combination of values.
     """

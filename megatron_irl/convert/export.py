@@ -1,7 +1,6 @@
 """Megatron chunks → an ordinary HF folder, one tensor at a time."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_irl.convert.load import global_parameters
 from megatron_irl.convert.safetensors_writer import ShardedWriter, TensorPlan
 from megatron_irl.errors import UserError
 from megatron_irl.families.table import Row, hf_tensors, rows
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.commit import replacing_folder
 
@@ -53,7 +53,12 @@ def export_hf(
         stop_ids: Ids that end a turn, the one that training wrote first; the folder's generation
             settings will list them all.
 
-    Collectives: every rank must call; data-parallel replicas other than the first only wait.
+    Collectives: every rank must call; data-parallel replicas other than the first only wait. An
+    error of the main rank's is every rank's.
+
+    Example:
+        export_hf(policy.chunks, arch, hf_config, Path("out/hf"), source_dir=hf_dir,
+                  topology=topology)
 
     Raises:
         UserError: ``out_dir`` is ``source_dir``; the disk is full (nothing is left behind).
@@ -94,25 +99,64 @@ def export_rows(
     """
     if out_dir.resolve() == Path(source_dir).resolve():
         raise UserError(f"{out_dir} is the folder of the starting model. Choose another one.")
+    sink = None
     if topology.dp_rank == 0:
         owners = _owners(mine, topology)
-        with replacing_folder(out_dir) if topology.is_main else nullcontext() as partial:
-            writer = None
-            if partial is not None:
-                plan = [
-                    TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron][1])
-                    for row, dtype in table for tensor in row.hf
-                ]
-                writer = ShardedWriter(partial, plan, max_shard_bytes)
-            for row, _ in table:
-                tensors = _collect(row, mine, owners[row.megatron], arch, topology)
-                if writer is not None:
-                    for tensor, value in zip(row.hf, tensors, strict=True):
-                        writer.add(tensor.name, value)
-            if writer is not None and partial is not None:
-                writer.close()
-                complete(partial)
-    topology.barrier()
+        if topology.is_main:
+            plan = [
+                TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron][1])
+                for row, dtype in table for tensor in row.hf
+            ]
+            sink = _Sink(_written(out_dir, plan, max_shard_bytes, complete))
+        for row, _ in table:
+            tensors = _collect(row, mine, owners[row.megatron], arch, topology)
+            if sink is not None:
+                for tensor, value in zip(row.hf, tensors, strict=True):
+                    sink.send((tensor.name, value))
+    # The other ranks hear here what became of it; until now they were sending, or waiting.
+    on_main(lambda: sink.end() if sink is not None else None, topology)
+
+
+def _written(
+    out_dir: Path, plan: list[TensorPlan], max_shard_bytes: int, complete: Callable[[Path], None]
+) -> Generator[None, tuple[str, Tensor] | None]:
+    """Writes the tensors it is sent; None is the end of them."""
+    with replacing_folder(out_dir) as partial:
+        writer = ShardedWriter(partial, plan, max_shard_bytes)
+        while (item := (yield)) is not None:
+            writer.add(*item)
+        writer.close()
+        complete(partial)
+
+
+class _Sink:
+    """Takes tensors for a writer, and goes on taking them when it has failed.
+
+    The other ranks send on, whatever becomes of what they send: an error in their midst would leave
+    them waiting in a collective.
+    """
+
+    def __init__(self, writer: Generator[None, tuple[str, Tensor] | None]) -> None:
+        self._writer = writer
+        self._error: Exception | None = None
+        self.send(None)  # up to where it waits for the first tensor
+
+    def send(self, item: tuple[str, Tensor] | None) -> None:
+        """Pass an item on, or drop it where the writer has failed."""
+        if self._error is not None:
+            return
+        try:
+            self._writer.send(item)
+        except StopIteration:
+            pass
+        except Exception as error:  # noqa: BLE001 - raised by ``end``
+            self._error = error
+
+    def end(self) -> None:
+        """Finish; raise what the writer has met."""
+        self.send(None)
+        if self._error is not None:
+            raise self._error
 
 
 Owner = tuple[int, torch.dtype]
@@ -120,6 +164,7 @@ Owner = tuple[int, torch.dtype]
 
 def _owners(mine: dict[str, Tensor], topology: Topology) -> dict[str, Owner]:
     """The first pipeline stage that holds each parameter, and the parameter's dtype."""
+    # Every stage learns all owners, and so which of its tensors the main rank will wait for when.
     held: list[Any] = [None] * topology.pp_size
     dtypes = {name: parameter.dtype for name, parameter in mine.items()}
     dist.all_gather_object(held, dtypes, group=topology.pp_group)
@@ -140,6 +185,8 @@ def _collect(
             tensors = [t.contiguous() for t in hf_tensors(row, shards, arch)]
     if topology.tp_rank != 0:
         return []
+    # Stage after stage as the table has them, on every rank of the replica: sends and receives pair
+    # up by that order alone. Ranks count over the run, hence the translation.
     if stage != 0:
         first = dist.get_global_rank(topology.pp_group, 0)
         sender = dist.get_global_rank(topology.pp_group, stage)

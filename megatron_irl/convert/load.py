@@ -85,7 +85,8 @@ def load_hf_weights_once(
 
     everywhere(read, topology)
     if topology.dp_size > 1 and can_be_sent:
-        # Data-parallel ranks hold the same parameters in the same order.
+        # Data-parallel ranks hold the same parameters in the same order. After everybody has heard
+        # that reading went well: a broadcast whose source failed would wait for its timeout.
         source = dist.get_global_rank(topology.dp_group, 0)
         for parameter in parameters:
             dist.broadcast(parameter.data, src=source, group=topology.dp_group)

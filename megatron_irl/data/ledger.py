@@ -135,7 +135,7 @@ def read_ledger(folder: Path, round: int | None = None) -> list[LedgerRow]:
                         f"{'' if round is None else f' (round {round})'}; {there}.")
     path = _path(folder, rounds[-1] if round is None else round)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             version = (schema.metadata or {}).get(b"format_version")
             if version != str(FORMAT_VERSION).encode() or schema.names != SCHEMA.names:

@@ -65,7 +65,7 @@ def pack(
     num_tokens = int(segment_lengths.sum())
     num_padding = -num_tokens % multiple_of
     parts = [np.asarray(ids, dtype=np.int64) for sequence in sequences for ids in sequence]
-    if num_padding:
+    if num_padding:  # a sequence of its own, so that no real token sees it or is seen by it
         parts.append(np.full(num_padding, pad_id, dtype=np.int64))
         segment_lengths = np.append(segment_lengths, num_padding)
     tokens_T = np.concatenate(parts)
@@ -82,7 +82,7 @@ def pack(
         tokens_T=torch.from_numpy(tokens_T)[None],
         position_ids_T=torch.from_numpy(_ranges(np.zeros_like(starts), segment_lengths))[None],
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max_seqlen=int(segment_lengths.max()),
+        max_seqlen=int(segment_lengths.max()),  # on the host: attention would wait to read it
         rows_R=torch.from_numpy(rows_R),
         targets_R=torch.from_numpy(tokens_T[rows_R + 1]),
         segment_R=torch.from_numpy(segment_R),

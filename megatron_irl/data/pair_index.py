@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_irl.types import Pair
 
-NGRAM = 4
+NGRAM = 4  # tokens: shorter runs repeat in good prose too
 EMPTY, DUPLICATE, USABLE = 0, 1, 2
 INDEX = np.dtype([
     ("part", np.int32), ("row", np.int32),  # where the pair is

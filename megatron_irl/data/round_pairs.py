@@ -47,6 +47,7 @@ class RoundPairs:
         Raises:
             UserError: The part cannot be read.
         """
+        # Read once: what a pass adds to the pairs (``commit``) must be added to these objects.
         if part not in self._read:
             self._read[part] = self.bank.read_part(self.round, part)
         return self._read[part]
@@ -134,6 +135,12 @@ class PairRows(Sequence[Pair]):
         wanted = np.asarray(indices, np.int64)
         return PairRows(self._rounds, self._source[wanted], self.numbers[wanted], self._kept)
 
+    def read(self) -> list[Pair]:
+        """All of them, each part that is not in memory read once and not kept."""
+        copy = PairRows(self._rounds, self._source, self.numbers, dict(self._kept))
+        copy.keep(range(len(copy)))
+        return [copy[index] for index in range(len(copy))]
+
     def token_counts(self) -> list[int]:
         """Of each pair: the prompt twice, demonstration and sample."""
         known = self.numbers
@@ -146,6 +153,7 @@ class PairRows(Sequence[Pair]):
         Raises:
             UserError: A part that has one of them is missing or damaged.
         """
+        # By place and not by position, as a choice of these rows has positions of its own.
         wanted = set(self._places(sorted(set(indices))))
         for place in self._kept.keys() - wanted:
             del self._kept[place]

@@ -1,6 +1,5 @@
 """A corpus on disk: tokenised once, then mapped by every rank of the machine and every resume."""
 
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,13 @@ from megatron_irl.data.token_table import (
     demonstrations_in,
     preferences_in,
 )
-from megatron_irl.storage.commit import sync_folder, write_errors
+from megatron_irl.storage.commit import (
+    checked_json,
+    entry_of,
+    read_json,
+    sync_folder,
+    write_errors,
+)
 from megatron_irl.types import Demonstration
 
 SUMMARY = "corpus.json"
@@ -51,7 +56,10 @@ class TokenStore:
         """The corpus of a key; None if there is none, or none that can be read."""
         place = self.folder / key
         try:
-            said = json.loads((place / SUMMARY).read_text())
+            said = read_json(place / SUMMARY) or {}
+            for name, known in said.get("files", {}).items():  # a run of 0.1.0 has none
+                if entry_of(place / name) != known:
+                    return None
             report = said.pop("report")
             remarks = {name: (count, first) for name, (count, first) in report["remarks"].items()}
             return Corpus(
@@ -123,8 +131,9 @@ class TokenStore:
             in_file("eval", lambda keep: LoadReport())
         _write_preferences(folder / "preferences.arrow", corpus.preferences)
         _write_preferences(folder / "eval_preferences.arrow", corpus.heldout_preferences)
-        (folder / SUMMARY).write_text(json.dumps({
+        (folder / SUMMARY).write_bytes(checked_json({
             "digest": corpus.digest, "notes": corpus.notes, "report": _counts(corpus.report),
+            "files": {path.name: entry_of(path) for path in sorted(folder.glob("*.arrow"))},
         }))
 
     def _commit(self, partial: Path, final: Path) -> None:
@@ -133,7 +142,7 @@ class TokenStore:
         if final.exists() and self.open(final.name) is None:
             shutil.rmtree(final, ignore_errors=True)  # damaged since
         try:
-            os.rename(partial, final)
+            os.rename(partial, final)  # fails if that has something in it: the race is noticed
         except OSError:
             if self.open(final.name) is None:
                 raise

@@ -170,6 +170,8 @@ class Batches:
     """The record batches of a mapped file; opened as they are needed, then kept."""
 
     def __init__(self, path: Path, schema: pyarrow.Schema) -> None:
+        # Mapped, so that ranks share the pages, and open for as long as the rows are used: a file
+        # that is removed meanwhile (another corpus took its place) stays readable.
         self._reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         if self._reader.schema != schema:
             raise pyarrow.ArrowInvalid(f"{path} has other columns")

@@ -1,6 +1,5 @@
 """Held-out evaluation: likelihood, reward, preferences, exact match, length and EOS rate."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from megatron_irl.policy.pairs import generate, sample_pairs
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.references import add_references, open_pairs
 from megatron_irl.policy.scoring import Sequences, distinct_sequences
-from megatron_irl.storage.commit import read_json, write_file
+from megatron_irl.storage.commit import checked_json, read_json, write_file
 from megatron_irl.storage.shared_bank import SharedBank
 from megatron_irl.timing import Clock
 from megatron_irl.types import Demonstration, Pair
@@ -194,11 +193,12 @@ class Evaluator:
         path, topology = self.preference_references, self.policy.topology
         sequences = self._preference_sequences()
         digest = digest_of(sequences)
+        # Rank 0's look: whether they are computed, which is collective, must not differ by rank.
         kept: Any = on_main(lambda: read_json(path), topology)
         if not isinstance(kept, dict) or kept.get("digest") != digest:
             with self.policy.with_weights_of(Path(self.recipe.model.hf)):
                 kept = {"digest": digest, "logps": self._scores(sequences)}
-            text = json.dumps(kept).encode()
+            text = checked_json(kept)
             on_main(lambda: write_file(path, text), topology)
         return np.array(kept["logps"]).reshape(-1, 2).tolist()
 

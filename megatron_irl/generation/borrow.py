@@ -32,6 +32,8 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
     """
     models = unwrap_model(list(chunks))
     with ExitStack() as stack:
+        # First of all: it is collective over data parallelism, and what comes after (an engine that
+        # is built, requests of different lengths) each replica does in its own time.
         for chunk in chunks:
             stack.enter_context(_without_gather_hooks(chunk))
         for model in models:
@@ -49,8 +51,10 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
             if config.params_dtype == torch.float32:
                 _use_paged_attention(models, stack)
         for model in models:
+            # It would cut the angles to this rank's part of a sequence, which is whole here.
             stack.enter_context(_set(model.rotary_pos_emb, "cp_group", None))
         stack.callback(_forget, models)
+        # A flag of the process: left on, it would change how layers of training run.
         was_active = InferenceMode.is_active()
         stack.callback(InferenceMode.set_active if was_active else InferenceMode.unset_active)
         _forget(models)  # entries computed for training's context-parallel group
@@ -108,6 +112,8 @@ def _without_gather_hooks(chunk: Any) -> Iterator[None]:
     if not getattr(chunk, "remove_forward_pre_hook_handles", None):
         yield
         return
+    # Its hooks wait in a forward for the parameters that other replicas update. The engine calls
+    # forwards as often as its requests want, which differs between replicas: waits would not pair.
     chunk.disable_forward_pre_hook(param_sync=True)
     try:
         yield
@@ -118,7 +124,7 @@ def _without_gather_hooks(chunk: Any) -> Iterator[None]:
 def _forget(models: Sequence[Any]) -> None:
     """Drop cached tensors that belong to one side of the fence."""
     for kind in (RotaryEmbedding, YarnRotaryEmbedding):
-        kind.forward.cache_clear()
+        kind.forward.cache_clear()  # upstream's lru_cache, one for all models of the process
     for model in models:
         model.set_input_tensor(None)
     drop_shared_buffers()

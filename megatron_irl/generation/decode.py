@@ -81,9 +81,11 @@ class DecodeLoop:
         self._device.begin(table.uniforms(requests, steps), left_B, table.sampling)
         for step in range(steps):
             if step:
+                # ``advance`` has moved the device's view of the step on; the views of it that the
+                # layers share are made anew, without a look at its numbers.
                 context.follow_device()
             self._step(input_ids, position_ids)
-        meanwhile()
+        meanwhile()  # before the wait: on CUDA all of the burst is only queued by now
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
         counts = was_live.sum(axis=0)
         table.record(requests, tokens, logprobs, counts)
@@ -113,6 +115,8 @@ class DecodeLoop:
         have_B = context.request_kv_block_counts[:rows].numpy()
         allocator = context.kv_block_allocator
         room = min(allocator.total_avail, allocator.get_active_avail())
+        # The host's numbers, which are equal on all ranks of a replica, so they shorten alike:
+        # bursts of different length would leave a rank alone in a layer's collective.
         need_B = np.zeros(rows, dtype=np.int64)
         while steps > 1:
             last_B = first_B + np.minimum(steps, left_B) - 1
@@ -139,7 +143,9 @@ class DecodeLoop:
             {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
         )
         if self._topology.pp_size > 1:
-            # The last stage samples and tells the others tokens, not logits.
+            # The last stage samples and tells the others tokens, not logits. float64 holds an id
+            # and a float32 exactly, so one broadcast does for both. (Its source is counted among
+            # the ranks of the run.)
             told_2B = torch.empty(2, rows, dtype=torch.float64, device=input_ids.device)
             if self._topology.is_last_stage:
                 token_B, logprob_B = self._device.sample(logits_1BV[0, :rows])
@@ -181,6 +187,7 @@ class DecodeLoop:
         }
         updated = context.update_requests(live_B.byte(), last_B.clone()) or {}
         context.step_count += steps
+        # ``async_bookkeep`` is upstream's private end of a step (0.19.2): there is no public one.
         # To the engine, only those that have ended were in the step: it drops them. For the others
         # there is nothing left to do.
         ended = ids_B[~live_B]

@@ -60,7 +60,8 @@ class DeviceSteps:
         if sampling not in self._stops:
             stops = sorted(sampling.stop_set)
             self._stops[sampling] = torch.tensor(stops, device=self._step.device)
-        # Small transfers to the device, which the host need not wait for.
+        # Small transfers to the device, which the host need not wait for. The arrays may go at
+        # once: from memory that is not pinned a copy returns when it has taken the values over.
         self._uniforms[:count, :rows].copy_(torch.from_numpy(uniforms), non_blocking=True)
         self._left[:rows].copy_(torch.from_numpy(left), non_blocking=True)
         self._live.zero_()  # rows of padding sample, and nothing comes of it
@@ -70,6 +71,8 @@ class DeviceSteps:
     def sample(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         """(int64 [B], float32 [B]): tokens and log-probabilities of the step's rows."""
         rows = logits_BV.shape[0]
+        # The number of the step is on the device too: a graph that had it from the host would draw
+        # with the numbers of its capture in every replay.
         uniform_B = self._uniforms[:, :rows].index_select(0, self._step)[0]
         return sample_rows(logits_BV[:, : self._vocab_size], uniform_B, self._sampling)
 
@@ -88,12 +91,16 @@ class DeviceSteps:
         stopped_B = (token_B[:, None] == self._stops[self._sampling]).any(dim=1)
         left_B -= live_B.long()
         live_B &= (left_B > 0) & ~stopped_B
+        # In place throughout: the captured layers read these tensors where they are. Nothing here
+        # branches on a value, which would be a wait for the device, and not capturable.
         view, length = self._context.gpu_view, self._context.block_size_tokens
         position_B = view.token_to_pos_ids[:rows]
         position_B += live_B.long()
         view.token_to_position_in_request[:rows] += live_B.int()
         view.mha_kv_seq_lengths[:rows] += live_B.int()
         table = view.mha_block_table[:rows]
+        # Rows of padding, and rows that ended at full length, may point past the table; what is
+        # looked up for them is thrown away below.
         column_B = (position_B // length).clamp(max=table.shape[1] - 1)
         block_B = table.gather(1, column_B[:, None])[:, 0].long()
         for place, value in (

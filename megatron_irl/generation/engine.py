@@ -30,7 +30,9 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
     TextGenerationController,
 )
 
-# Importing the engine makes SIGTERM and SIGINT dump a stack; ending a run is no crash.
+# Importing the engine makes SIGTERM and SIGINT dump a stack (megatron-core 0.19.2, its
+# ``data_parallel_inference_coordinator``); ending a run is no crash. Goes when upstream registers
+# that in the coordinator's own process.
 for _number in (signal.SIGTERM, signal.SIGINT):
     faulthandler.unregister(_number)
 
@@ -120,7 +122,7 @@ class BuiltEngine:
 
     def release(self) -> None:
         """Free cache and graphs, whatever reference cycles the engine leaves behind."""
-        del self.loop
+        del self.loop  # its captured sampling holds memory of the pool
         if self.graphs is not None:
             self.graphs.drop()
         self.engine.context.release()
@@ -145,7 +147,7 @@ class BuiltEngine:
                 stacklevel=2,
             )
             return
-        hardware.synchronize()
+        hardware.synchronize()  # the clock is the host's, and capturing queues work
         self.capture_seconds = time.perf_counter() - start
         self.graphs = graphs
 
@@ -169,7 +171,7 @@ class BuiltEngine:
             ),
             max_sequence_length=options.max_sequence_length,
             pg_collection=self._topology.groups,
-            unified_memory_level=0,
+            unified_memory_level=0,  # the cache in device memory, which ``release`` gives back
             num_cuda_graphs=cuda_graphs,
             use_cuda_graphs_for_non_decode_steps=False,
             materialize_only_last_token_logits=True,

@@ -51,7 +51,7 @@ class LayerGraphs:
         for config in configs:
             config.cuda_graph_impl = "local"
             config.inference_cuda_graph_scope = InferenceCudaGraphScope.block
-            config.cuda_graph_warmup_steps = 1
+            config.cuda_graph_warmup_steps = 1  # enough to load kernels; upstream takes 3
         try:
             if not self._managers:
                 self._managers = [_manager(model) for model in self._models]
@@ -77,7 +77,7 @@ class LayerGraphs:
     def drop(self) -> None:
         """Free the graphs and their memory."""
         if self._managers:
-            delete_cuda_graphs()
+            delete_cuda_graphs()  # all of the process: nobody else here captures through Megatron
         self._managers, self._shared = [], {}
 
 

@@ -90,6 +90,8 @@ def start_order(budgets: Sequence[int], places: int) -> list[int]:
     With the queue at its end places stay empty, for as long as the last requests to start may run.
     No sample depends on the order.
     """
+    # Three rounds of places: the order only matters near the end, and before it ``as given`` lets
+    # parts of the bank complete, and be committed, one after the other.
     tail = max(0, len(budgets) - 3 * places)
     return [*range(tail), *sorted(range(tail, len(budgets)), key=lambda n: -budgets[n])]
 

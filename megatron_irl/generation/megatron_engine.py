@@ -53,6 +53,14 @@ class MegatronGenerator:
 
     Collectives: construction has none; ``generate`` and ``pause`` run over the model-parallel
     group.
+
+    Example:
+        ::
+
+            with MegatronGenerator(chunks, topology, max_sequence_length=512,
+                                   vocab_size=arch.vocab_size) as generator:
+                [sample] = generator.generate([prompt_ids], SamplingConfig(max_new_tokens=64))
+            sample.token_ids, sample.logprobs, sample.finish_reason
     """
 
     def __init__(
@@ -185,6 +193,7 @@ class MegatronGenerator:
         number = None
         if graphs != "off" and not why_not_captured(models, paged_attention.has_flash_attention()):
             number = -1 if graphs == "auto" else int(graphs)
+        # Training's cached blocks would be too small or too many for one large cache.
         hardware.release_cached_memory()
         before = hardware.held_memory()
         self._built = BuiltEngine(
@@ -221,6 +230,7 @@ def _steps(
     """
     engine, loop = built.engine, built.loop
     places = int(engine.context.max_requests)
+    # An eighth: fewer make too many steps with prompts, more leave too many places empty.
     intake = Intake(engine, prompts, table, max(1, places // 8) if loop.burst_steps > 1 else 1)
     cut = False  # the last step took fewer prompts than it was given
     while intake.waiting or engine.has_unfinished_requests():
@@ -233,6 +243,8 @@ def _steps(
             yield loop.run(table, wanted=wanted, meanwhile=intake.prepare)
             continue
         intake.hand_over()
+        # One of Megatron's own steps, collective over the replica. Whether it or a burst comes next
+        # follows from queue and cache, which are the same on every rank of the replica.
         stepped: Any = engine.step_modern()
         cut = bool(engine.waiting_request_ids)
         yield [record[-1].request_id for record in stepped["finished_request_records"]]

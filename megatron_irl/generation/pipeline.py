@@ -53,6 +53,8 @@ class StageWrapper(GPTInferenceWrapper):
             inference_input["tokens"], recv_buffer_seq_len
         )
         out: Any = None
+        # Sends and receives pair up in this order alone: a rank receives a chunk's input, runs it
+        # and sends, before it turns to its next chunk, whose input is then a round away.
         for model in self._models:
             received = None
             if not model.pre_process:

@@ -129,6 +129,7 @@ class RequestTable:
         old = len(self._lengths)
         new = max(16, 2 * old)
         self._free += reversed(range(old, new))
+        # New tables: rows handed out by number stay valid, views of the old tables would not.
         for name in ("_uniforms", "_tokens", "_logprobs", "_lengths", "_budgets"):
             table = getattr(self, name)
             larger = np.zeros((new, *table.shape[1:]), table.dtype)

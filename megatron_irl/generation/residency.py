@@ -70,6 +70,8 @@ class Residency:
         if self._keep != "auto" or not hardware.IS_CUDA:
             return self._keep == "true"
         stays = self.fits(hardware.total_memory(), hardware.foreign_memory())
+        # Memory differs between ranks (first and last stages hold embeddings). One that has no room
+        # decides for all of its replica.
         vote = torch.tensor(int(stays), device=hardware.device())
         dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._topology.groups.mp)
         return bool(vote)

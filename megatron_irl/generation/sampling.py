@@ -102,6 +102,8 @@ def _invert(weights_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """Index where the cumulative weight first exceeds ``uniform * total``; and the total (f64)."""
     rows, vocab = weights_BV.shape
     whole = vocab // BLOCK * BLOCK
+    # Two levels of about equal length for a vocabulary of 64k. The running sums are float64: the
+    # end of a float32 one would be too coarse for a rare token to be drawn as often as it should.
     sums = weights_BV[:, :whole].unflatten(1, (-1, BLOCK)).sum(dim=-1)
     if whole < vocab:
         sums = torch.cat([sums, weights_BV[:, whole:].sum(dim=-1, keepdim=True)], dim=1)

@@ -56,7 +56,7 @@ def device_count() -> int:
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in host memory, pinned on CUDA so that it comes back at the bus's speed."""
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=IS_CUDA)
-    return host.copy_(tensor.detach())
+    return host.copy_(tensor.detach())  # waits for the device
 
 
 def keep_float32() -> None:
@@ -86,6 +86,8 @@ def foreign_memory() -> int:
     """Bytes of the device that are neither free nor this process's tensors; 0 on CPU."""
     if not IS_CUDA:
         return 0
+    # What this process's CUDA context and NCCL's buffers take counts as foreign: it is there
+    # whatever the phase.
     free, total = torch.cuda.mem_get_info()
     return max(0, total - free - torch.cuda.memory_reserved())
 

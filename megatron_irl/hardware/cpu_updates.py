@@ -21,6 +21,7 @@ _all_gather: Any = torch.distributed.all_gather_into_tensor
 
 def install() -> None:
     """Replace Megatron's fallbacks in this process; once is enough, again is harmless."""
+    # Names of megatron-core 0.19, which looks them up in its own modules at every call.
     clip_grads.multi_tensor_scale_impl = _scale
     param_and_grad_buffer.dist_reduce_scatter_func = reduce_scatter
     param_and_grad_buffer.dist_all_gather_func = all_gather
@@ -64,4 +65,5 @@ def all_gather(output: Tensor, input: Tensor, **options: Any) -> Any:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     """Equal sizes, so a group of one rank, at the same place."""
+    # The optimizer's shard is a view of DDP's buffer, of all of it where one rank has no peers.
     return a.numel() == b.numel() and a.data_ptr() == b.data_ptr()

@@ -12,7 +12,7 @@ from megatron_irl import hardware
 
 _ALIGNMENT = 4096
 _PIECE = 64 << 20  # bytes that a thread copies at a time
-_THREADS = 8
+_THREADS = 8  # at most; more are no faster on one bus, or one file system
 
 
 def copy_to_host(tensors: Sequence[Tensor], *, huge_pages: bool = False) -> list[Tensor]:
@@ -74,6 +74,8 @@ def _copy_over_streams(pieces: list[tuple[Tensor, Tensor]]) -> None:
 
     def copy(some: list[tuple[Tensor, Tensor]]) -> None:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            # After what is queued: the update whose result is copied. A copy to memory that is
+            # not pinned has arrived when it returns: with all threads in, the next step may write.
             torch.cuda.current_stream().wait_stream(current)
             for to, source in some:
                 to.copy_(source)

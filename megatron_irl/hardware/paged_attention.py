@@ -73,6 +73,7 @@ class _LastStep:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
+    # On CUDA the host waits here once a layer, and for layouts: hence no graphs of such decoding.
     return a.shape == b.shape and torch.equal(a, b)
 
 

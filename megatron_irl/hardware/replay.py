@@ -26,6 +26,8 @@ class Recorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: the watchdog of NCCL and a checkpoint's threads use CUDA meanwhile,
+        # which a capture of the whole process would take for errors.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay

@@ -78,6 +78,7 @@ class _CudaToCpu(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
+        # torch refuses ``pin_memory=True`` where there is no CUDA.
         node.keywords = [k for k in node.keywords if k.arg != "pin_memory"]
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("cuda", "pin_memory"):
             node.func.attr, node.args, node.keywords = "cpu", [], []
@@ -132,6 +133,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
         except (OSError, ValueError, EOFError, TypeError):
             code = None
         if not isinstance(code, CodeType):  # not there, or damaged
+            # Ranks that start together may all do this; each stores a whole file by a rename.
             code = retarget_source(source, path)
             _store(cached, marshal.dumps(code))
         return code

@@ -38,6 +38,7 @@ def attend(
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_()
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, N / K, Q, D]
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    # Capped and summed in fp32 whatever the inputs are, as the fused kernels do inside.
     scores = soft_cap((grouped @ k[:, :, None].transpose(-1, -2)).float() * factor, softcap)
     if mask is not None:
         shaped: Tensor = mask if mask.dim() == 2 else mask[:, :, None]

@@ -210,6 +210,10 @@ def build_chunks(
 ) -> list[nn.Module]:
     """This rank's GPTModel chunks (one, or one per virtual pipeline stage), weights unset.
 
+    Example:
+        topology = initialize(parallel)
+        chunks = build_chunks(build_config(arch, parallel), arch, topology)
+
     Collectives: under tied embeddings and pipeline parallelism Megatron all-reduces the embedding
     between the first and last stage; every rank must call.
     """
@@ -237,7 +241,7 @@ def build_chunks(
                 share_embeddings_and_output_weights=architecture.tie_word_embeddings,
                 position_embedding_type="rope",
                 rotary_percent=architecture.rotary_percent,
-                rotary_base=int(architecture.rotary_base),
+                rotary_base=int(architecture.rotary_base),  # the exact frequencies are set below
                 pg_collection=topology.groups,
                 vp_stage=stage,
             )

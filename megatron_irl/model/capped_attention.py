@@ -27,6 +27,8 @@ class CappedSelfAttention(SelfAttention):
         is_decode_only: bool, softmax_offset: Tensor | None = None,
     ) -> Tensor:
         """Attend to the paged cache: q [T, 1, N, D] → [T, 1, N, D]; see the base class."""
+        # Upstream's private hook (0.19) for the cache; the rest of the forward stays as it is. Goes
+        # when its calls of flash-attn take a soft cap.
         assert softmax_offset is None, "attention sinks have no path here"
         config = self.config
         skip: Any = config.window_attn_skip_freq

@@ -120,6 +120,8 @@ def forward_packed(
     model = unwrap(chunk)
     rotary = model.rotary_pos_emb
     if isinstance(rotary, PackedRotaryEmbedding):
+        # Left on the module, because GPTModel (0.19) has no argument that reaches it. ``tolist``
+        # and the layout make the host wait on CUDA, where the local layers are the slow way anyhow.
         rotary.positions_T = batch.position_ids_T[0]
         packed.padded_layout = padded_layout(batch.cu_seqlens.tolist(), batch.tokens_T.device)
     return chunk(

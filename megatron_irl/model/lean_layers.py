@@ -60,6 +60,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (gate_and_up,) = ctx.saved_tensors
+        # The kernel reads memory in order; a gradient may come as a view (of a gathered sequence).
         return _kernels().dswiglu(grads[0].contiguous(), gate_and_up, None).view_as(gate_and_up)
 
 

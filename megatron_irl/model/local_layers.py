@@ -31,7 +31,7 @@ class LocalNorm(nn.Module):
             assert kind is nn.RMSNorm, "no family centres the weights of its LayerNorm"
             kind = ZeroCenteredRMSNorm
         norm = kind(hidden_size, eps=eps, dtype=config.params_dtype)
-        for parameter in norm.parameters():
+        for parameter in norm.parameters():  # read by finalize_model_grads, after the last backward
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
@@ -73,6 +73,7 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
     ) -> Tensor:
         """Angles [T, 1, 1, d] of a pack, or [max_seq_len, 1, 1, d] otherwise; see ``get_emb``."""
+        # Past upstream's forward, which is cached by its arguments: the positions are none of them.
         if packed_seq and self.positions_T is not None:
             return self.get_emb(max_seq_len).index_select(0, self.positions_T)
         return super().forward(max_seq_len, offset, packed_seq, cp_group)

@@ -152,6 +152,7 @@ class _Unpad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (scatter_T,) = ctx.saved_tensors
+        # ``index_copy``: no slot comes twice, so nothing is added and the order is no matter.
         grad = grads[0].new_zeros(ctx.shape)
         grad.flatten(0, 1).index_copy_(0, scatter_T, grads[0])
         return grad, None
@@ -168,6 +169,7 @@ def padded_layout(cu_seqlens: list[int], device: torch.device) -> tuple[Tensor, 
     lengths = torch.tensor(cu_seqlens[1:], device=device) - starts
     if len(starts) == 1:
         return None
+    # A wait for the device on CUDA, as the selection below is: once a microbatch, not once a layer.
     longest = int(lengths.max())
     offsets = torch.arange(longest, device=device)
     inside = offsets < lengths[:, None]

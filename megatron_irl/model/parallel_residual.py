@@ -39,4 +39,5 @@ class ParallelResidualLayer(TransformerLayer):
                 attention, residual, self.hidden_dropout
             )
             added = self.mlp_bda(self.training, fused)(mlp, added, self.hidden_dropout)
+        # As upstream's layers end: a stage frees what it has sent, which a view would keep alive.
         return make_viewless_tensor(added, added.requires_grad, keep_graph=True), None

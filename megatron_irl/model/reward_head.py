@@ -57,6 +57,8 @@ class RewardHead(nn.Module):
         summed); to the hidden rows times ``trunk_scale``, once however many ranks there are.
         Collectives: under sequence parallelism an all-reduce of [S, H] over ``tp_group``.
         """
+        # With a stage before, a detached head would leave that stage waiting for the gradient of
+        # what it sent; it gets zeros (``_ScaleGradient`` by 0).
         if self.trunk_scale == 0 and not self.must_send_gradient:
             hidden_SBH = hidden_SBH.detach()
         hidden_SH = rows_at(

@@ -59,6 +59,7 @@ class SandwichLayer(TransformerLayer):
         mlp, bias = mlp_layer(norm2(hidden_states))
         assert bias is None, "a bias would have to be added before the norm"
         added = self._add(self.mlp_bda, self.post_mlp_layernorm(mlp), hidden_states)
+        # As upstream's layers end: a stage frees what it has sent, which a view would keep alive.
         return make_viewless_tensor(added, added.requires_grad, keep_graph=True), None
 
     def _own_angles(self, angles: Tensor | None) -> Tensor | None:

@@ -33,6 +33,7 @@ def set_scales(chunk: Any, config: TransformerConfig, architecture: Architecture
     if chunk.pre_process and architecture.embedding_scale is not None:
         # transformers rounds the factor to the weights' type first.
         factor = torch.tensor(architecture.embedding_scale).to(config.params_dtype).item()
+        # After the embedding's scatter under sequence parallelism too: a factor is of each element.
         chunk.embedding.register_forward_hook(lambda _module, _inputs, out: out * factor)
     if chunk.post_process and (cap := architecture.logit_softcap) is not None:
         setattr(chunk, LOGIT_SOFTCAP, cap)

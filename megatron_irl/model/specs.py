@@ -115,7 +115,7 @@ def block_spec(
     """
     if name == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        if config.use_te_activation_func:
+        if config.use_te_activation_func:  # in megatron-core 0.19 a spec's MLP is a partial
             layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
     else:
         layer = _local_layer_spec(config)
@@ -130,6 +130,7 @@ def block_spec(
     _set_softcap(layer.submodules, architecture.attention_softcap)
     if name == "transformer_engine":
         return layer
+    # Upstream would give the block of a single layer spec its own final norm; see ``LocalNorm``.
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalNorm)
 

@@ -38,6 +38,7 @@ def without_apex(config: Any) -> Iterator[None]:
     forward never called where there is a gradient.
     """
     wanted = config.gradient_accumulation_fusion
+    # Megatron-core 0.19 decides at construction. Goes when the head can be asked for by itself.
     config.gradient_accumulation_fusion = wanted and _has_apex_kernel()
     try:
         yield

@@ -87,6 +87,13 @@ def irft_loss(
     Gradient: through policy_logps_S only.
     Collectives: none.
 
+    Example:
+        ::
+
+            logps = torch.tensor([-10.0, -20.0])      # of a demonstration and a sample
+            out = irft_loss(logps, logps, torch.tensor([5, 5]), beta=0.1)
+            out.total, out.weight                     # 0.6931 (ln 2: pi is pi_ref), 1 pair
+
     Raises:
         ValueError: Shapes differ, S is odd or 0, or the loss is unknown.
     """

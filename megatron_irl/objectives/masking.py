@@ -33,6 +33,7 @@ def sequence_logprobs(logprobs_R: Tensor, segment_R: Tensor, num_sequences: int)
         raise ValueError(f"logprobs_R has shape {tuple(logprobs_R.shape)} and segment_R "
                          f"{tuple(segment_R.shape)}; both must be [R].")
     terms_R = at_least_float32(logprobs_R)
+    # On CUDA the terms are added in no fixed order, so the last bit may differ from run to run.
     return terms_R.new_zeros(num_sequences).index_add(0, segment_R, terms_R)
 
 

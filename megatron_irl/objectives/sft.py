@@ -10,21 +10,25 @@ from megatron_irl.objectives.masking import at_least_float32
 from megatron_irl.types import LossOutput, Metric
 
 
-def sft_loss(logprobs_R: Tensor, policy_logps_S: Tensor) -> LossOutput:
+def sft_loss(
+    logprobs_R: Tensor, policy_logps_S: Tensor, *, by_probability: bool = False
+) -> LossOutput:
     """Negative log-likelihood of demonstration tokens; divided by its weight, nats per token.
 
-    total = - sum over response tokens of log pi(token)        weight = R
+    total = - sum over response tokens of w(token) * log pi(token)        weight = R
 
     Args:
         logprobs_R: [R] nats, log-probability of each response token.
         policy_logps_S: [S] nats, the same summed by sequence; read for the metrics only.
+        by_probability: w = pi(token), through which no gradient flows, instead of 1: dynamic
+            fine-tuning (arXiv 2508.05629, eq. 9), which lets unlikely tokens count little.
 
     Returns:
         The sum, not the mean: the mean over a global batch weighs every token alike however the
         batch is cut into microbatches. Metrics: ``logp/demo`` (mean summed log-probability of a
         sequence), ``logp/demo_per_token``, ``length/demo`` (tokens).
 
-    Gradient: through logprobs_R, -1 for every row.
+    Gradient: through logprobs_R, -w for every row.
     Collectives: none.
 
     Raises:
@@ -33,11 +37,13 @@ def sft_loss(logprobs_R: Tensor, policy_logps_S: Tensor) -> LossOutput:
     if logprobs_R.dim() != 1 or policy_logps_S.dim() != 1:
         raise ValueError(f"logprobs_R has shape {tuple(logprobs_R.shape)} and policy_logps_S "
                          f"{tuple(policy_logps_S.shape)}; they must be [R] and [S].")
-    total = -at_least_float32(logprobs_R).sum()
+    logprobs_R = at_least_float32(logprobs_R)
+    likelihood = logprobs_R.detach().sum()
+    total = -(logprobs_R.detach().exp() * logprobs_R if by_probability else logprobs_R).sum()
     weight = torch.full((), logprobs_R.numel(), dtype=torch.int32, device=logprobs_R.device)
     num_sequences = policy_logps_S.numel()
     return LossOutput(total=total, weight=weight, metrics={
         "logp/demo": Metric(at_least_float32(policy_logps_S.detach()).sum(), num_sequences),
-        "logp/demo_per_token": Metric(-total.detach(), weight),
+        "logp/demo_per_token": Metric(likelihood, weight),
         "length/demo": Metric(weight.to(total.dtype), num_sequences),
     })

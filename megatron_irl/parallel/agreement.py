@@ -12,7 +12,9 @@ from megatron_irl.errors import RunStopped
 from megatron_irl.parallel.topology import Topology
 
 _STOP_KEY = "megatron_irl/stop"
-_ASK_SECONDS = 1.0  # between two looks at what other replicas were asked
+# Between two looks at what other replicas were asked. A look is a round trip to rank 0's store,
+# which serves all replicas, and a step of the engine may take a few milliseconds.
+_ASK_SECONDS = 1.0
 
 
 def agree(numbers: Sequence[int], topology: Topology) -> list[int]:
@@ -49,36 +51,50 @@ class ReplicaStop:
     def __init__(self, topology: Topology) -> None:
         self.topology = topology
         self._asked_at = time.monotonic()
-        self._is_told = False
+        self._is_known = False  # by all replicas: this one told them, or was told
 
     def level(self) -> int:
         """See ``StopRequest.level``. Collective over tensor and pipeline parallelism."""
         topology = self.topology
+        # One rank of a replica speaks with the others; its peers hear of it by the collective,
+        # which all of them take part in at every look whatever they know: an ``if level`` around
+        # it would leave those waiting that were not asked.
+        speaks = topology.dp_size > 1 and topology.tp_rank == topology.pp_rank == 0
+        if speaks and not topology.stop.level:
+            self._listen()
         level = topology.stop.level
-        if topology.dp_size > 1 and topology.tp_rank == topology.pp_rank == 0:
-            level = max(level, self._of_others(level))
         if topology.tp_size * topology.pp_size > 1:
             level = _largest([level], topology.groups.mp)[0]
+        if speaks and level:  # whichever rank of the replica was asked
+            self._tell()
         return level
 
-    def _of_others(self, level: int) -> int:
+    def _listen(self) -> None:
         now = time.monotonic()
-        tell = level > 0 and not self._is_told
-        if not tell and now - self._asked_at < _ASK_SECONDS:
-            return 0
+        if self._is_known or now - self._asked_at < _ASK_SECONDS:
+            return
         self._asked_at = now
-        store = dist.distributed_c10d._get_default_store()
-        with contextlib.suppress(dist.DistError):  # a lost store is met by the next collective
-            if tell:
-                store.set(_STOP_KEY, "1")
-                self._is_told = True
-            elif store.check([_STOP_KEY]):
-                self._is_told = True
+        with _lost_store():
+            if dist.distributed_c10d._get_default_store().check([_STOP_KEY]):
+                # Once: ``ask`` counts, and the same request heard twice would be a second one,
+                # which gives up the part that is begun.
+                self._is_known = True
                 self.topology.stop.ask("another rank was asked to")
-        return self.topology.stop.level
+
+    def _tell(self) -> None:
+        with _lost_store():
+            if not self._is_known:
+                dist.distributed_c10d._get_default_store().set(_STOP_KEY, "1")
+                self._is_known = True
+
+
+def _lost_store() -> contextlib.AbstractContextManager[object]:
+    """A store that is gone is met by the next collective, with the error that it is."""
+    return contextlib.suppress(dist.DistError)
 
 
 def _largest(numbers: Sequence[int], group: object) -> list[int]:
     together = torch.tensor(list(numbers), dtype=torch.int64, device=hardware.device())
     dist.all_reduce(together, op=dist.ReduceOp.MAX, group=group)  # type: ignore[arg-type]
+    # Waits for the device, and so for all that was queued before: after a step for its update.
     return together.tolist()

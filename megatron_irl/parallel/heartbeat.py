@@ -16,6 +16,8 @@ class Heartbeat:
     """
 
     def __init__(self) -> None:
+        # Set one by one, and the watchdog may look in between: hence a sign is given before
+        # ``is_slow`` changes. The time of a slow phase must never be held against a quick one.
         self.phase, self.is_slow, self.place = "start", True, ""
         self.last = time.monotonic()
 
@@ -27,10 +29,10 @@ class Heartbeat:
     def within(self, phase: str, *, slow: bool = False) -> Iterator[None]:
         """A phase of the run; back to the outer one afterwards."""
         outer = self.phase, self.is_slow
-        self.phase, self.is_slow = phase, slow
         self.beat()
+        self.phase, self.is_slow = phase, slow
         try:
             yield
         finally:
-            self.phase, self.is_slow = outer
             self.beat()
+            self.phase, self.is_slow = outer

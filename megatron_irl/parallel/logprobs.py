@@ -38,6 +38,8 @@ class _BlockedLogprobs(torch.autograd.Function):
         block_size: int, group: Any, softcap: float | None, make_block: Any, keep: bool,
         low_Rr: Tensor | None, low_Vpr: Tensor | None,
     ) -> Tensor:
+        # Tensor-parallel ranks have equal rows and so equally many blocks: the all-reduces inside
+        # each pair up without a word. No rows, no block, no collective, on any of them.
         logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
         block = None
         keep = keep and make_block.keeps(softcap)
@@ -65,24 +67,30 @@ class _BlockedLogprobs(torch.autograd.Function):
         grad_low = None if low_Rr is None else torch.empty_like(low_Rr)
         grad_factor = None if low_Vpr is None else torch.zeros_like(low_Vpr)
         num_rows = hidden_RH.shape[0]
+        # From the last block on, which is still there. The order of the sum in ``grad_weight`` is
+        # fixed by it: equal bits from run to run, other roundings under another ``block_size``.
         for start in reversed(range(0, num_rows, ctx.block_size)):
             rows = slice(start, min(start + ctx.block_size, num_rows))
             block, ctx.last_block = ctx.last_block, None
             if block is None:
+                # Its all-reduces over the group come once more, on every rank in the same order.
                 block = ctx.make_block(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
                     ctx.softcap, keep=True, low=_rows_of(low_Rr, low_Vpr, rows),
                 )
             grad_logits = block.gradient(grad_R[rows])
             del block
+            # Through this rank's slice of the vocabulary alone. The sum over the group is the
+            # backward of what ``response_logprobs`` brought the rows here with.
             grad_hidden[rows] = grad_logits @ weight_VpH
             if grad_low is not None and grad_factor is not None and low_Rr is not None:
                 grad_low[rows] = grad_logits @ low_Vpr
                 grad_factor.addmm_(grad_logits.T, low_Rr[rows])
             if ctx.needs_input_grad[1]:
+                # The first block's product is the sum so far: [Vp, H] of zeros are not made for it.
                 part = grad_logits.T @ hidden_RH[rows]
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        if grad_weight is None and ctx.needs_input_grad[1]:
+        if grad_weight is None and ctx.needs_input_grad[1]:  # no rows: DDP still waits for its hook
             grad_weight = torch.zeros_like(weight_VpH)
         nothing = (None,) * 7
         return grad_hidden, grad_weight, *nothing, grad_low, grad_factor
@@ -120,8 +128,7 @@ def response_logprobs(
             parallelism. Any float dtype.
         weight_VpH: [Vp, H], this rank's rows of the output embedding, padding included.
         rows_R: int64 [R], positions in T; targets_R: int64 [R], global vocabulary ids.
-        rows_at_once: Rows whose ``[rows_at_once, Vp]`` logits exist at one time in fp32; on CUDA as
-            many rows as take the same memory in the weight's dtype.
+        rows_at_once: Rows whose fp32 logits [rows_at_once, Vp] exist at one time; see ``_blocks``.
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
         adapter: Of the output embedding: rows [R, H] → (low_Rr, low_Vpr), whose product is added
             to the logits. It sees to its own sums over the group.
@@ -133,22 +140,32 @@ def response_logprobs(
     over the tensor-parallel group (response rows only, or by reduce-scatter under sequence
     parallelism).
     Collectives: over ``tp_group``; every tensor-parallel rank must call.
+
+    Example:
+        logprobs_R = response_logprobs(
+            hidden_SBH, output_layer.weight, batch.rows_R, batch.targets_R,
+            tp_group=topology.tp_group, sequence_parallel=False, rows_at_once=2048)
     """
     vocab_start = weight_VpH.shape[0] * tp_group.rank()
     hidden_RH, weight_VpH, low_Rr, low_Vpr = _head_inputs(
         hidden_SBH, weight_VpH, rows_R, tp_group, sequence_parallel, adapter
     )
-    make_block, block_size = (EagerBlock, rows_at_once)
-    if hardware.IS_CUDA:
-        # An eager block's logits take 4 bytes each and as many again while they are rounded; fused
-        # ones take what the dtype does, so the same memory holds more rows, and fewer are computed
-        # a second time.
-        make_block, block_size = FusedBlock, rows_at_once * (8 // weight_VpH.element_size())
+    make_block, block_size = _blocks(weight_VpH, rows_at_once)
     keep = torch.is_grad_enabled()  # inside the function it always says no
     return _BlockedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, softcap, make_block,
         keep, low_Rr, low_Vpr,
     )
+
+
+def _blocks(weight_VpH: Tensor, rows_at_once: int) -> tuple[Any, int]:
+    """What computes a block, and how many rows it has."""
+    if not hardware.IS_CUDA:
+        return EagerBlock, rows_at_once
+    # An eager block's logits take 4 bytes each and as many again while they are rounded; fused ones
+    # take what the dtype does, so the same memory holds more rows, and fewer are computed a second
+    # time.
+    return FusedBlock, rows_at_once * (8 // weight_VpH.element_size())
 
 
 def _head_inputs(
@@ -157,6 +174,8 @@ def _head_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(hidden_RH, this rank's rows without padding, low_Rr, low_Vpr); as ``response_logprobs``."""
     if sequence_parallel:
+        # All-gather; backward a reduce-scatter and no plain split, because each rank's gradient is
+        # only what came through its slice of the vocabulary (that is what the flag says).
         hidden_SBH = gather_from_sequence_parallel_region(
             hidden_SBH, tensor_parallel_output_grad=True, group=tp_group
         )
@@ -164,6 +183,7 @@ def _head_inputs(
     low_Rr, low_Vpr = (None, None) if adapter is None else adapter(
         hidden_RH, sequence_parallel=sequence_parallel)
     if not sequence_parallel:
+        # Nothing forward; backward an all-reduce, here of the R response rows instead of all T.
         hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
     num_real = getattr(weight_VpH, ROWS, weight_VpH.shape[0])
     if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient

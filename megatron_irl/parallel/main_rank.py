@@ -38,6 +38,8 @@ def on_main[T](work: Callable[[], T], topology: Topology) -> T:
             result = work()
         except Exception as error:  # whatever it is: the others must hear of it
             failure = error
+        # What is no Exception (Ctrl-C, RunStopped) ends this process, and the launcher the others.
+    # One broadcast, whatever happened: nobody has to know of a failure to know what comes next.
     said, result = from_main((_spoken(failure), result), topology)
     _raise_if(failure, {0: said} if said else {})
     return result
@@ -61,6 +63,8 @@ def everywhere[T](work: Callable[[], T], topology: Topology) -> T:
         failure = error
     said: list[Any] = [_spoken(failure)]
     if topology.world_size > 1:
+        # A rank that failed comes here at once. Collectives inside ``work`` are safe only where
+        # all of their ranks fail alike: peers that did not are still waiting in them.
         said = [None] * topology.world_size
         dist.all_gather_object(said, _spoken(failure))
     _raise_if(failure, {rank: text for rank, text in enumerate(said) if text})
@@ -131,7 +135,7 @@ def _spoken(error: BaseException | None) -> Any:
 
 def _raise_if(own: BaseException | None, said: dict[int, Any]) -> None:
     if own is not None:
-        raise own
+        raise own  # the original, with its traceback, where it happened
     if said:
         rank, first = min(said.items())
         if isinstance(first, UserError):

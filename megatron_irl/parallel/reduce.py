@@ -45,11 +45,16 @@ def reduce_metrics(
     values: dict[str, float] = {}
     if topology.is_last_stage:
         merged = merge_metrics(parts)
+        # Added up by position: every replica has run the same objective on at least one microbatch,
+        # so the names and their order are the same. An objective that reports a metric only
+        # sometimes would mix metrics up between replicas.
         means = [n for n in merged if merged[n].reduction == "mean"]
         maxima = [n for n in merged if merged[n].reduction == "max"]
         pairs = [number for n in means for number in (merged[n].total, merged[n].weight)]
         sums = _as_float64(pairs, device).reshape(-1, 2)
         tops = _as_float64([merged[n].total for n in maxima], device)
+        # Tensor-parallel ranks hold equal metrics; each reduces with its own peers of other
+        # replicas, to the same. The other stages have nothing, and get the result below.
         dist.all_reduce(sums, group=topology.dp_group)
         dist.all_reduce(tops, op=dist.ReduceOp.MAX, group=topology.dp_group)
         # The step's one wait for the device before the update.
@@ -74,6 +79,7 @@ def from_last_stage(value: Any, topology: Topology) -> Any:
     if topology.pp_size == 1:
         return value
     box = [value]
+    # ``src`` counts ranks of the run, not of the group. (Pickling moves the value over the host.)
     last = dist.get_global_rank(topology.pp_group, topology.pp_size - 1)
     dist.broadcast_object_list(box, src=last, group=topology.pp_group)
     return box[0]
@@ -114,4 +120,5 @@ def gather_in_turn(mine: Sequence[Any], topology: Topology) -> list[Any]:
     """All items in order, where rank r holds items r, r + dp_size, ...  Collective over dp."""
     by_rank = gather_over_data_parallel(mine, topology)
     size = topology.dp_size
+    # Dealt in turn, rank 0 has at most one item more than the last, so item i is always there.
     return [by_rank[i % size][i // size] for i in range(sum(map(len, by_rank)))]

@@ -18,5 +18,7 @@ def drop_shared_buffers() -> None:
 
 def shared_buffers() -> dict[Any, Any]:
     """The buffers themselves, by use and type, to be changed in place; empty before there are."""
+    # Private upstream (0.19.2): its own getter asserts where there is no buffer yet. To be removed
+    # when Megatron's inference does not allocate what training writes to.
     buffer = parallel_state._GLOBAL_MEMORY_BUFFER
     return {} if buffer is None else buffer.buffer

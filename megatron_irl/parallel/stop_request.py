@@ -84,13 +84,16 @@ class StopRequest:
             self._at_once = False
 
     def _take(self, number: int, frame: object) -> None:
+        # Runs between any two lines of the main thread, in the middle of a collective's Python or
+        # of a file being written: so it takes no lock, prints nothing and only sets attributes.
         del frame
         if number == signal.SIGINT and self._requests:
+            # The kernel's own way out, which also works where Python does not come to run.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
             return
         self.ask(f"{signal.Signals(number).name} was received")
-        if self._at_once:
+        if self._at_once:  # no collective is under way: raising here leaves nobody waiting
             raise RunStopped(self.reason)
 
 

@@ -88,7 +88,7 @@ def initialize(
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(hardware.BACKEND, timeout=timeout)
-        else:
+        else:  # this process alone: no port is opened, so that many may run on one machine
             store = dist.HashStore()
             dist.init_process_group(
                 hardware.BACKEND, store=store, rank=rank, world_size=world_size, timeout=timeout
@@ -117,6 +117,8 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
 
     Collectives: every rank must call.
     """
+    # Megatron keeps its groups in globals and refuses to set them twice. Every rank makes all
+    # groups, in the same order, its own or not: making one is collective over the world.
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -144,6 +146,7 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         tp_group=groups.tp,
         pp_group=groups.pp,
         dp_group=groups.dp_cp,
+        # Objects and host tensors over NCCL would take a detour over the device.
         host_dp_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
         if hardware.IS_CUDA else groups.dp_cp,
         groups=groups,

@@ -79,7 +79,7 @@ class EagerBlock:
             self._slope = 1 - logits.square() if keep else None
             logits = logits.mul_(softcap)
         target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
-        if group.size() == 1:
+        if group.size() == 1:  # rounds otherwise than below: TP 1 and 2 agree, but not bit for bit
             log_z = torch.logsumexp(logits, dim=-1)
             if keep:
                 self._probs = logits.sub_(log_z[:, None]).exp_()
@@ -87,6 +87,8 @@ class EagerBlock:
             return
         peak = logits.amax(dim=-1)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        # Relative to the peak on the one rank that holds the target, 0 on the others, so that its
+        # sum over the group is exact; one all-reduce brings it and the normaliser.
         target_logit = target_logit - torch.where(inside, peak, 0.0)
         exps = logits.sub_(peak[:, None]).exp_()
         sums = torch.stack([exps.sum(dim=-1), target_logit])
@@ -104,6 +106,8 @@ class EagerBlock:
         # d logprob[target] / d logits = onehot(target) - softmax
         grad_logits = probs.mul_(-grad_R[:, None])
         index = torch.arange(local.shape[0], device=local.device)
+        # A row whose target is another rank's adds 0 at column 0: no branch, and no wait for the
+        # device, which selecting rows by a mask would be.
         grad_logits[index, local] += torch.where(inside, grad_R, 0.0)
         if self._slope is not None:
             grad_logits.mul_(self._slope)
@@ -131,7 +135,7 @@ class FusedBlock:
         )
         logits = product(hidden_RH, weight_VpH, low)
         peak, normaliser, target_logit = _statistics(logits, *self._targets, softcap)
-        if group.size() > 1:
+        if group.size() > 1:  # two all-reduces in a row: the sums need the common peak
             top = peak.clone()
             dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
             # Each rank's sum is of exp(logit - its own peak); on to the common one.

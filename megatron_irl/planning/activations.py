@@ -142,7 +142,8 @@ class PerToken:
 
     Attributes:
         layer: Bytes that one layer keeps.
-        edge: Bytes that embedding and final norm keep, wherever they are.
+        edge: Bytes that stand at the ends of a chunk: what comes in, the embedding's, and what
+            goes out, the final norm's.
         forward, backward: As in ``Footprint``.
         gradients: Bytes of weight gradients on the way to Megatron's buffer, whatever the tokens.
     """
@@ -153,9 +154,12 @@ class PerToken:
     backward: float
     gradients: float
 
-    def kept(self, layers: float, *, is_edge: bool) -> float:
-        """Bytes a token that so many layers keep."""
-        return layers * self.layer + (self.edge if is_edge else 0.0)
+    def kept(self, layers: float, *, chunks: int) -> float:
+        """Bytes a token that so many layers keep, in so many chunks.
+
+        Between two chunks stands what is passed on, about half of what the model's ends keep.
+        """
+        return layers * self.layer + (1 + (chunks - 1) / 2) * self.edge
 
 
 def per_token(

@@ -9,6 +9,7 @@ from megatron_irl.planning.activations import PerToken
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.workload import PhaseWork, Workload
+from megatron_irl.train.host_optimizer import grad_buffer_fields
 
 # Outside of torch's allocator: the CUDA context, cuBLAS and NCCL. What the allocator cannot use
 # because its blocks are in pieces is a share of what it holds.
@@ -96,7 +97,8 @@ def _is_matrix(name: str) -> bool:
 
 def _training_state(setup: Setup, trained: int) -> dict[str, float]:
     """Megatron's gradient buffer, and what Adam keeps: moments, and a float32 copy of bf16."""
-    options, ddp = setup.recipe.optimizer, setup.recipe.ddp
+    options = setup.recipe.optimizer
+    ddp = grad_buffer_fields(setup.recipe) | setup.recipe.ddp
     grad = 4 if ddp.get("grad_reduce_in_fp32", True) else setup.element
     moments = {"sgd": 1, "lion": 1}.get(options.get("optimizer", "adam"), 2)
     state = 4.0 * moments + (0 if setup.recipe.precision == "fp32" else 4)
@@ -131,8 +133,7 @@ def _activations(
 def _phase_activations(
     setup: Setup, stage: int, per_token: PerToken, phase: PhaseWork, pack: Tokens
 ) -> dict[str, float]:
-    is_edge = stage in (0, setup.pp - 1)
-    kept = pack.sum * per_token.kept(setup.layers, is_edge=is_edge)
+    kept = pack.sum * per_token.kept(setup.layers, chunks=setup.vpp)
     if setup.recipe.precision == "fp8":
         kept += pack.sum * setup.layers * fp8_change(setup)
     in_flight = setup.in_flight(stage, len(phase.packs))

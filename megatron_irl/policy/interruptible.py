@@ -35,6 +35,8 @@ class Interruptible:
         level = self._stop.level()
         if not level:
             return
+        # What is begun when the request comes; parts that begin later are left where they are. The
+        # samples so far are the same on every rank of the replica, and so is what is awaited.
         if self._awaited is None:
             self._awaited = {number for number, samples in self._drawn.items() if len(samples)}
         self._awaited &= self._drawn.keys()

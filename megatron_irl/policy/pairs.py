@@ -161,8 +161,9 @@ def _sample_share(
     that all replicas sampled.
     """
     topology = policy.topology
+    # ``left`` is rank 0's list on every rank, so no part is drawn twice and none forgotten.
     mine = {number: parts[number] for number in left[topology.dp_rank :: topology.dp_size]}
-    keys = parts.keys()
+    keys = parts.keys()  # of all: a prompt may also stand in a part that another replica draws
     places = [(number, i) for number, part in mine.items() for i in range(len(part))]
     drawn: dict[int, dict[int, Sample]] = {number: {} for number in mine}
     queue = Interruptible(topology, drawn)
@@ -178,6 +179,7 @@ def _sample_share(
         if len(drawn[number]) < len(mine[number]):
             return
         samples = drawn.pop(number)
+        # Every rank of the replica comes here with the same samples in the same order.
         if writes and not failed:
             in_order = [samples[i] for i in range(len(samples))]
             try:
@@ -202,6 +204,8 @@ def _sample_share(
         if failed:
             raise failed[0]
 
+    # Replicas that are done wait here for the slowest. Its signs of progress do not reach their
+    # watchdogs, so no part may take longer than ``parallel.hang_seconds``.
     everywhere(raise_failed, topology)
     stop_if_asked(topology)
     return sum(gather_over_data_parallel(tokens, topology))

@@ -120,7 +120,7 @@ class Policy:
         if self.adapters is None:
             yield
             return
-        self.complete_gather()
+        self.complete_gather()  # the update is made of A and B, which must be those of all replicas
         with self.adapters.merged():
             yield
 
@@ -137,7 +137,7 @@ class Policy:
         """
         with ExitStack() as stack:
             if hf_dir is not None and self.adapters is not None:
-                self.complete_gather()
+                self.complete_gather()  # or it would arrive over the adapters that are filled in
                 stack.enter_context(self.adapters.at_start())
                 if not self.adapters.rounds_merged:
                     hf_dir = None
@@ -167,6 +167,7 @@ class Policy:
         pipeline stage.
         Collectives: tensor and pipeline parallel ranks of one replica must call together.
         """
+        # A sync for each microbatch here too, when all of them are queued.
         return [list(out.cpu()) for out, _ in self.schedule.evaluate(microbatches, "rewards")]
 
     def score(
@@ -191,6 +192,7 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
+        # After the exchange: every rank has all scores, so all of them find the same and raise.
         check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
@@ -306,6 +308,7 @@ class Policy:
         """
         assert self.generator is not None, "open_generator comes first"
         topology = self.topology
+        # Dealt in turn: prompts are often sorted, by length or by source.
         share = slice(topology.dp_rank, None, topology.dp_size)
         keys = range(len(prompts)) if keys is None else keys
         places = range(len(prompts))[share]
@@ -315,6 +318,7 @@ class Policy:
                 on_finished=on_finished and (lambda i, sample: on_finished(places[i], sample)),
                 ends=ends and (lambda i, token_ids: ends(places[i], token_ids)),
             )
+        # Replicas that are done wait here for the slowest one.
         return gather_in_turn(samples, topology)
 
     def _ready_to_sample(self) -> AbstractContextManager[None]:

@@ -44,6 +44,8 @@ def survey(pairs: RoundPairs, topology: Topology) -> RoundPairs:
         lambda: [index_of(pairs.part(number), number) for number in _share(pairs, topology)],
         topology,
     )
+    # In the order of the parts, whoever read them: positions in the index are what every rank
+    # draws and splits by.
     pairs.index = np.concatenate([np.zeros(0, INDEX), *gather_in_turn(mine, topology)])
     return pairs
 
@@ -71,15 +73,18 @@ def score_parts[T](
         RunStopped: A rank was asked to stop; parts scored by then are written.
     """
     topology, mine = policy.topology, _share(pairs, policy.topology)
+    # A replica without a part of its own repeats the last one: with ddp.overlap_param_gather
+    # replicas exchange parameters in the first forward after an update, so each runs one.
+    passes = mine or pairs.parts[-1:]
+    # Each rank reads for itself, and one that cannot must not leave its peers in a forward.
+    everywhere(lambda: [pairs.part(number) for number in passes], topology)
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
     found: list[T] = []
 
     def work() -> None:
         failed: list[Exception] = []
         stop = ReplicaStop(topology)
-        # A replica without a part of its own repeats the last one: with ddp.overlap_param_gather
-        # replicas exchange parameters in the first forward after an update, so each runs one.
-        for number in mine or pairs.parts[-1:]:
+        for number in passes:
             found.append(score(pairs.part(number)))
             if writes and mine and not failed:
                 try:
@@ -132,7 +137,8 @@ def add_references(
     with clock.timed("reference"):
         if weights_of is not None and pairs.parts:
             # The policy's own pass, on one part, for the mismatch.
-            mismatch.add(score(pairs.part(pairs.parts[0]), alone=False))
+            first = everywhere(lambda: pairs.part(pairs.parts[0]), policy.topology)
+            mismatch.add(score(first, alone=False))
         with policy.with_weights_of(weights_of):
             by_part = score_parts(policy, pairs, score)
         if weights_of is None:

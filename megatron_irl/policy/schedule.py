@@ -64,6 +64,8 @@ class PipelineSchedule:
     def _run(
         self, microbatches: Sequence[PackedBatch], heads: HeadChoice, loss: MegatronLoss | None
     ) -> list[Any]:
+        # Of this replica alone, whose ranks hold the same microbatches: data-parallel ranks differ
+        # in length and do not meet within the schedule.
         longest = max(batch.tokens_T.shape[1] for batch in microbatches)
         if self.topology.vpp_size > 1:  # the interleaved schedule knows one shape only
             microbatches = [lengthen(batch, longest) for batch in microbatches]
@@ -83,7 +85,7 @@ class PipelineSchedule:
                 seq_length=longest,
                 micro_batch_size=1,  # one packed row
                 forward_only=loss is None,
-                collect_non_loss_data=loss is None,
+                collect_non_loss_data=loss is None,  # the outputs, and no loss of them
             )
 
     def _forward_step(
@@ -91,6 +93,8 @@ class PipelineSchedule:
         chunk: nn.Module,
     ) -> tuple[Any, Callable[..., Any]]:
         """One microbatch through one chunk, as the schedule asks: (output, output → loss)."""
+        # Each stage makes its own copy: the batch is equal on all ranks of a replica, and what goes
+        # down the pipeline are hidden states only.
         batch = next(iterator).to(hardware.device())
         output = forward_packed(chunk, batch, self.processor, heads)
         return output, _keep_output if loss is None else partial(loss, batch)
@@ -98,7 +102,7 @@ class PipelineSchedule:
     def _fill_pipeline(self, microbatches: Sequence[PackedBatch]) -> list[PackedBatch]:
         """Repeat the last microbatch until the interleaved schedule accepts the number."""
         group = self.topology.pp_size if self.topology.vpp_size > 1 else 1
-        missing = -len(microbatches) % group
+        missing = -len(microbatches) % group  # dropped again by ``evaluate``
         return list(microbatches) + [microbatches[-1]] * missing
 
 

@@ -94,6 +94,7 @@ def sum_in_packs[N: (float, tuple[float, ...])](
     places = np.array(sorted(scored), np.int64)
     found = np.array([numbers(i, scored[i]) for i in places.tolist()], np.float64)
     parts = [from_last_stage((places, found), topology)]
+    # A pack that was repeated is in the parts of several ranks, with the same numbers.
     if not alone:
         parts = gather_over_data_parallel(parts[0], topology)
     whole = np.zeros((len(sequences), *parts[0][1].shape[1:]))

@@ -15,6 +15,7 @@ def weights_set_aside(chunks: Sequence[Any]) -> Iterator[None]:
 
     Collectives: none.
     """
+    # Copied back in place: DDP's buffers, the optimizer and CUDA graphs know parameters by address.
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     aside = [p.detach().clone() for p in parameters]
     try:

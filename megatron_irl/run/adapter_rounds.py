@@ -30,6 +30,7 @@ def merge_round(run: Run) -> None:
     run.policy.complete_gather()
     _write(run, run.folder.round_adapter(state.round - 1))
     adapters.merge_and_begin(state.round)
+    # Its fp32 main parameters are copies of the bf16 ones, which have begun anew.
     run.trainer.optimizer.reload_model_params()
 
 
@@ -70,6 +71,7 @@ def merge_earlier(adapters: Adapters, folder: RunFolder, state: RunState) -> Non
                 adapters.read(PeftFolder.read(folder.round_adapter(index)))
                 adapters.merge_for_good()
 
+    # Every rank reads whole adapters and takes its share: they are small, and nothing is sent.
     everywhere(merge, adapters.topology)
 
 

@@ -23,6 +23,8 @@ def between_steps(run: Run, phase: Phase, wanted: Set[str] = frozenset()) -> Non
     topology, state = run.topology, run.state
     topology.heart.place = f"step {state.step}, round {state.round}"
     topology.heart.beat()
+    # All questions in one all-reduce, the only one of a step that is not training's; its answers
+    # are the same on every rank, and so are the collectives that follow from them.
     asked, due, halve, end, *saving = agree(
         [topology.stop.level, save_is_due(run), "halve_lr" in wanted, "end_round" in wanted,
          *run.checkpointer.status()],
@@ -63,6 +65,7 @@ def skip_or_stop(run: Run, phase: str, bad: NotFinite) -> tuple[StepResult, int]
     Raises:
         TrainingDiverged: The run stops.
     """
+    # No collective in here: what each rank writes is its own, and a failure to is a warning.
     folder, options = write_post_mortem(run, phase, bad), run.recipe.train
     if options.on_nonfinite == "stop":
         raise bad

@@ -36,6 +36,12 @@ PACKAGES = ("megatron-irl", "megatron-core", "torch", "transformers", "transform
 class RunFolder:
     """Paths and identity of one run; only the main rank writes.
 
+    Example:
+        folder = RunFolder(Path(recipe.output_dir))
+        folder.check(resolved, corpus.digest, len(corpus.demonstrations), start)  # ours, or new
+        on_main(lambda: folder.claim(resolved, inputs.identity, sys.argv), topology)
+        folder.checkpoints, folder.pairs, folder.hf      # paths of what is kept there
+
     ``run.json`` holds the recipe's fingerprint, what the run began with, and whether it ended; all
     but the latter is in ``recipe.yaml`` too, from which it is restored.
     """

@@ -24,6 +24,7 @@ from megatron_irl.model.build import build_config, build_ddp_config
 from megatron_irl.policy.provenance import describe_start, today
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.tokens import Tokens
+from megatron_irl.train.host_optimizer import grad_buffer_fields
 from megatron_irl.train.optimizer import build_optimizer_config, shards_optimizer
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip
@@ -42,6 +43,7 @@ class Inputs:
         adapter: What is trained instead of the whole model, if anything.
         start: What the run begins with, see ``describe_start``.
         notes: Lines for the user.
+        tokens: Where the token ids are kept; None where nothing is.
     """
 
     recipe: Recipe
@@ -57,6 +59,7 @@ class Inputs:
     adapter: AdapterSpec | None
     start: dict[str, str]
     notes: list[str]
+    tokens: Tokens | None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -85,6 +88,7 @@ def read_inputs(
     algorithm = headers.algorithm
     validate_hf_folder(hf_dir, arch)
     adapter = headers.adapter
+    # A run keeps the date it began with: in a template that prints it another one is other ids.
     date = folder.date or today()
     tokenizer = load_tokenizer(
         recipe.data.tokenizer or hf_dir, recipe.data.chat_template,
@@ -94,11 +98,13 @@ def read_inputs(
     start = describe_start(hf_dir, tokenizer, date, adapter=recipe.adapter.path)
     if adapter is not None and adapter.start is not None:
         adapter.start.check_base(start["model.hf"], hf_dir)
-    data, resolved = _read_data(recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens)
+    data, resolved, tokens = _read_data(
+        recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens
+    )
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
         headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
-        [*certificate_notes(hf_dir), *data.notes],
+        [*certificate_notes(hf_dir), *data.notes], tokens,
     )
 
 
@@ -127,9 +133,11 @@ def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
         arch, recipe.parallel, precision=recipe.precision, overrides=recipe.model.overrides,
         check_hardware=check_hardware,
     )
-    optimizer_config = build_optimizer_config(recipe, model_config)
+    optimizer_config = build_optimizer_config(
+        recipe, model_config, check_hardware=check_hardware
+    )
     sharded = {"use_distributed_optimizer": shards_optimizer(recipe)}
-    ddp_config = build_ddp_config(recipe.ddp | sharded)
+    ddp_config = build_ddp_config(grad_buffer_fields(recipe) | recipe.ddp | sharded)
     check_lengths(recipe, arch, model_config)
     return Headers(
         folder, algorithm, hf_config, arch, model_config, optimizer_config, ddp_config,
@@ -140,7 +148,7 @@ def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
 def _read_data(
     recipe: Recipe, algorithm: Algorithm, folder: RunFolder, tokenizer: Tokenizer,
     start: dict[str, str], *, keeps: bool,
-) -> tuple[Corpus, Recipe]:
+) -> tuple[Corpus, Recipe, Tokens | None]:
     """The data, and the recipe resolved for so much of it; both are those of the run's folder."""
     key = algorithm.preferences
     trained_on = (key, value_at(recipe, key)) if key else None
@@ -150,7 +158,7 @@ def _read_data(
 
     if not keeps:
         data = read(None)
-        return data, _resolved(recipe, folder, data, start)
+        return data, _resolved(recipe, folder, data, start), None
     tokens = Tokens(TokenStore(folder.tokens))
     data = tokens.corpus(
         lambda: token_key(recipe, tokenizer, trained_on[1] if trained_on else ()), read
@@ -158,10 +166,9 @@ def _read_data(
     try:
         resolved = _resolved(recipe, folder, data, start)
     except UserError:
-        tokens.settle(accepted=False)
+        tokens.discard_new()
         raise
-    tokens.settle(accepted=True)
-    return data, resolved
+    return data, resolved, tokens
 
 
 def _resolved(recipe: Recipe, folder: RunFolder, data: Corpus, start: dict[str, str]) -> Recipe:

@@ -22,7 +22,7 @@ from megatron_irl.collector import settled
 from megatron_irl.config import Recipe
 from megatron_irl.console import Console
 from megatron_irl.convert.export import export_hf
-from megatron_irl.errors import RunStopped, TrainingDiverged
+from megatron_irl.errors import RunStopped, TrainingDiverged, UserError
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.topology import Topology
@@ -43,11 +43,21 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     """Run a recipe to its end, from wherever its folder stands. Collective over every rank.
 
     The folder is this run's alone from before it is read until the end, however that comes.
+
+    Example:
+        recipe = load_recipe("recipe.yaml")
+        inputs = read_inputs(recipe)      # what is wrong with data or model is said here
+        train(inputs, initialize(recipe.parallel, seed=recipe.seed))
     """
     if is_finished(inputs.folder, topology):
         Console(enabled=topology.is_main).note(f"{inputs.folder.path} is finished; nothing to do.")
         return
-    lease = hold(inputs.folder.path, topology)
+    try:
+        lease = hold(inputs.folder.path, topology)
+    except UserError:
+        if inputs.tokens is not None:
+            inputs.tokens.discard_new()
+        raise
     options = inputs.recipe.parallel
     watchdog = Watchdog(
         topology, seconds=options.hang_seconds, slow_seconds=60 * options.timeout_minutes,
@@ -56,6 +66,8 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
     watchdog.start()
     try:
         check_shared(inputs.folder.path, topology)
+        if inputs.tokens is not None:
+            inputs.tokens.keep_only_these()
         # Again: another start may have held the folder until now, and finished the run.
         if not is_finished(inputs.folder, topology):
             run = open_run(inputs, topology, argv or sys.argv, lease)
@@ -72,6 +84,7 @@ def train(inputs: Inputs, topology: Topology, argv: list[str] | None = None) -> 
 def train_rounds(run: Run) -> None:
     """The rounds that are still to be done, and what the run leaves. Collective."""
     state, heart = run.state, run.topology.heart
+    heart.beat()  # the start has no signs of its own, and may have taken longer than a step may
     heart.phase, heart.is_slow = "training", False
     try:
         stop_if_asked(run.topology)
@@ -111,6 +124,8 @@ def run_round(run: Run) -> None:
 def run_phase(run: Run, round: Round, phase: Phase) -> None:
     """The steps of a phase that are still to be done."""
     state = run.state
+    # Not ``>=``: a phase without steps has its say all the same (rft scores its round there even
+    # with no policy steps), and so has one that a run resumes right behind.
     if state.step_in_round > phase.last:
         return
     work = phase.prepare(round, state.step_in_round)
@@ -122,6 +137,8 @@ def run_phase(run: Run, round: Round, phase: Phase) -> None:
     if not work.items:
         state.step_in_round = phase.last
     steps = range(state.step_in_round, phase.last)
+    # Every rank reads other files, before the steps: one that fails in the midst of them would
+    # leave its peers in the schedule.
     everywhere(
         lambda: run.trainer.read_ahead(streams_at(run, phase, work, step) for step in steps),
         run.topology,
@@ -189,6 +206,9 @@ def close_round(run: Run, summary: dict[str, Any]) -> None:
     if run.algorithm.draws_samples:
         record |= {"beta": algorithm.beta[state.round], "reference": algorithm.reference}
     on_main(lambda: run.recorder.round(record), run.topology)
+    if run.prediction is not None:
+        run.recorder.compare(run.prediction, summary.get("generation", {}))
+        run.prediction = None
     state.round += 1
     state.step_in_round = 0
     state.evaluation = evaluation

@@ -21,6 +21,7 @@ from megatron_irl.policy.policy import Policy
 from megatron_irl.run.adapter_rounds import restore_base
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs, generation_length
+from megatron_irl.run.prediction import Prediction
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.run import Run
 from megatron_irl.run.speed import Speedometer
@@ -81,8 +82,17 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
-        speedometer=Speedometer(inputs.architecture, topology, policy.chunks),
+        speedometer=(speed := Speedometer(inputs.architecture, topology, policy.chunks)),
+        prediction=predict(inputs, topology, speed) if state.step == 0 else None,
     )
+
+
+def predict(inputs: Inputs, topology: Topology, speed: Speedometer) -> Prediction | None:
+    """Have the planner say what the run should take, if this is the main rank of known GPUs."""
+    if speed.machine is None or not topology.is_main:
+        return None
+    return Prediction(inputs.folder.path / "recipe.yaml", speed.machine.name, topology.world_size,
+                      inputs.data)
 
 
 def open_generator(policy: Policy, recipe: Recipe) -> None:
@@ -140,6 +150,8 @@ def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy
     """
     recipe, arch = inputs.recipe, inputs.architecture
     chunks = build_chunks(inputs.model_config, arch, topology)
+    # In this order: adapters freeze what is there, a reward head is trained all the same, and DDP
+    # makes buffers of the parameters that it finds.
     adapters = None
     if inputs.adapter is not None:
         adapters = add_adapters(chunks, inputs.adapter, arch, topology)

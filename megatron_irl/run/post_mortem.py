@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_irl.data.round_pairs import PairRows
 from megatron_irl.errors import UserError
 from megatron_irl.run.run import Run
 from megatron_irl.storage.commit import write_file
@@ -25,7 +26,10 @@ def write_post_mortem(run: Run, phase: str, bad: NotFinite) -> Path:
              "loss": str(bad.loss), "grad_norm": str(bad.grad_norm)}
     try:
         if topology.is_main:
-            items = [item for stream in bad.streams for item in run.trainer.drawn(stream)]
+            batches = [run.trainer.drawn(stream) for stream in bad.streams]
+            # Of most pairs this rank knows numbers only, and reads them by whole parts.
+            items = [item for batch in batches
+                     for item in (batch.read() if isinstance(batch, PairRows) else batch)]
             _write(folder / "batch.json", place | {"items": [_plain(item) for item in items]})
         if bad.local_losses and topology.tp_rank == 0:
             _write(folder / f"rank_{topology.rank:05d}.json", {

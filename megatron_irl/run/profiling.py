@@ -1,5 +1,6 @@
 """Chosen optimizer steps under torch's profiler (section ``profile``)."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,5 +24,8 @@ def recorded(options: ProfileConfig, folder: Path, *, step: int, rank: int) -> I
     ) as profiler:
         yield
     target = folder / "profile" / f"step_{step:06d}_rank_{rank}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(target))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(target))
+    except (OSError, RuntimeError) as error:  # it only shows the run, which goes on
+        warnings.warn(f"the profile {target} could not be written: {error}", stacklevel=2)

@@ -9,6 +9,7 @@ from megatron_irl.config.resolve import to_mapping
 from megatron_irl.console import Console
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.guard import CollapseGuard
+from megatron_irl.run.prediction import Prediction, compared
 from megatron_irl.run.report import write_report
 from megatron_irl.run.runlog import RunLog
 from megatron_irl.run.spikes import SpikeGuard
@@ -81,6 +82,7 @@ class Recorder:
             "time/step": seconds, "tokens_per_second": tokens / seconds,
             "staleness": state.step_in_round - 1, **(speed or {}),
         }
+        # Nothing here reads the device: the numbers came with the step's one reduction.
         if state.step_in_round == 1:  # what the round took before its first step
             line |= {f"time/{name}": taken for name, taken in self.clock.seconds.items()
                      if name != "train"}
@@ -124,6 +126,15 @@ class Recorder:
             self.console.warn(warning)
         record["guard"], self._warned = self._warned + found, []
         self.log.log_round(record)
+
+    def compare(self, prediction: Prediction, generation: dict[str, Any]) -> None:
+        """Say what the plan was beside what the first round measured; never raises."""
+        def say() -> None:
+            plan = prediction.plan()
+            for line in compared(plan, self.log.read_metrics(), generation) if plan else ():
+                self.console.note(line)
+
+        self._try("the comparison with the plan", say)
 
     def publish(self, record: dict[str, Any]) -> None:
         """Show a finished round in trackers and report. After its checkpoint; never raises."""

@@ -1,6 +1,5 @@
 """The start of a round: sample from the policy, cache the reference, commit both to the bank."""
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,7 +16,7 @@ from megatron_irl.policy.pairs import sample_pairs
 from megatron_irl.policy.references import add_references, open_pairs, survey
 from megatron_irl.run.adapter_rounds import merge_round
 from megatron_irl.run.run import Run
-from megatron_irl.storage.commit import read_json, write_file
+from megatron_irl.storage.commit import checked_json, read_json, write_file
 from megatron_irl.train.batches import chosen
 from megatron_irl.train.offload import offloaded
 from megatron_irl.types import Demonstration
@@ -32,6 +31,8 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
     Collectives: every rank must call.
     """
     state = run.state
+    # A checkpoint of a round's start was saved before this, so whoever resumes there does it too;
+    # none is saved between here and the first step.
     if state.step_in_round == 0 and state.round > 0:
         merge_round(run)
         if run.recipe.algorithm.reset_optimizer == "round":
@@ -65,12 +66,15 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
     """
     topology = run.topology
     summary_path = run.folder.pairs / f"round_{round_index:04d}" / "summary.json"
+    # Rank 0's look decides for all: what follows is collective, and two looks may differ.
     known = on_main(lambda: read_json(summary_path), topology)
     if run.bank.has_references(round_index) and known is not None:
         return open_pairs(run.bank, round_index), known
     if run.state.step_in_round:  # what is measured at a round's start cannot be any more
+        run.recorder.warn(f"{summary_path} is missing or damaged; the line of round {round_index} "
+                          "will lack what was measured at the round's start")
         return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
-    with ExitStack() as stack:
+    with ExitStack() as stack:  # around sampling only: a reference pass needs less than training
         if run.recipe.generation.offload_optimizer:
             stack.enter_context(offloaded(run.policy.chunks, run.trainer.optimizer))
         generation = sample_pairs(
@@ -88,7 +92,7 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
         run.policy, pairs, weights_of=run.reference_weights, console=run.console, clock=run.clock
     )
     summary = {"generation": generation, **references}
-    on_main(lambda: write_file(summary_path, json.dumps(summary).encode()), topology)
+    on_main(lambda: write_file(summary_path, checked_json(summary)), topology)
     return pairs, summary
 
 

@@ -17,6 +17,7 @@ from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.provenance import start_of
 from megatron_irl.run.folder import RunFolder
+from megatron_irl.run.prediction import Prediction
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.speed import Speedometer
 from megatron_irl.run.state import RunState
@@ -45,6 +46,7 @@ class Run:
         sampling: How samples are drawn; its seed is the run's.
         companions: What an exported folder has besides weights.
         speedometer: How fast it is beside what its device could do.
+        prediction: What the planner says; on the main rank of a run that begins on a known GPU.
         saved: (step, round, step in round) of the newest checkpoint, or of the run's start.
 
     Example:
@@ -72,6 +74,7 @@ class Run:
     sampling: SamplingConfig
     companions: dict[str, Any]
     speedometer: Speedometer
+    prediction: Prediction | None = None
     saved: tuple[int, int, int] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
 
@@ -121,6 +124,8 @@ class Run:
         return self.state.step, self.state.round, self.state.step_in_round
 
     def _save(self, then: Callable[[], None] | None) -> None:
+        # The forward also completes an exchange of parameters that is pending under
+        # ddp.overlap_param_gather; without one the model would be saved with other ranks' old ones.
         probe = self.data.demonstrations[:NUM_PROBES]
         self.policy.score([(d.prompt_ids, d.response_ids) for d in probe])
         # Clocks differ between ranks. A checkpoint has one state, and Megatron compares what the

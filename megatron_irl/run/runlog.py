@@ -189,9 +189,9 @@ def _level(
     """Rewrite a log to the wanted lines, those of ``kept`` where it lacks them; returns them."""
     before = path.read_bytes() if path.exists() else b""
     records = [record for record in map(_parsed, before.split(b"\n")) if record is not None]
-    # Later ones win: of a step that was done twice the log has the later doing, and the log's own
-    # line is the one that was reported.
-    by_number = {record[key]: record for record in (*kept, *records) if record.get(key) in wanted}
+    # Later ones win. What the checkpoint kept is of the very steps that led to it; a line of the
+    # log may have been damaged since, and of steps that it has not kept the last doing counts.
+    by_number = {record[key]: record for record in (*records, *kept) if record.get(key) in wanted}
     lines = [by_number[number] for number in sorted(by_number)]
     content = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     if content != before:

@@ -30,6 +30,7 @@ class Speedometer:
         self.machine: Machine | None = machine_of_device(hardware.device_name())
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
+        # An adapter is some percent of a model. (What a phase freezes keeps ``requires_grad``.)
         is_adapter = trained < 0.5 * sum(p.numel() for p in parameters)
         # Of the whole model: stages hold equally many layers, and so equally much of an adapter.
         self._adapter = trained * self._ranks if is_adapter else None

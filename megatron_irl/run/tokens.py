@@ -83,11 +83,14 @@ class Tokens:
         word.say(key=self.key)
         return found
 
-    def settle(self, *, accepted: bool) -> None:
-        """Keep these ids and no others in the run's folder; or none that a refused start made."""
-        if self.key is not None and accepted:
+    def keep_only_these(self) -> None:
+        """Remove other ids from the run's folder, which must be held: they may be another run's."""
+        if self.key is not None:
             self.store.keep_only(self.key)
-        elif self.key is not None and self.is_new:
+
+    def discard_new(self) -> None:
+        """Remove what a start that was refused has made."""
+        if self.key is not None and self.is_new:
             self.store.discard(self.key)
 
 
@@ -123,6 +126,7 @@ class _Word:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             said = self._read()
+            # A word of an earlier start, of another call, or of a process that is gone, is none.
             if said is not None and said["call"] == self._call and _lives(said):
                 if "key" in said or "error" in said:
                     return said

@@ -71,7 +71,9 @@ class Watchdog:
         if not self.seconds:
             return
         self.heart.beat()
-        faulthandler.register(SHOW_STACKS, file=sys.__stderr__, all_threads=True)
+        stream: Any = sys.__stderr__
+        # In C: it also shows the stack of a thread that is inside NCCL and runs no Python.
+        faulthandler.register(SHOW_STACKS, file=stream, all_threads=True)
         threading.Thread(target=self._live, name="watchdog", daemon=True).start()
 
     def stop(self) -> None:
@@ -80,6 +82,8 @@ class Watchdog:
             faulthandler.unregister(SHOW_STACKS)
 
     def _live(self) -> None:
+        # A thread of Python: it does not look while the main thread keeps the interpreter's lock,
+        # but waiting in a collective does not keep it.
         interval = min(5.0, self.seconds / 10)
         looked = time.monotonic()
         while not self._ended.wait(interval):
@@ -104,7 +108,7 @@ class Watchdog:
                     with contextlib.suppress(OSError):
                         os.kill(mate.pid, SHOW_STACKS)
         time.sleep(_SHOWING_SECONDS)
-        os._exit(HUNG)
+        os._exit(HUNG)  # an exception, or sys.exit, would wait for the main thread's collective
 
     def describe(self, silent: float, limit: float) -> str:
         """What this rank knows, for the log."""

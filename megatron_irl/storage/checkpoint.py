@@ -47,6 +47,12 @@ FORMAT_VERSION = 1
 class Checkpointer(CheckpointFolder):
     """The ``checkpoints/`` folder of one run, written and read by all of its ranks.
 
+    Example:
+        checkpointer = Checkpointer(folder, topology, keep=2)
+        checkpointer.save(step, policy.chunks, optimizer, scheduler, {"round": 0})
+        newest = checkpointer.latest()
+        state = checkpointer.load(newest, policy.chunks, optimizer, scheduler)
+
     Args:
         folder: Where ``step_NNNNNN`` folders live.
         keep: Newest checkpoints kept; older ones are removed after a newer one is whole.
@@ -76,10 +82,15 @@ class Checkpointer(CheckpointFolder):
         self._distribution: Any = None  # of replicated tensors over their ranks; by Megatron
 
     def clean(self) -> None:
-        """Make good what a kill left; for the run itself, before it looks for its checkpoint."""
-        if self.topology.is_main:
+        """Make good what a kill left; for the run itself, before it looks for its checkpoint.
+
+        Collective: what rank 0 cannot mend is every rank's error.
+        """
+        def mend() -> None:
             self.put_back()
             self.discard_unfinished()
+
+        on_main(mend, self.topology)
 
     # --- saving
 
@@ -102,7 +113,7 @@ class Checkpointer(CheckpointFolder):
         start = time.perf_counter()
         final = self.path(step)
         partial = unfinished(final)
-        on_main(lambda: self._begin(final, partial), self.topology)
+        on_main(lambda: self._begin(final, partial), self.topology)  # then everybody writes there
         make_savable(optimizer)
         with in_blocks(optimizer):
             sharded = self._sharded(chunks, optimizer, is_loading=False)
@@ -117,7 +128,7 @@ class Checkpointer(CheckpointFolder):
         )
         self._pending = saving, then or (lambda: None)
         if self.asynchronous:
-            _copy_out(plan)
+            _copy_out(plan)  # waits for the device; from here on the next step may write
         saving.stall_seconds = time.perf_counter() - start
         if self.asynchronous:
             saving.start()
@@ -157,6 +168,8 @@ class Checkpointer(CheckpointFolder):
         saving, then = self._pending
         self._pending = None
         try:
+            # First that all have written: the commit waits for every rank's report, and without
+            # this would wait for that of a rank whose disk is full.
             everywhere(saving.write, self.topology)
             on_main(saving.commit, self.topology)
         except BaseException:
@@ -192,6 +205,7 @@ class Checkpointer(CheckpointFolder):
         strategy: Any = FullyParallelSaveStrategyWrapper(
             plan, self.topology.dp_group, do_cache_distribution=True  # type: ignore[arg-type]
         )
+        # Which rank writes what several have is settled by a collective, once: it does not change.
         is_first = self._distribution is None
         strategy.cached_distribution = self._distribution
         dist_checkpointing.save(
@@ -263,7 +277,7 @@ class Checkpointer(CheckpointFolder):
             sharded = self._sharded(chunks, optimizer, is_loading=True)
             models = {name: part for name, part in sharded.items() if name.startswith("model")}
             adapt_to_spec(models, path)
-            if common.get("layout") != self._layout():
+            if common.get("layout") != self._layout():  # each (pp, tp) place has random states
                 sharded.pop("rng", None)
             strategy: Any = FullyParallelLoadStrategyWrapper(
                 TorchDistLoadShardedStrategy(), self.topology.dp_group

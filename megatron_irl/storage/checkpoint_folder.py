@@ -52,6 +52,7 @@ class CheckpointFolder:
         Later ones go too: the run has passed them over, or it would stand behind them.
         """
         steps = self.steps()
+        # By what is on disk, not by what this process has saved: a run that resumed counts too.
         newest = [s for s in steps if s <= step][-self.keep :]
         for other in steps:
             is_kept = other in newest or (

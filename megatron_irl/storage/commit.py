@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from megatron_irl.errors import UserError
 
 TEMPORARY_PATTERN = ".*.tmp"
+_CHECKSUM = "crc32"  # the key of ``checked_json``
 
 # What the user can put right: a full disk, quota or file-size limit, a path that cannot be written.
 USER_ERRNOS = {
@@ -98,7 +100,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
-            sync_folder(target.parent)
+            sync_folder(target.parent)  # or a power cut takes the new name back
         finally:
             _remove_quietly(temporary)
 
@@ -110,12 +112,43 @@ def write_file(path: str | Path, content: bytes) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any] | None:
-    """The object in a file that can be made again; None where it is missing or damaged."""
+    """The object in a file that can be made again; None where it is missing or damaged.
+
+    One that ``checked_json`` made is compared with its checksum, which is left out.
+    """
     try:
-        value = json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_bytes())
     except (OSError, ValueError):
         return None
-    return value if isinstance(value, dict) else None
+    if not isinstance(value, dict):
+        return None
+    said = value.pop(_CHECKSUM, None)
+    return value if said in (None, _crc32_of_json(value)) else None
+
+
+def checked_json(value: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """An object as JSON with a checksum of itself in it, for ``read_json``."""
+    return json.dumps({**value, _CHECKSUM: _crc32_of_json(value)}, indent=indent).encode()
+
+
+def _crc32_of_json(value: Mapping[str, Any]) -> str:
+    # By way of JSON, which makes lists of tuples and strings of keys.
+    plain = json.loads(json.dumps(value))
+    return f"{zlib.crc32(json.dumps(plain, sort_keys=True).encode()):08x}"
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """Size and CRC-32 of a file, which is read for it, as manifests have them."""
+    crc = size = 0
+    with open(path, "rb") as file:
+        while data := file.read(4 << 20):  # few calls, and little beside what a rank holds
+            crc, size = zlib.crc32(data, crc), size + len(data)
+    return entry(size, crc)
+
+
+def entry(bytes: int, crc32: int) -> dict[str, Any]:
+    """As ``entry_of``, of what is known."""
+    return {"bytes": bytes, "crc32": f"{crc32:08x}"}
 
 
 def write_jsonl_atomically(path: str | Path, records: Iterable[Mapping[str, Any]]) -> int:
@@ -181,6 +214,7 @@ def commit_folder(new: Path, final: Path) -> None:
     An old folder is moved aside before, never half deleted: a kill between the two renames leaves
     it as ``.<name>.old``, which ``put_back`` returns.
     """
+    # Before the rename: a power cut could else leave the name without the content.
     for path in (*new.rglob("*"), new):
         sync_folder(path)
     old = final.with_name(f".{final.name}.old")

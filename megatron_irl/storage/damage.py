@@ -23,6 +23,7 @@ def damage(checkpoint: Path, verify: Verify, topology: Topology) -> str | None:
     if wrong is not None or verify == "sizes":
         return wrong
     names = on_main(lambda: shares(checkpoint, topology.world_size), topology)[topology.rank]
+    # What is found is a sentence and no error, so that no rank leaves before the gather.
     with ThreadPoolExecutor(threads_for_files()) as pool:
         found = list(pool.map(lambda name: wrong_contents(checkpoint, name), names))
     by_rank: list[Any] = [found]

@@ -97,6 +97,7 @@ class Lease:
                 folder.mkdir(parents=True, exist_ok=True)
             number = 1 + refuse_if_held(folder)
             if _make(folder, number, me):
+                # The number may have been another's, who is gone and whose successor removed it.
                 if max(_numbers(folder)) == number:
                     break
                 _path(folder, number).unlink(missing_ok=True)  # made from an old listing
@@ -145,7 +146,7 @@ class Lease:
 
     def _beat(self) -> None:
         """Look, and say that this process lives: by the file's time, which needs no space."""
-        begun = _now()
+        begun = _now()  # before the look: a takeover while it lasts is not taken for seen
         self._look()
         os.utime(_path(self.folder, self.number))
         self._last_sign = begun

@@ -6,17 +6,16 @@ the quickest: 1.8 GB/s a thread on one machine where SHA-256 made 0.9 and BLAKE2
 """
 
 import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import entry, entry_of
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-_CHUNK = 4 << 20
 
 
 def write_manifest(folder: Path, files: Mapping[str, Any], **notes: Any) -> None:
@@ -28,20 +27,6 @@ def write_manifest(folder: Path, files: Mapping[str, Any], **notes: Any) -> None
     """
     text = {"format_version": FORMAT_VERSION, "algorithm": "crc32", **notes, "files": dict(files)}
     (folder / MANIFEST).write_text(json.dumps(text, indent=1))
-
-
-def entry(bytes: int, crc32: int) -> dict[str, Any]:
-    """What a manifest has of a file."""
-    return {"bytes": bytes, "crc32": f"{crc32:08x}"}
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    """As ``entry``, of a file that is read for it."""
-    crc = size = 0
-    with open(path, "rb") as file:
-        while data := file.read(_CHUNK):
-            crc, size = zlib.crc32(data, crc), size + len(data)
-    return entry(size, crc)
 
 
 def files_of(folder: Path) -> dict[str, Any] | None:
@@ -98,6 +83,7 @@ def shares(folder: Path, count: int) -> list[list[str]]:
     sizes = {name: known["bytes"] for name, known in (files_of(folder) or {}).items()}
     lists: list[list[str]] = [[] for _ in range(count)]
     loads = [0] * count
+    # The largest first, each to whoever has least; names break ties, so that all come to the same.
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         lightest = loads.index(min(loads))
         lists[lightest].append(name)

@@ -49,6 +49,7 @@ class PartialJsonl:
             raise UserError(f"cannot write {self.path}: it exists and is not a regular file.")
         with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
+            # A lock of the file: the system gives it back with the process, however that ends.
             self._lock = open(self._lines, "ab")
             self._take_lock(self._lock)
             count, size = self._whole_lines()

@@ -34,6 +34,7 @@ def restore_random_states(states: Any) -> None:
     """Set what ``random_states`` found; anything but states is left alone."""
     if not isinstance(states, dict):
         return
+    # Each rank reads the state of its (pp, tp) place; replicas share the one that was saved.
     torch.set_rng_state(states["torch"])
     np.random.set_state(states["numpy"])
     _tracker().set_states(states["tracker"])

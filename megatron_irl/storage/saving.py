@@ -23,8 +23,8 @@ from megatron_irl.compat.checkpoint_writer import (
     write_buckets,
 )
 from megatron_irl.hardware.host_copy import threads_for_files
-from megatron_irl.storage.commit import commit_folder, write_errors
-from megatron_irl.storage.manifest import entry, entry_of, write_manifest
+from megatron_irl.storage.commit import commit_folder, entry, entry_of, write_errors
+from megatron_irl.storage.manifest import write_manifest
 
 from megatron.core.dist_checkpointing.core import (  # isort: skip
     CheckpointingConfig,
@@ -71,6 +71,8 @@ class Saving:
 
     def start(self) -> None:
         """Write, and on rank 0 commit, in a thread."""
+        # No daemon: those are frozen in the middle of a write while the interpreter goes down. This
+        # one is waited for, sees that the main thread has ended, and leaves (``_goes_on``).
         self._thread = threading.Thread(target=self._run, name="checkpoint")
         self._thread.start()
 
@@ -145,7 +147,7 @@ class Saving:
         }
         path = self._report(self.rank)
         path.with_suffix(".tmp").write_text(json.dumps(said))
-        path.with_suffix(".tmp").rename(path)
+        path.with_suffix(".tmp").rename(path)  # whole or not at all, for rank 0 polls for the name
         self.is_written = True
 
     def _commit(self) -> None:
@@ -160,6 +162,8 @@ class Saving:
         self.bytes = sum(known["bytes"] for known in (files | small).values())
         write_manifest(self.partial, dict(sorted((files | small).items())), **self.notes,
                        stall_seconds=round(self.stall_seconds, 3))
+        # As late as can be: files were written into a folder that is nobody's yet, and only the
+        # rename would change what another process took over.
         self.fence()
         if not self._goes_on():
             raise Abandoned

@@ -55,6 +55,7 @@ class SharedBank(PairBank):
         Raises:
             UserError: A part of a round in progress is missing or damaged, by file.
         """
+        # Manifests are small (a line for each part), so that all of them can go to every rank.
         self._known = on_main(lambda: self._prepare(round, inside, required), self.topology)
         self._written = {}
 
@@ -86,6 +87,7 @@ class SharedBank(PairBank):
         To be called when every rank has written its parts, of a new round or new versions.
         Digests come from the ranks that wrote, not from files that rank 0 may see late. Collective.
         """
+        # Popped, so that what is written from here on belongs to the next manifest.
         mine = self._written.pop(round, {}) | {part.number: part for part in parts or ()}
         written: list[dict[int, Part]] = [mine]
         if self.topology.world_size > 1:

@@ -32,6 +32,7 @@ def hold(folder: Path, topology: Topology) -> Lease:
         mine = Lease.acquire(folder)
         return mine.number, mine.token
 
+    # Number and token go to every rank: each checks the lease file for itself before it writes.
     number, token = on_main(take, topology)
     return mine or Lease(folder, number, token)
 

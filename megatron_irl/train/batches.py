@@ -32,6 +32,7 @@ def microbatches_for(
         micro_batch_size: Items in each; read without
         micro_batch_tokens: as many items as have so many tokens; see ``assign_by_tokens``.
     """
+    # Lengths of all items decide, which every rank knows; the items of others are not made.
     mine = share_of(token_counts(items), topology, micro_batch_size, micro_batch_tokens)
     return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
 
@@ -44,7 +45,8 @@ def share_of(
     if micro_batch_tokens is None:
         bins = assign(lengths, len(lengths) // micro_batch_size, micro_batch_size)
     else:
-        # The interleaved schedule runs microbatches in groups of one per stage.
+        # Dealt below, as many to each replica. The interleaved schedule runs microbatches in groups
+        # of one per stage.
         group = topology.pp_size if topology.vpp_size > 1 else 1
         bins = assign_by_tokens(lengths, micro_batch_tokens, topology.dp_size * group)
     return bins[topology.dp_rank :: topology.dp_size]

@@ -43,6 +43,8 @@ class FiniteUpdates:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer, self._norm = optimizer, 0.0
+        # megatron-core 0.19 computes the norm in one of two ways: chained optimizers, which its
+        # factory makes, by the first. Goes when upstream can be told to skip such an update.
         for name in ("get_grad_norm", "clip_grad_norm"):
             if hasattr(optimizer, name):
                 setattr(optimizer, name, self._noting(getattr(optimizer, name)))
@@ -61,12 +63,14 @@ class FiniteUpdates:
     def _noting(self, compute: Any) -> Any:
         def compute_and_note(*args: Any, **options: Any) -> Any:
             norm = compute(*args, **options)
-            self._norm = float(norm)
+            self._norm = float(norm)  # no further wait: Megatron has read it off the device
             return norm
 
         return compute_and_note
 
     def _update_if_finite(self) -> bool:
         if not math.isfinite(self._norm):
+            # On every rank or none, as the norm is the same: what follows an update over data
+            # parallelism (parameters go back to all replicas) is left out by all of them.
             raise _BadGradient
         return self._update()

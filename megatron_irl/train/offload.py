@@ -27,10 +27,12 @@ def offloaded(chunks: Sequence[Any], optimizer: Any) -> Iterator[None]:
     buffers = _grad_buffers(chunks)
     for buffer in buffers:
         buffer.offload_to_cpu(move_params=False, move_grads=True)
+    # The buffers are empty by now: gradients that the optimizer knows are views of them, no state.
     kept = [(storage, _to_host(storage)) for storage in _state_storages(chunks, optimizer)]
     hardware.synchronize()  # the copies are made before their sources go
     for storage, _ in kept:
         storage.resize_(0)
+    # The freed blocks are torch's still; the engine's cache is to be one piece of memory.
     hardware.release_cached_memory()
     try:
         yield
@@ -62,7 +64,7 @@ def _state_storages(chunks: Sequence[Any], optimizer: Any) -> list[torch.Untyped
     found = []
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(one, "optimizer", None)
-        if inner is None:
+        if inner is None:  # a rank without parameters of its kind has a stub
             continue
         tensors = [p for group in inner.param_groups for p in group["params"]]
         tensors += [p.grad for p in tensors if p.grad is not None]
@@ -70,6 +72,7 @@ def _state_storages(chunks: Sequence[Any], optimizer: Any) -> list[torch.Untyped
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor) or tensor.device.type != device:
                 continue
+            # By storage: moments may be slices of one, and an fp32 "main" parameter is the model's.
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in taken:
                 taken.add(storage.data_ptr())
@@ -78,6 +81,7 @@ def _state_storages(chunks: Sequence[Any], optimizer: Any) -> list[torch.Untyped
 
 
 def _to_host(storage: torch.UntypedStorage) -> torch.Tensor:
+    # Pinned: to other memory a copy makes the host wait, at a fraction of the bus's speed.
     host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=hardware.IS_CUDA)
     return host.copy_(_bytes(storage), non_blocking=True)
 

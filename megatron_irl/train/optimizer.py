@@ -12,6 +12,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.hardware import cpu_updates
 from megatron_irl.model.reward_head import PARAMETER
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.train.host_optimizer import completed
 
 from megatron.core.optimizer import (  # isort: skip
     OptimizerConfig,
@@ -27,8 +28,13 @@ Frozen = Literal["trunk", "reward_head"] | None
 DEFAULTS: dict[str, Any] = {"lr": 5e-7, "weight_decay": 0.0, "clip_grad": 1.0}
 
 
-def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> OptimizerConfig:
+def build_optimizer_config(
+    recipe: Recipe, config: TransformerConfig, *, check_hardware: bool = True
+) -> OptimizerConfig:
     """Megatron's OptimizerConfig: our defaults, then the recipe's ``optimizer:`` keys.
+
+    Args:
+        check_hardware: Without it the optimizer may be one that this machine cannot run.
 
     Raises:
         UserError: An unknown key, or values that Megatron refuses.
@@ -39,7 +45,7 @@ def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> Optimiz
         "bf16": config.bf16,
         "params_dtype": config.params_dtype,
         "use_distributed_optimizer": shards_optimizer(recipe),
-    } | recipe.optimizer
+    } | completed(recipe, check_hardware=check_hardware)
     known = ("adam", "sgd", "lion")
     name = fields.get("optimizer", "adam")
     if name not in known and importlib.util.find_spec("emerging_optimizers") is None:
@@ -52,7 +58,7 @@ def build_optimizer_config(recipe: Recipe, config: TransformerConfig) -> Optimiz
     fields.setdefault("min_lr", fields["lr"] * recipe.schedule.min_lr_ratio)
     try:
         return OptimizerConfig(**fields)
-    except (ValueError, AssertionError, TypeError, ImportError) as error:
+    except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"Megatron-Core refuses this optimizer configuration: {error}") from error
 
 
@@ -99,6 +105,7 @@ def build_optimizer(
     """
     overrides = None
     if head_lr is not None:
+        # With overrides of ours Megatron leaves its own out (no decay of biases and norms).
         overrides = get_standard_config_overrides(options) | reward_head_group(
             head_lr, min_lr=head_lr * min_lr_ratio
         )
@@ -119,7 +126,7 @@ def build_megatron_optimizer(
         pg_collection=topology.groups,
     )
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part in parts:
+    for part in parts:  # megatron-core 0.19
         # Checkpoints are gathered over it. Megatron would set it itself if it were told to take
         # all groups from its globals instead of from the topology.
         part.data_parallel_group_gloo = topology.host_dp_group
@@ -152,6 +159,7 @@ def freeze(optimizer: Any, frozen: Frozen) -> Iterator[None]:
         if frozen is not None and (frozen == "reward_head") == _is_reward_head(group)
     ]
     rates = [group["lr"] for group in groups]
+    # Megatron's property gives the inner optimizers' own dictionaries, so this reaches the update.
     for group in groups:
         group["lr"] = 0.0
     try:
@@ -196,7 +204,7 @@ def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
         max_lr=peak,
         min_lr=float(optimizer.config.min_lr),
         lr_warmup_steps=min(int(steps * schedule.lr_warmup_fraction), steps),
-        lr_decay_steps=steps + 1,
+        lr_decay_steps=steps + 1,  # one more than updates, as it stands one step ahead
         lr_decay_style=schedule.lr_decay_style,
         start_wd=decay,
         end_wd=decay,
@@ -210,16 +218,19 @@ def build_schedule(recipe: Recipe, optimizer: Any) -> OptimizerParamScheduler:
 def reset_optimizer(optimizer: Any) -> None:
     """Forget the moments, as at the start of a new stage; parameters stay."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
-        for state in inner.state.values():
-            for name, value in state.items():
-                if name == "step" and not hasattr(value, "zero_"):
-                    state[name] = 0
-                elif hasattr(value, "zero_") and name != "master_param":
-                    value.zero_()
-        for group in inner.param_groups:
-            if "step" in group:  # fused optimizers keep the count per group
-                group["step"] = group["step"] * 0
+        # One that is partly on the host has several inside, whose state it shows as its own.
+        for inner in (part.optimizer, *getattr(part.optimizer, "sub_optimizers", ())):
+            # In place, and nothing is deleted: Megatron looks for the state when it saves, and
+            # torch's Adam would begin anew with other tensors.
+            for state in inner.state.values():
+                for name, value in state.items():
+                    if name == "step" and not hasattr(value, "zero_"):
+                        state[name] = 0
+                    elif hasattr(value, "zero_") and name != "master_param":
+                        value.zero_()
+            for group in inner.param_groups:
+                if "step" in group:  # fused optimizers keep the count per group
+                    group["step"] = group["step"] * 0
 
 
 def current_lr(optimizer: Any) -> float:

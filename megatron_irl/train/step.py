@@ -60,6 +60,13 @@ class StepResult:
 class Stepper:
     """Updates a policy.
 
+    Example:
+        ::
+
+            stepper = Stepper(policy, optimizer)
+            mine = microbatches_for(items, topology, multiple_of=policy.multiple_of)
+            result = stepper.train_step(mine, objective)    # result.loss, result.grad_norm
+
     Args:
         policy: Over DDP-wrapped model chunks.
         optimizer: Megatron's optimizer over the same chunks.
@@ -73,7 +80,8 @@ class Stepper:
         self.policy, self.optimizer = policy, optimizer
         self._updates = FiniteUpdates(optimizer)
         # Called by the schedule after the last backward: reduces gradients over data parallelism
-        # and tied embeddings over the pipeline, and divides by the global count.
+        # and tied embeddings over the pipeline, and divides by the global count. (All chunks of a
+        # rank share one config, and the schedule asks the first one's.)
         get_model_config(policy.chunks[0]).finalize_model_grads_func = partial(
             finalize_model_grads, pg_collection=policy.topology.groups
         )
@@ -105,6 +113,7 @@ class Stepper:
         frozen: Frozen, where: str,
     ) -> StepResult:
         policy = self.policy
+        # Every time anew: a step that took no update has left its NaN gradients where they were.
         for chunk in policy.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -113,6 +122,7 @@ class Stepper:
         # Reads the device: the one wait of a step before the update. The check below needs it.
         metrics = reduce_metrics(reports, policy.topology, hardware.device())
         loss = metrics.pop("loss")
+        # The same number on every rank, so all of them leave here or none does.
         if not math.isfinite(loss):
             raise NotFinite(f"the loss is {loss} {where}", loss=loss, local_losses=_means(reports))
         with freeze(self.optimizer, frozen), lowered(self.optimizer, self.lr_scale):
@@ -140,6 +150,15 @@ class Stream:
 
 class Trainer:
     """Owns the optimizer and its schedule.
+
+    Example:
+        ::
+
+            optimizer = build_optimizer(options, policy.chunks, topology)
+            trainer = Trainer(recipe, policy, optimizer)
+            stream = Stream(demonstrations, order_seed(recipe.seed, 0, 0), step=0)
+            result, tokens = trainer.step([stream], likelihood_objective, heads="logprobs",
+                                          frozen=None, where="at step 1")
 
     Args:
         recipe: Resolved; its ``train``, ``schedule`` and ``algorithm`` sections are read.
@@ -199,6 +218,7 @@ class Trainer:
         microbatches: list[PackedBatch] = []
         tokens = 0
         for stream in streams:
+            # Every rank draws the whole batch, by numbers alone, and makes its own share of it.
             drawn = self.drawn(stream)
             tokens += sum(token_counts(drawn))
             microbatches += microbatches_for(
@@ -253,6 +273,8 @@ def streams_of(
         first, last: Of the phase, in steps of the round.
     """
     found = []
+    # Known without a state of its own: where a stream stands follows from where the step does, so
+    # a resumed run, and a step that was skipped, draw what the others would.
     for items, outlasts_round in streams:
         if not items:
             continue
@@ -269,6 +291,7 @@ def _megatron_loss(
     out = objective(output, batch)
     report = dict(out.metrics)
     report["loss"] = Metric(out.total.detach(), out.weight)
+    # Nothing here is read: the schedule adds losses and counts (in int32) up on the device.
     return out.total, out.weight.to(torch.int), report
 
 

@@ -207,9 +207,12 @@ def train_and_save(
 
 def resume_and_train(
     hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int, out: str, at: int,
-    forget: bool = False,
+    forget: bool = False, save: bool = False,
 ) -> list[tuple[float, float]]:
-    """Read a checkpoint and train on; ``forget`` leaves the optimizer as it was built."""
+    """Read a checkpoint and train on; ``forget`` leaves the optimizer as it was built.
+
+    With ``save`` the last of the steps is saved in its turn, in the background.
+    """
     stepper = build_trainer(hf, layout, optimizer)
     with torch.no_grad():  # what is not read back would show
         for parameter in (p for chunk in stepper.policy.chunks for p in chunk.parameters()):
@@ -219,7 +222,14 @@ def resume_and_train(
     assert state == {"step": at}
     if forget:
         reset_optimizer(stepper.optimizer)
-    return _steps(stepper, folder, layout, steps)
+    numbers = _steps(stepper, folder, layout, steps)
+    if save:
+        checkpointer.asynchronous = True
+        state = {"step": at + steps}
+        checkpointer.save(at + steps, stepper.policy.chunks, stepper.optimizer, _Schedule(), state)
+        _steps(stepper, folder, layout, 1)  # what is being written must not see it
+        checkpointer.wait()
+    return numbers
 
 
 def _steps(

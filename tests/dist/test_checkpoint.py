@@ -90,3 +90,26 @@ def test_lost_optimizer_state_would_show(pool, setting, tmp_path):
     )
     difference = np.abs(np.array(after) - whole[3:]) / whole[3:]
     assert difference[1].max() > 5e-3
+
+
+@pytest.mark.parametrize(("optimizer", "bound"), [
+    (ADAM, 3e-4), ({"optimizer": "sgd", "lr": 1e-2, "sgd_momentum": 0.9}, 1e-5),
+    ({"optimizer": "sgd", "lr": 1e-2, "sgd_momentum": 0.0}, 1e-5),
+], ids=["adam", "sgd", "sgd without momentum"])
+def test_one_run_under_one_layout_after_another(pool, setting, tmp_path, optimizer, bound):
+    """TP2, PP2, DP2 and back, a step each; every one saves while it takes a step that is lost."""
+    common = setting[0]
+    (whole,) = pool.run(1, jobs.train_on_bank, **common, layout={}, optimizer=optimizer, steps=4)
+    ranks, layout = ALL["tp2"]
+    got = pool.run(
+        ranks, jobs.train_and_save, **common, layout=layout, optimizer=optimizer, steps=1,
+        out=str(tmp_path),
+    )[0]
+    for at, name in enumerate(("pp2", "dp2", "tp2"), 1):
+        ranks, layout = ALL[name]
+        got += pool.run(
+            ranks, jobs.resume_and_train, **common, layout=layout, optimizer=optimizer, steps=1,
+            out=str(tmp_path), at=at, save=True,
+        )[0]
+    losses, expected = np.array(got)[:, 0], np.array(whole)[:, 0]
+    assert (np.abs(losses - expected) / expected).max() < bound, (losses, expected)

@@ -15,6 +15,8 @@ from tests.golden.trajectory import Trajectory, read_trajectory
 KINDS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 TARGETS = ("rank", "launcher", "tree")
 EARLY_SHARE = 0.15  # of the faults come while the processes are starting
+FURTHEST = 0.7  # of what is left to do, a fault comes at most so far into it
+LONGEST_DELAY = 0.5  # seconds between that place and the signal: what lies between two files too
 
 
 @dataclass
@@ -57,11 +59,11 @@ class Story:
 
 @dataclass(frozen=True)
 class Reference:
-    """The uninterrupted run: what it did, and seconds to take the folder, and from there on."""
+    """The uninterrupted run: what it did, seconds until it took the folder, and its progress."""
 
     trajectory: Trajectory
     opening: float
-    life: float
+    progress: int
 
 
 def make_reference(case: str, root: Path) -> Reference:
@@ -72,7 +74,7 @@ def make_reference(case: str, root: Path) -> Reference:
         code = start.finish()
         assert code == 0, start.log.read_text()
         opened = start.opened_at or 0.0
-        return Reference(read_trajectory(folder), opened, start.seconds - opened)
+        return Reference(read_trajectory(folder), opened, progress_of(folder))
     finally:
         start.end()
 
@@ -100,20 +102,22 @@ def tell_story(
 def _hit_once(
     recipe: Path, folder: Path, kind: str, rng: random.Random, reference: Reference
 ) -> Fault | None:
-    """One start and one fault; None if the run was done before it."""
+    """One start and one fault at a random place; None if the run was done before it."""
     target, early = rng.choice(TARGETS), rng.random() < EARLY_SHARE
-    share, which = rng.random(), rng.random()
+    share, which, delay = rng.random(), rng.random(), rng.random() * LONGEST_DELAY
+    done = progress_of(folder)
+    due = done + share * FURTHEST * (reference.progress - done)
     start = Start(recipe, folder)
     try:
         while True:
             if start.look() is not None:
                 break
-            elapsed, opened = start.seconds, start.opened_at
-            if early and elapsed >= share * reference.opening:
+            if early and start.seconds >= share * reference.opening:
                 break
-            if opened is not None and elapsed - opened >= share * reference.life:
+            if start.opened_at is not None and progress_of(folder) >= due:
+                time.sleep(delay)
                 break
-            time.sleep(0.01)
+            time.sleep(0.02)
         if start.launcher.poll() is not None and start.launcher.returncode == 0:
             return None
         ranks = start.ranks()
@@ -165,6 +169,11 @@ def _finish(recipe: Path, folder: Path, reference: Reference) -> list[str]:
             [f"differs in {', '.join(differing)}"] if differing else [])
     finally:
         start.end()
+
+
+def progress_of(folder: Path) -> int:
+    """How far a run is, whatever the machine's speed: its steps and the parts of its banks."""
+    return _steps(folder) + sum(1 for _ in folder.rglob("part_*.parquet"))
 
 
 def _steps(folder: Path) -> int:

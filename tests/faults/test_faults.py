@@ -1,4 +1,4 @@
-"""The short version of ``python -m tests.faults``: two random kills, and a stop."""
+"""The short version of ``python -m tests.faults``: two random kills of one run."""
 
 import pytest
 
@@ -7,13 +7,11 @@ from tests.faults.story import make_reference, tell_story
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_at_random(tmp_path):
+@pytest.mark.timeout(1500)
+def test_killed_at_random(tmp_path):
     """rft over two replicas; the final metrics, samples and weights are bitwise the same."""
     write_inputs(tmp_path)
-    case = "rft_dp2"
-    reference = make_reference(case, tmp_path)
+    reference = make_reference("rft_dp2", tmp_path)
     assert len(reference.trajectory["steps"]) == 10 and reference.trajectory["weights"]
-    for kind, faults, seed in (("kill", 2, 7), ("term", 1, 3)):
-        story = tell_story(case, tmp_path, reference, kind=kind, seed=seed, num_faults=faults)
-        assert story.wrong == [], story
-        assert len(story.faults) == faults
+    story = tell_story("rft_dp2", tmp_path, reference, kind="kill", seed=7, num_faults=2)
+    assert story.wrong == [] and len(story.faults) == 2, story

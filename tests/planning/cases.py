@@ -14,6 +14,7 @@ from megatron_irl.planning.plan import Plan, make_plan
 from megatron_irl.planning.workload import Lengths
 
 CONFIGS = Path(__file__).parent / "configs"
+ROOT_BASELINE = Path(__file__).parents[2] / "benchmarks" / "h100.json"
 
 
 def shape(name: str, **changes: Any) -> Architecture:

@@ -11,7 +11,8 @@ from megatron_irl.algorithms.registry import REGISTRY
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_irl"
-PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples") for p in (ROOT / top).rglob("*.py"))
+PRODUCT = sorted(p for top in (PACKAGE, "tools", "examples", "studies")
+                 for p in (ROOT / top).rglob("*.py"))
 SOURCES = PRODUCT + sorted((ROOT / "tests").rglob("*.py"))
 
 FLOORS = [
@@ -28,6 +29,7 @@ FLOORS = [
     ("algorithms",),
     ("planning",),
     ("run",),
+    ("bench",),
     ("cli", "__main__"),
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -41,3 +41,15 @@ def test_split_batch_equals_whole_batch(cut: int):
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"\[R\] and \[S\]"):
         sft_loss(torch.zeros(1, 4), torch.zeros(2))
+
+
+def test_tokens_may_count_by_their_probability():
+    """pi = 1/2 and 1/4: total = ln(2)/2 + ln(4)/4 = ln 2, and the gradient is -pi."""
+    logprobs = torch.tensor([0.5, 0.25], dtype=torch.float64).log().requires_grad_()
+    out = sft_loss(logprobs, logprobs.sum()[None], by_probability=True)
+    torch.testing.assert_close(out.total, torch.tensor(2.0, dtype=torch.float64).log())
+    out.total.backward()
+    assert logprobs.grad is not None
+    torch.testing.assert_close(-logprobs.grad, torch.tensor([0.5, 0.25], dtype=torch.float64))
+    # What is reported stays the likelihood itself.
+    assert out.metrics["logp/demo_per_token"].total.item() == pytest.approx(-3 * 0.6931471805599453)

@@ -180,13 +180,13 @@ def test_ids_that_are_gone_again_are_read(folder):
 
 
 def test_a_refused_start_leaves_what_was_there(folder):
-    make(folder)[0].settle(accepted=True)
+    make(folder)[0].keep_only_these()
     refused, _ = make(folder, key=OTHER)
-    refused.settle(accepted=False)
+    refused.discard_new()
     again, _ = make(folder, never)
-    again.settle(accepted=False)  # it did not make these
+    again.discard_new()  # it did not make these
     assert TokenStore(folder).open(KEY) is not None and TokenStore(folder).open(OTHER) is None
-    make(folder, key=OTHER)[0].settle(accepted=True)
+    make(folder, key=OTHER)[0].keep_only_these()
     assert TokenStore(folder).open(KEY) is None and TokenStore(folder).open(OTHER) is not None
 
 

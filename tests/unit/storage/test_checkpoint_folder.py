@@ -9,7 +9,7 @@ from megatron_irl.storage.checkpoint_folder import CheckpointFolder
 
 
 def checkpointer(folder, *, is_main=True):
-    return Checkpointer(folder, SimpleNamespace(is_main=is_main), keep=1)
+    return Checkpointer(folder, SimpleNamespace(is_main=is_main, world_size=1), keep=1)
 
 
 def test_folder_moved_aside_is_put_back_by_the_main_rank(tmp_path):

@@ -1,0 +1,210 @@
+"""The phases of a round, timed one by one with the product's own owners."""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from megatron_irl import hardware
+from megatron_irl.bench.work import Range, random_pairs
+from megatron_irl.config import Recipe
+from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.objectives import irft_loss, sequence_logprobs
+from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.parallel.topology import Topology
+from megatron_irl.run.inputs import Headers, Inputs
+from megatron_irl.run.opening import build_policy, build_trainer, open_generator
+from megatron_irl.run.speed import Speedometer, memory_peaks
+from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.train.batches import microbatches_for, work_of
+
+PHASES = ("generate", "reference", "train", "save")
+BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+        requests: Prompts of a generation, over all replicas.
+        steps, warmup: Repeats that count, and those before them.
+    """
+
+    recipe: Recipe
+    prompt: Range
+    response: Range
+    requests: int
+    steps: int
+    warmup: int
+
+
+class _Known:
+    """What ``build_policy`` and ``build_trainer`` read of ``Inputs``: no data, no tokenizer."""
+
+    def __init__(self, recipe: Recipe, headers: Headers) -> None:
+        self.recipe = recipe
+        for name in ("algorithm", "architecture", "model_config", "optimizer_config",
+                     "ddp_config", "adapter"):
+            setattr(self, name, getattr(headers, name))
+
+
+class Bench:
+    """A policy and its trainer on this rank, with random weights or the recipe's.
+
+    Collectives: every method, every rank.
+    """
+
+    def __init__(
+        self, case: Case, headers: Headers, topology: Topology, *, random_weights: bool
+    ) -> None:
+        self.case, self.topology, self.arch = case, topology, headers.architecture
+        known = cast(Inputs, _Known(case.recipe, headers))
+        self.policy = build_policy(known, topology, weights=not random_weights)
+        if random_weights:
+            fill_randomly(self.policy.chunks)
+        self.trainer = build_trainer(known, self.policy)
+        if hasattr(self.trainer.optimizer, "reload_model_params"):
+            self.trainer.optimizer.reload_model_params()
+        self.speed = Speedometer(self.arch, topology, self.policy.chunks)
+        open_generator(self.policy, case.recipe)
+
+    def run(self, phase: str) -> dict[str, Any]:
+        """Medians of a phase: seconds, speeds, and the most memory it took (GiB)."""
+        hardware.reset_peak_memory()
+        found = getattr(self, f"_{phase}")()
+        return {"phase": phase} | found | memory_peaks()
+
+    def _train(self) -> dict[str, Any]:
+        case, rates = self.case, []
+        size = case.recipe.train.global_batch_size
+        for step in range(case.warmup + case.steps):
+            pairs = random_pairs(self.arch.vocab_size, size, case.prompt, case.response, seed=step)
+            with _Timer() as timer:
+                packs = microbatches_for(
+                    pairs, self.topology, multiple_of=self.policy.multiple_of,
+                    micro_batch_size=case.recipe.train.micro_batch_size,
+                    micro_batch_tokens=case.recipe.train.micro_batch_tokens,
+                )
+                self.trainer.stepper.train_step(packs, pair_objective)
+            if step >= case.warmup:
+                work = work_of(packs)
+                speed = self.speed.step(work, timer.seconds, has_head=True)
+                rates.append((timer.seconds, work.sum * self.topology.dp_size, speed))
+        seconds = statistics.median(rate[0] for rate in rates)
+        tokens = statistics.median(rate[1] / rate[0] for rate in rates)
+        found = {"seconds": seconds, "tokens_per_second": tokens}
+        for name in ("train/tflops", "train/tflops_padded", "train/mfu"):
+            if name in rates[0][2]:
+                found[name] = statistics.median(rate[2][name] for rate in rates)
+        return found
+
+    def _generate(self) -> dict[str, Any]:
+        case, dp = self.case, self.topology.dp_size
+        pairs = random_pairs(self.arch.vocab_size, case.requests, case.prompt, case.response,
+                             seed=0)
+        mine = pairs[self.topology.dp_rank :: dp]
+        new = case.response.high
+
+        def sample(budget: int) -> Callable[[], Any]:
+            # No token ends a response: every one has the whole budget.
+            sampling = SamplingConfig(
+                seed=1, eos_id=self.arch.vocab_size, max_new_tokens=budget,
+                temperature=case.recipe.generation.temperature or 1.0,
+            )
+            return lambda: self.policy.generate_share(
+                [p.prompt_ids for p in mine], sampling, keys=[p.ordinal for p in mine])
+
+        whole = _median(sample(new), case)
+        prefill = _median(sample(1), case)
+        self.policy.release_cache()
+        decode = (whole - prefill) / max(1, new - 1)
+        rate = case.requests * new / whole
+        return {
+            "seconds": whole, "tokens_per_second": rate, "prefill_seconds": prefill,
+            "decode_step_seconds": decode, "requests": case.requests,
+            **self.speed.generation({"tokens_per_second": rate},
+                                    min(len(mine), case.recipe.generation.max_requests)),
+        }
+
+    def _reference(self) -> dict[str, Any]:
+        case = self.case
+        pairs = random_pairs(self.arch.vocab_size, case.requests, case.prompt, case.response,
+                             seed=0)
+        sequences = [(p.prompt_ids, ids) for p in pairs for ids in (p.demo_ids, p.sample_ids)]
+        seconds = _median(lambda: self.policy.score(sequences), case)
+        tokens = sum(len(a) + len(b) for a, b in sequences)
+        return {"seconds": seconds, "tokens_per_second": tokens / seconds}
+
+    def _save(self) -> dict[str, Any]:
+        folder = Path(self.case.recipe.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        # One place for all ranks, which write their parts into one checkpoint.
+        place = Path(on_main(lambda: tempfile.mkdtemp(dir=folder), self.topology))
+        try:
+            saver = Checkpointer(place, self.topology, keep=1)
+            with _Timer() as timer:
+                saver.save(1, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
+                           {})
+            size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
+            self.topology.barrier()
+        finally:
+            if self.topology.is_main:
+                shutil.rmtree(place, ignore_errors=True)
+        return {"seconds": timer.seconds, "bytes": size, "bytes_per_second": size / timer.seconds}
+
+
+def fill_randomly(chunks: Any) -> None:
+    """Weights of small random numbers; norms are one."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if "norm" in name and name.endswith("weight"):
+                    parameter.fill_(1.0)
+                elif parameter.dim() > 1:
+                    parameter.normal_(0.0, 0.02)
+                else:
+                    parameter.zero_()
+
+
+def pair_objective(logprobs_R: torch.Tensor, batch: Any) -> Any:
+    """The sigmoid loss of irft."""
+    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
+    return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, beta=BETA)
+
+
+def phases_of(asked: str) -> Iterator[str]:
+    """The phases that ``--phase`` names; a round is all but saving."""
+    names = {"all": PHASES, "round": PHASES[:3]}.get(asked, (asked,))
+    yield from names
+
+
+class _Timer:
+    """Seconds of a block, the device's queue emptied before and after."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> "_Timer":
+        hardware.synchronize()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        hardware.synchronize()
+        self.seconds = time.perf_counter() - self._start
+
+
+def _median(work: Callable[[], Any], case: Case) -> float:
+    seconds = []
+    for _ in range(case.warmup + case.steps):
+        with _Timer() as timer:
+            work()
+        seconds.append(timer.seconds)
+    return statistics.median(seconds[case.warmup :])

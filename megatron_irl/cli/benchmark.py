@@ -1,0 +1,160 @@
+"""``megatron-irl benchmark``: phases of a recipe timed on this machine, with or without a peer."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_irl.bench.baseline import falls, read_baseline
+from megatron_irl.bench.peer import Peer
+from megatron_irl.bench.phases import Bench, Case, phases_of
+from megatron_irl.bench.work import parse_lengths
+from megatron_irl.cli.ranks import adopt_environment, run_ranks
+from megatron_irl.config import check_layout, load_recipe, resolve
+from megatron_irl.errors import UserError
+from megatron_irl.parallel.topology import initialize, shutdown
+from megatron_irl.run.inputs import Headers, read_headers
+
+COLUMNS = ("tokens_per_second", "seconds", "prefill_seconds", "decode_step_seconds",
+           "train/tflops", "train/mfu", "bandwidth_utilisation", "memory/peak_allocated",
+           "memory/peak_process", "ratio")
+
+
+def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
+    """Time the phases; the last line is JSON of all results. Returns the exit code."""
+    if options.sweep or (options.peer and not options.role):
+        return _several(options, argv)
+    lengths = parse_lengths(options.lengths)
+    overrides = [f"data.max_prompt_length={lengths[0].high}",
+                 f"data.max_response_length={lengths[1].high}", *options.overrides]
+    recipe = load_recipe(options.recipe, overrides, check_files=False)
+    baseline = read_baseline(options.baseline) if options.baseline else []
+    for name in ("steps", "requests"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least 1.")
+    world_size = adopt_environment()
+    size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
+    if world_size is None and size > 1 and options.role != "peer":
+        return run_ranks(argv, size)
+    check_layout(recipe, world_size)
+    headers = read_headers(recipe)
+    case = Case(resolve(recipe, 1_000_000), *lengths, options.requests, options.steps,
+                options.warmup)
+    topology = initialize(recipe.parallel, seed=recipe.seed)
+    timed: Bench | Peer
+    if options.role == "peer":
+        timed = Peer(options.peer, case, random_weights=options.random_weights)
+    else:
+        timed = Bench(case, headers, topology, random_weights=options.random_weights)
+    results = []
+    for phase in phases_of(options.phase):
+        if phase == "save" and options.role == "peer":
+            continue
+        results.append(timed.run(phase) | {"case": case_name(case, headers, phase)})
+        if topology.is_main and not options.role:
+            sys.stdout.write(_row(results[-1]) + "\n")
+            sys.stdout.flush()
+    if topology.is_main:
+        for text in falls(results, baseline):
+            sys.stderr.write(f"WARNING: {text}\n")
+        _finish(options, results)
+    shutdown()
+    return 0
+
+
+def case_name(case: Case, headers: Headers, phase: str) -> str:
+    """What tells results apart that may be compared: model, layout, work."""
+    transformer, parallel = headers.architecture.transformer, case.recipe.parallel
+    train = case.recipe.train
+    work = (f"{case.requests} requests" if phase in ("generate", "reference") else
+            f"{train.micro_batch_size} of {train.global_batch_size} pairs")
+    adapter = f" lora{headers.adapter.rank}" if headers.adapter else ""
+    return (f"{phase} {headers.architecture.family} {transformer['num_layers']}x"
+            f"{transformer['hidden_size']} {case.recipe.precision}{adapter} "
+            f"tp{parallel.tensor_model_parallel_size} pp{parallel.pipeline_model_parallel_size} "
+            f"{work} {case.prompt},{case.response}")
+
+
+def _several(options: argparse.Namespace, argv: list[str]) -> int:
+    """Each value of a sweep, and us and the peer, in a process of its own: memory is its own."""
+    key, _, values = (options.sweep or "").partition("=")
+    if options.sweep and (not key or not values):
+        raise UserError(f"--sweep {options.sweep} is not key=a,b,c.")
+    plain = [word for word in argv if word not in ("--sweep", options.sweep)]
+    results: list[dict[str, Any]] = []
+    for value in values.split(",") if values else [None]:
+        more = [] if value is None else [f"{key}={value}"]
+        ours = _child([*plain, *more, "--role", "ours"])
+        for result in ours:
+            result |= {} if value is None else {key: value}
+        if options.peer:
+            _compare(ours, _child([*plain, *more, "--role", "peer"]))
+        for result in ours:
+            sys.stdout.write((f"{key}={value} " if value else "") + _row(result) + "\n")
+        results += ours
+    _finish(options, results)
+    return 0
+
+
+def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Give our results the peer's numbers; a round of both is a result more."""
+    other = {result["phase"]: result for result in theirs}
+    shared = [result for result in ours if result["phase"] in other]
+    memory = "memory/peak_allocated" if "memory/peak_allocated" in ours[0] else (
+        "memory/peak_process")
+    for result in shared:
+        their = other[result["phase"]]
+        result |= {"peer_seconds": their["seconds"], "peer_memory": their[memory],
+                   "ratio": their["seconds"] / result["seconds"],
+                   "memory_ratio": result[memory] / their[memory]}
+    if len(shared) > 1:
+        # Of the generation and reference of so many pairs, and a step on a batch for each.
+        seconds, peer = (sum(r["seconds"] for r in group if r["phase"] in other)
+                         for group in (shared, theirs))
+        most = [max(r[memory] for r in group) for group in (shared, theirs)]
+        ours.append({"phase": "round", "seconds": seconds, "peer_seconds": peer,
+                     "ratio": peer / seconds, memory: most[0], "peer_memory": most[1],
+                     "memory_ratio": most[0] / most[1]})
+
+
+def _child(argv: list[str]) -> list[dict[str, Any]]:
+    done = subprocess.run([sys.executable, "-m", "megatron_irl", *argv], capture_output=True,
+                          text=True, check=False, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    if done.returncode == 2:
+        said = [line for line in done.stderr.splitlines() if line.startswith("megatron-irl: ")]
+        raise UserError((said or ["a benchmark failed"])[-1].removeprefix("megatron-irl: "))
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return json.loads(done.stdout.splitlines()[-1])["results"]
+
+
+def _row(result: dict[str, Any]) -> str:
+    cells = [f"{name.split('/')[-1]} {result[name]:,.4g}" for name in COLUMNS
+             if result.get(name) is not None]
+    return f"{result['phase']:10}" + "  ".join(cells)
+
+
+def _finish(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    if options.plot is not None and not options.role:
+        draw(results, options.plot)
+    sys.stdout.write(json.dumps({"results": results}) + "\n")
+    sys.stdout.flush()
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second of every result, as bars."""
+    from matplotlib.figure import Figure
+
+    shown = [result for result in results if "tokens_per_second" in result]
+    figure = Figure((7, 0.5 * len(shown) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    names = [result.get("case", result["phase"]) for result in shown]
+    axes.barh(range(len(shown)), [result["tokens_per_second"] for result in shown])
+    axes.set_yticks(range(len(shown)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens a second")
+    figure.savefig(path)
+

@@ -1,0 +1,42 @@
+"""``python -m studies run FILE... --out DIR [--jobs N]`` and ``python -m studies report DIR``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_irl.errors import UserError
+from studies.report import picture, table
+from studies.study import read_study, run_study
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="studies", description=__doc__)
+    commands = parser.add_subparsers(required=True, dest="command")
+    run = commands.add_parser("run", help="run studies, or go on with them")
+    run.add_argument("studies", type=Path, nargs="+")
+    run.add_argument("--out", type=Path, default=Path("runs/study"))
+    run.add_argument("--jobs", type=int, default=1, help="points at a time")
+    report = commands.add_parser("report", help="tables and pictures of finished studies")
+    report.add_argument("out", type=Path)
+    options = parser.parse_args(argv)
+    out = options.out.resolve()
+    try:
+        if options.command == "run":
+            for path in options.studies:
+                run_study(read_study(path), out, options.jobs)
+        for path in sorted(out.glob("*.json")):
+            results = json.loads(path.read_text())
+            picture(results, path.with_suffix(".png"))
+            path.with_suffix(".md").write_text(table(results) + "\n")
+            print(table(results) + "\n")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""A study from its file: trials on the validation split, then one look at the test split."""
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import write_file
+from studies.points import Point, run_point
+
+KEYS = {"name", "hypothesis", "task", "model", "start", "common", "methods", "metric", "seeds",
+        "trial_seed", "vary"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a study: its fixed settings, and values to choose among."""
+
+    name: str
+    kind: str
+    fixed: Mapping[str, Any]
+    grid: Mapping[str, Sequence[Any]]
+
+    def trials(self) -> list[dict[str, Any]]:
+        """Every combination of the grid's values, with the fixed settings."""
+        combinations = itertools.product(*self.grid.values())
+        return [dict(self.fixed) | dict(zip(self.grid, values, strict=True))
+                for values in combinations]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's file, read; ``levels`` are the values of what it varies, with the changed task."""
+
+    name: str
+    hypothesis: str
+    metric: str
+    methods: Sequence[Method]
+    seeds: Sequence[int]
+    trial_seed: int
+    levels: Mapping[str, dict[str, Any]]
+
+    def point(self, level: str, method: Method, settings: Mapping[str, Any], seed: int) -> Point:
+        """The point of a method with its settings."""
+        sections = self.levels[level]
+        return Point(sections["task"], sections["model"], sections["start"], method.kind,
+                     settings, seed)
+
+
+def read_study(path: Path) -> Study:
+    """Parse a study; unknown keys are refused."""
+    raw = yaml.safe_load(path.read_text())
+    if unknown := set(raw) - KEYS:
+        raise UserError(f"{path}: unknown keys {sorted(unknown)}; known are {sorted(KEYS)}.")
+    methods = []
+    for name, entry in raw["methods"].items():
+        grid = entry.get("grid", {})
+        fixed = {k: v for k, v in entry.items() if k not in ("kind", "grid")}
+        methods.append(Method(name, entry.get("kind", name), raw.get("common", {}) | fixed, grid))
+    counts = {m.name: len(m.trials()) for m in methods if m.grid}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"{path}: methods must have equally many trials, these have {counts}.")
+    base = {key: raw[key] for key in ("task", "model", "start")}
+    levels = {"": base}
+    for section, keys in raw.get("vary", {}).items():
+        (key, values), = keys.items()
+        levels = {f"{key}={value}": base | {section: base[section] | {key: value}}
+                  for value in values}
+    return Study(raw["name"], raw["hypothesis"], raw.get("metric", "sampled"), methods,
+                 raw["seeds"], raw["trial_seed"], levels)
+
+
+def run_study(study: Study, out: Path, jobs: int) -> dict[str, Any]:
+    """Trials, choice, test; returns and keeps the results, level by level and method by method."""
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
+    trials = [(level, method, settings) for level in study.levels for method in study.methods
+              for settings in method.trials()]
+    many = [(level, method, settings) for level, method, settings in trials if method.grid]
+    scored = _run_all([(study.point(level, method, settings, study.trial_seed), "validation")
+                       for level, method, settings in many], out, jobs)
+    best: dict[tuple[str, str], float] = {}
+    for (level, method, settings), measured in zip(many, scored, strict=True):
+        score = float(np.mean(measured[study.metric]))
+        if score > best.get((level, method.name), -1.0):
+            best[level, method.name], chosen[level, method.name] = score, settings
+    for level, method, settings in trials:
+        chosen.setdefault((level, method.name), settings)
+    wanted = [(level, method, seed) for level in study.levels for method in study.methods
+              for seed in study.seeds]
+    tested = _run_all([(study.point(level, method, chosen[level, method.name], seed), "test")
+                       for level, method, seed in wanted], out, jobs)
+    results: dict[str, Any] = {"name": study.name, "hypothesis": study.hypothesis,
+                               "metric": study.metric, "levels": {}}
+    for (level, method, _), measured in zip(wanted, tested, strict=True):
+        entry = results["levels"].setdefault(level, {}).setdefault(method.name, {
+            "settings": chosen[level, method.name], "trials": len(method.trials()),
+            "validation": best.get((level, method.name)), "seeds": []})
+        entry["seeds"].append(measured)
+    write_file(out / f"{study.name}.json", json.dumps(results).encode())
+    return results
+
+
+def _run_all(points: Sequence[tuple[Point, str]], out: Path, jobs: int) -> list[dict[str, Any]]:
+    """Run points, ``jobs`` at a time; results in order. Starts are made before what needs them."""
+    starts = {_start_of(point): (point, split) for point, split in points}
+    if jobs == 1:
+        return [run_point(point, out, split=split) for point, split in points]
+    with ProcessPoolExecutor(jobs) as pool:
+        first = [pool.submit(run_point, _only_start(p), out, split=s) for p, s in starts.values()]
+        for future in first:
+            future.result()
+        futures = [pool.submit(run_point, p, out, split=s) for p, s in points]
+        return [future.result() for future in futures]
+
+
+def _start_of(point: Point) -> str:
+    return repr((point.task, point.model, point.start, point.seed))
+
+
+def _only_start(point: Point) -> Point:
+    return Point(point.task, point.model, point.start, "start", {}, point.seed)

@@ -1,0 +1,98 @@
+"""Adam on the host: the numbers of Adam on the device, in less of its memory."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.convert.tiny import make_tiny_llama
+from tests.dist.jobs import make_pairs, objective
+from tests.gpu.conftest import NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
+from tests.gpu.test_gpu import FakeScheduler
+
+pytestmark = [pytest.mark.gpu, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE]
+VOCAB = 128
+OFFLOAD = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True,
+           "overlap_cpu_optimizer_d2h_h2d": True}
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    from megatron_irl.config import ParallelConfig
+    from megatron_irl.parallel.topology import initialize, shutdown
+
+    hf = make_tiny_llama(
+        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2,
+        layers=2, vocab=VOCAB, scale=0.1,
+    )
+    topology = initialize(ParallelConfig())
+    yield hf, topology
+    shutdown()
+
+
+def stepper_of(setup, options, *, fp32_grads=True):
+    from megatron.core.optimizer import OptimizerConfig
+
+    from megatron_irl.config import ParallelConfig
+    from megatron_irl.convert.hf_config import architecture, read_hf_config
+    from megatron_irl.convert.load import load_hf_weights
+    from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
+    from megatron_irl.policy.policy import Policy
+    from megatron_irl.train.optimizer import build_megatron_optimizer
+    from megatron_irl.train.step import Stepper
+
+    hf, topology = setup
+    arch = architecture(read_hf_config(hf))
+    config = build_config(arch, ParallelConfig(), precision="bf16")
+    chunks = build_chunks(config, arch, topology)
+    load_hf_weights(chunks, arch, hf, tp_rank=0, tp_size=1)
+    policy = Policy(chunks, topology, arch).for_training(
+        build_ddp_config({"grad_reduce_in_fp32": fp32_grads})
+    )
+    optimizer = build_megatron_optimizer(
+        OptimizerConfig(lr=1e-3, bf16=True, params_dtype=torch.bfloat16, weight_decay=0.0,
+                        use_distributed_optimizer=True, **options),
+        policy.chunks, topology,
+    )
+    return Stepper(policy, optimizer)
+
+
+def losses(stepper, steps):
+    from megatron_irl.train.batches import microbatches_for
+
+    batches = microbatches_for(
+        make_pairs(3, 8, VOCAB), stepper.policy.topology, micro_batch_size=4,
+        multiple_of=stepper.policy.multiple_of,
+    )
+    return [stepper.train_step(batches, objective).loss for _ in range(steps)]
+
+
+@pytest.mark.parametrize("fraction", [0.5, 1.0])
+def test_host_steps_equal_device_steps(setup, tmp_path, fraction):
+    """Ten steps; a checkpoint in between is read back and continued; forgetting the moments."""
+    from megatron_irl.storage.checkpoint import Checkpointer
+    from megatron_irl.train.optimizer import reset_optimizer
+
+    expected = losses(stepper_of(setup, {}), 10)
+    options = OFFLOAD | {"optimizer_offload_fraction": fraction}
+    stepper = stepper_of(setup, options)
+    first = losses(stepper, 5)
+    checkpointer = Checkpointer(tmp_path, setup[1], keep=1)
+    checkpointer.save(5, stepper.policy.chunks, stepper.optimizer, FakeScheduler(), {})
+    whole = first + losses(stepper, 5)
+    assert np.abs(np.array(whole) - expected).max() < 0.02 * expected[0]
+    assert whole[-1] < whole[0]
+    again = stepper_of(setup, options)
+    checkpointer.load(5, again.policy.chunks, again.optimizer, FakeScheduler())
+    np.testing.assert_allclose(losses(again, 5), whole[5:], rtol=1e-3)
+    reset_optimizer(again.optimizer)
+    for part in getattr(again.optimizer, "chained_optimizers", [again.optimizer]):
+        for inner in (part.optimizer, *part.optimizer.sub_optimizers):
+            moments = [v for s in inner.state.values() for n, v in s.items() if "exp" in n]
+            assert moments and not any(m.any() for m in moments)
+
+
+def test_gradients_in_bf16(setup):
+    expected = losses(stepper_of(setup, {}), 6)
+    options = OFFLOAD | {"optimizer_offload_fraction": 1.0, "main_grads_dtype": torch.bfloat16}
+    got = losses(stepper_of(setup, options, fp32_grads=False), 6)
+    assert np.abs(np.array(got) - expected).max() < 0.05 * expected[0]

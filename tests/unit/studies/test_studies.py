@@ -1,0 +1,111 @@
+"""The languages and what is right in them, paired statistics by hand, and the files of studies."""
+
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_irl.errors import UserError
+from studies.methods import ALGORITHMS, recipe_of
+from studies.report import table
+from studies.statistics import paired_difference
+from studies.study import read_study
+from studies.tasks import TASKS, is_chain, is_subsequence, make_examples
+
+STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_demonstrations_are_right_and_most_other_words_are_not(name):
+    task, rng = TASKS[name], random.Random()
+    for _ in range(50):
+        prompt = task.prompt(rng, task.length)
+        answer = task.answer(rng, prompt)
+        assert task.is_right(prompt, answer)
+        assert not task.is_right(prompt, answer[:-1]) and not task.is_right(prompt, answer + "a")
+
+
+def test_chains_by_hand():
+    assert is_chain("abc", "abcabcba")
+    assert not is_chain("abc", "abcabcab")  # does not close
+    assert not is_chain("abc", "abbcacba")  # a letter beside itself
+    assert not is_chain("abc", "abababca")  # c once
+    assert not is_chain("abc", "abcabdba")  # another letter
+
+
+def test_subsequences_by_hand():
+    right = {"".join(pair) for pair in itertools.combinations("abca", 2)}
+    words = {"".join(pair) for pair in itertools.product("abcd", repeat=2)}
+    assert {word for word in words if is_subsequence("abca", word)} == right
+
+
+def test_no_prompt_is_in_two_splits_and_corruption_moves_answers():
+    task = TASKS["reverse"]
+    splits = make_examples(task, 3, train=200, validation=50, test=50, corrupted=0.25)
+    prompts = [e.prompt for examples in splits.values() for e in examples]
+    assert len(set(prompts)) == 300
+    clean = make_examples(task, 3, train=200, validation=50, test=50)["train"]
+    wrong = [e for e in splits["train"] if not e.is_right]
+    assert 45 <= len(wrong) <= 50  # an answer may happen to fit another prompt
+    assert sorted(e.answer for e in clean) == sorted(e.answer for e in splits["train"])
+    longer = make_examples(task, 3, train=5, validation=5, test=5, test_length=6)["test"]
+    assert {len(e.prompt) for e in longer} == {6}
+
+
+def test_paired_difference_by_hand():
+    """Four prompts changed, all for the better: p is 2 of the 16 patterns of signs."""
+    ours, theirs = [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    found = paired_difference(ours, theirs)
+    assert found.mean == pytest.approx(4 / 6)
+    assert found.p == pytest.approx(2 / 16, abs=0.01)
+    assert 0 <= found.low < found.mean < found.high <= 1
+
+
+def test_no_difference_is_found_where_there_is_none():
+    rng = np.random.default_rng()
+    ps = []
+    for _ in range(40):
+        a, b = rng.integers(0, 2, (2, 3, 60))
+        ps.append(paired_difference(a.tolist(), b.tolist(), draws=500).p)
+    assert 0.2 < float(np.mean(ps)) < 0.8
+    assert paired_difference([[1.0, 0.0]], [[1.0, 0.0]], draws=100).p == 1.0
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_studies_in_the_repository_can_be_read(path):
+    study = read_study(path)
+    assert len(study.seeds) >= 3 and study.trial_seed not in study.seeds
+    assert len(study.hypothesis.split()) > 10
+    for method in study.methods:
+        for settings in method.trials():
+            if method.kind != "start":
+                recipe_of(method.kind, settings, start=path, data=path, out=path, seed=0)
+    assert {m.kind for m in study.methods} <= {*ALGORITHMS, "start"}
+
+
+def test_unequal_numbers_of_trials_are_refused(tmp_path):
+    study = {
+        "name": "unfair", "hypothesis": "more trials win", "task": {}, "model": {}, "start": {},
+        "seeds": [0], "trial_seed": 9,
+        "methods": {"sft": {"grid": {"lr": [1]}}, "irft": {"grid": {"lr": [1, 2]}}},
+    }
+    path = tmp_path / "unfair.yaml"
+    path.write_text(yaml.safe_dump(study))
+    with pytest.raises(UserError, match="equally many trials.*'irft': 2, 'sft': 1"):
+        read_study(path)
+    path.write_text(yaml.safe_dump(study | {"sedes": []}))
+    with pytest.raises(UserError, match="unknown keys.*sedes"):
+        read_study(path)
+
+
+def test_the_table_compares_with_sft():
+    def entry(sampled):
+        return {"settings": {"lr": 1}, "trials": 1, "validation": None, "seeds": [
+            {"greedy": [1.0, 0.0], "sampled": sampled, "distinct": [1.0, 0.5], "seconds": 3.0}]}
+
+    text = table({"name": "n", "hypothesis": "h", "metric": "sampled", "levels": {
+        "": {"sft": entry([0.0, 0.0]), "rft": entry([1.0, 1.0])}}})
+    assert "| rft | lr 1 | 50.0 | 100.0 | 75.0 | +0.0 [+0.0, +0.0] | 1.0000 | +100.0 [" in text

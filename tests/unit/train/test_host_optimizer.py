@@ -1,0 +1,68 @@
+"""Keys of an optimizer on the host: what follows from them, and what is refused."""
+
+import pytest
+import torch
+
+from megatron_irl.config import recipe_from_mapping
+from megatron_irl.errors import UserError
+from megatron_irl.train.host_optimizer import completed, grad_buffer_fields
+
+OFFLOAD = {"optimizer_cpu_offload": True}
+
+
+def recipe(optimizer, **sections):
+    mapping = {"model": {"hf": "m"}, "data": {"train": "d"}, "algorithm": {"name": "irft"},
+               "output_dir": "o", "optimizer": optimizer} | sections
+    return recipe_from_mapping(mapping)
+
+
+def test_offloading_is_whole_and_overlapped():
+    fields = completed(recipe(OFFLOAD), check_hardware=False)
+    assert fields == OFFLOAD | {
+        "use_precision_aware_optimizer": True, "optimizer_offload_fraction": 1.0,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    }
+    half = completed(recipe(OFFLOAD | {"optimizer_offload_fraction": 0.5}), check_hardware=False)
+    assert half["optimizer_offload_fraction"] == 0.5
+
+
+def test_megatron_takes_them():
+    """The real configuration, and the dtypes as words."""
+    from megatron.core.optimizer import OptimizerConfig
+
+    words = {"main_grads_dtype": "bf16", "exp_avg_dtype": "fp32"}
+    fields = completed(recipe(OFFLOAD | words), check_hardware=False)
+    config = OptimizerConfig(
+        bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True, **fields
+    )
+    assert config.main_grads_dtype == torch.bfloat16
+    assert config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+    assert grad_buffer_fields(recipe(OFFLOAD | words)) == {"grad_reduce_in_fp32": False}
+    assert grad_buffer_fields(recipe(OFFLOAD)) == {}
+
+
+def test_without_keys_nothing_changes():
+    given = {"lr": 1e-6, "optimizer": "sgd"}
+    assert completed(recipe(given), check_hardware=True) == given
+
+
+@pytest.mark.parametrize(("optimizer", "sections", "named"), [
+    (OFFLOAD | {"optimizer_offload_fraction": 0}, {}, "optimizer_offload_fraction=0"),
+    (OFFLOAD | {"use_precision_aware_optimizer": False}, {}, "use_precision_aware_optimizer"),
+    (OFFLOAD, {"precision": "fp32"}, "precision=fp32"),
+    (OFFLOAD | {"optimizer": "sgd"}, {}, "optimizer.optimizer=sgd"),
+    (OFFLOAD, {"generation": {"offload_optimizer": True}}, "generation.offload_optimizer"),
+    ({"optimizer_offload_fraction": 0.5}, {}, "does nothing"),
+    ({"exp_avg_dtype": "half"}, {}, "exp_avg_dtype=half"),
+    ({"use_precision_aware_optimizer": True}, {"adapter": {"rank": 4, "merge_each_round": True}},
+     "merge_each_round"),
+    ({"main_grads_dtype": "bf16"}, {"ddp": {"grad_reduce_in_fp32": True}}, "the same buffer"),
+])
+def test_refused(optimizer, sections, named):
+    with pytest.raises(UserError, match=named):
+        completed(recipe(optimizer, **sections), check_hardware=False)
+
+
+def test_refused_on_a_cpu():
+    with pytest.raises(UserError, match="running on CPU"):
+        completed(recipe(OFFLOAD), check_hardware=True)
