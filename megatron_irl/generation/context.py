@@ -94,10 +94,10 @@ class PagedContext(DynamicInferenceContext):
 
     def _array(self, name: str, tensor: Tensor | None = None) -> np.ndarray:
         """A bookkeeping tensor as numpy sees it; looked up once, as making the view costs."""
-        tensor = getattr(self, name) if tensor is None else tensor
+        found: Tensor = getattr(self, name) if tensor is None else tensor
         known = self._arrays.get(name)
-        if known is None or known[0] is not tensor:
-            known = self._arrays[name] = (tensor, tensor.numpy())
+        if known is None or known[0] is not found:
+            known = self._arrays[name] = (found, found.numpy())
         return known[1]
 
     def initialize_attention_state(self, **options: Any) -> Any:

@@ -79,7 +79,8 @@ class Intake:
         self.prepare()
         context, engine = self._engine.context, self._engine
         free = self._places - int(context.total_request_count) - len(engine.waiting_request_ids)
-        lengths = [len(r.prompt_tokens) for r in itertools.islice(self._prepared, max(0, free))]
+        upcoming = itertools.islice(self._prepared, max(0, free))
+        lengths = [len(self._prompts[request.request_id]) for request in upcoming]
         for _ in range(take(lengths, int(context.total_request_count), self._captured)):
             engine._add_request(self._prepared.popleft())
 

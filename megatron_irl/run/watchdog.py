@@ -1,9 +1,10 @@
 """Ends a run that gets no further: with rank, phase and stacks in the log, in minutes.
 
-A thread on every rank reads the rank's heartbeat. Ranks wait for each other in collectives, so one
-that hangs or was stopped takes the signs of all: each then says where it stands, the first of a
-node has the others of the node show their stacks too, and the process ends, which has the launcher
-end the rest.
+A thread on every rank reads the rank's heartbeat, and another tells it to all ranks. A rank that is
+silent because it waits for one that gets on is left alone. One that hangs or was stopped takes the
+signs of all, as ranks wait for each other in collectives: each then says where it stands, the first
+of a node has the others of the node show their stacks too, and the process ends, which has the
+launcher end the rest.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_irl.errors import HUNG
+from megatron_irl.parallel.beat_board import BeatBoard
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.storage.processes import start_time, this_host
 
@@ -65,6 +67,7 @@ class Watchdog:
         self.seconds, self.slow_seconds = seconds, max(seconds, slow_seconds)
         self.folder = folder
         self._ended = threading.Event()
+        self._board, self._others_until = BeatBoard(topology), 0.0
         self.mates, self._token = _meet(topology)
 
     def start(self) -> None:
@@ -75,6 +78,7 @@ class Watchdog:
         # In C: it also shows the stack of a thread that is inside NCCL and runs no Python.
         faulthandler.register(SHOW_STACKS, file=stream, all_threads=True)
         threading.Thread(target=self._live, name="watchdog", daemon=True).start()
+        threading.Thread(target=self._talk, name="watchdog's word", daemon=True).start()
 
     def stop(self) -> None:
         if self.seconds and not self._ended.is_set():
@@ -91,10 +95,26 @@ class Watchdog:
             if now - looked > 10 * interval:  # this very process was stopped, or the machine slept
                 self.heart.beat()
             looked = now
-            limit = self.slow_seconds if self.heart.is_slow else self.seconds
-            silent = now - self.heart.last
-            if silent > limit:
+            silent, limit = now - self.heart.last, self._limit
+            if silent > limit and time.time() > self._others_until:
                 self._give_up(silent, limit)
+
+    @property
+    def _limit(self) -> float:
+        return self.slow_seconds if self.heart.is_slow else self.seconds
+
+    def _talk(self) -> None:
+        """Tell the other ranks until when this one may be silent, and hear it of them.
+
+        Beside ``_live``, which must not wait for a store that does not answer. What was heard last
+        runs out by itself.
+        """
+        while not self._ended.wait(min(10.0, self.seconds / 10)):
+            silent, limit = time.monotonic() - self.heart.last, self._limit
+            with contextlib.suppress(RuntimeError, ValueError):  # no store, no word
+                self._board.tell(time.time() - silent + limit)
+                if silent > limit / 2:  # nobody asks who gets on
+                    self._others_until = self._board.latest()
 
     def _give_up(self, silent: float, limit: float) -> None:
         text = self.describe(silent, limit)
