@@ -42,6 +42,9 @@ setup(
         # Apex is not here: PyPI's "apex" is an unrelated web toolkit. NVIDIA's Apex and a
         # Transformer Engine built for the GPU come with NVIDIA's PyTorch container.
         "gpu": ["transformer-engine[pytorch]>=2.9", "flash-attn>=2.7.3"],
+        # For ``evaluate --tasks``. Not in dev: it brings scikit-learn, SciPy and fifteen thousand
+        # task files, and minutes of installing; the tests that need it are skipped without it.
+        "lm-eval": ["lm-eval>=0.4.13"],
         "demo": ["gguf", "reasoning-gym", "accelerate"],
         "dev": [
             "pytest",

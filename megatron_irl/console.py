@@ -65,6 +65,12 @@ class Console:
         with self._phase("reward pass", total, "sequences") as advance:
             yield advance
 
+    @contextmanager
+    def scoring(self, total: int) -> Iterator[Advance]:
+        """Show the scoring of ``total`` sequences of an evaluation; yields ``advance(done)``."""
+        with self._phase("evaluation", total, "sequences") as advance:
+            yield advance
+
     def step(self, line: Mapping[str, Any], *, total_steps: int, generation_share: float,
              total_rounds: int | None = None) -> None:
         """Show one optimizer step.

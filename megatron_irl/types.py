@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-HeadChoice = Literal["logprobs", "rewards", "both"]
-"""Which heads of the last stage run; decides what an objective is given."""
+HeadChoice = Literal["logprobs", "rewards", "both", "choices"]
+"""Which heads of the last stage run; decides what an objective is given. ``choices``, of evaluation
+only, are log-probabilities beside whether each token is the likeliest one."""
 Reduction = Literal["mean", "max"]
 
 

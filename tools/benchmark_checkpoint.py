@@ -71,7 +71,8 @@ class Bench:
         )
         self.stepper = Stepper(policy, build_megatron_optimizer(options, policy.chunks, topology))
         self.batch = microbatches_for(
-            random_pairs(shape(name), pairs, seed=0, **LENGTHS), topology, micro_batch_size=pairs,
+            random_pairs(shape(name), pairs * topology.dp_size, seed=0, **LENGTHS), topology,
+            micro_batch_size=pairs,
             multiple_of=policy.multiple_of,
         )
         self.steps = 0

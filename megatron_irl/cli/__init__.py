@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_irl import __version__
+from megatron_irl.cli.evaluate_options import add_evaluate_options
 from megatron_irl.cli.ranks import adopt_environment, follow_launcher, run_ranks
 from megatron_irl.config.schema import FormatName, Recipe
 from megatron_irl.errors import STOPPED, RunStopped, UserError, is_told_elsewhere
@@ -69,6 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_benchmark(commands)
     _add_generate(commands)
     _add_score(commands)
+    evaluate = commands.add_parser("evaluate", help="what got better and what got worse: tasks of "
+                                   "lm-eval, refusals, stereotypes, preferences")
+    _model_options(evaluate)
+    add_evaluate_options(evaluate, _path)
+    evaluate.set_defaults(run=_evaluate)
 
     keep = commands.add_parser("filter", help="demonstrations that a run's reward rates high")
     keep.add_argument("run_folder", type=_path, metavar="RUN",
@@ -289,6 +295,14 @@ def _score(options: argparse.Namespace, argv: list[str]) -> int:
     from megatron_irl.cli.inference import run_score
 
     return run_score(options, argv)
+
+
+def _evaluate(options: argparse.Namespace, argv: list[str]) -> int:
+    if options.offline:  # before anything of Hugging Face is imported, and for the ranks too
+        os.environ.update({"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
+    from megatron_irl.cli.evaluate import run_evaluate
+
+    return run_evaluate(options, argv)
 
 
 def _filter(options: argparse.Namespace, argv: list[str]) -> int:

@@ -13,12 +13,12 @@ import numpy as np
 from megatron_irl.cli.encoding import prompt_ids
 from megatron_irl.cli.inference import OpenModel, open_model, with_ranks
 from megatron_irl.cli.outputs import check_one_kind, check_out, reading_of, say_what_was_read
-from megatron_irl.cli.stop_texts import StopTexts
 from megatron_irl.console import Console
 from megatron_irl.data.prompts import PromptRecord, load_prompts
 from megatron_irl.data.sources import Reading
 from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.generation.stop_texts import StopTexts
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl

@@ -197,10 +197,10 @@ def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     if source.reward == "explicit":
         _check_explicit(options, source)
         return with_ranks(options, argv, lambda: _score_explicit(options, reading, records))
-    reference, beta = _reward_terms(options, source)
+    reference, beta = reward_terms(options, source)
     reference = hub_snapshot(reference)
     if not is_adapter(reference) and not (reference / "config.json").exists():
-        _refuse_reference(options, reference)
+        refuse_reference(options, reference)
     return with_ranks(options, argv, lambda: _score(options, reading, records, reference, beta))
 
 
@@ -220,7 +220,8 @@ def with_ranks(
     return 0
 
 
-def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, float]:
+def reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, float]:
+    """The reference policy of an implicit reward, and its beta; UserError if there is none."""
     recipe = source.recipe
     if recipe is not None and source.reward == "implicit":
         base = Path(recipe.model.hf)
@@ -237,7 +238,8 @@ def _reward_terms(options: argparse.Namespace, source: Source) -> tuple[Path, fl
     return options.reference, options.beta if options.beta is not None else 1.0
 
 
-def _refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
+def refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
+    """Say that there is no reference policy in a folder."""
     if options.reference is not None:
         raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
     recipe = options.model / "recipe.yaml"
@@ -280,7 +282,7 @@ def _score(
     model = open_model(options)
     progress = Console(enabled=model.topology.is_main)
     say_what_was_read(progress, reading, model.tokenizer, records)
-    _check_reference(reference, model.architecture)
+    check_reference(reference, model.architecture)
     sequences = scored_sequences(
         model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     policy = model.policy
@@ -305,11 +307,12 @@ def _write_rewards(
         ))
 
 
-def _check_reference(reference: Path, arch: Architecture) -> None:
+def check_reference(reference: Path, arch: Architecture, flag: str = "--reference") -> None:
+    """Raise UserError unless a folder has other weights of the same model."""
     other = architecture(read_hf_config(model_folder(reference)))
     if (other.transformer, other.vocab_size) != (arch.transformer, arch.vocab_size):
         raise UserError(
-            f"--reference {reference} has another architecture than --model; both must be the "
+            f"{flag} {reference} has another architecture than --model; both must be the "
             "same model with other weights. Give the model the run started from."
         )
     validate_hf_folder(reference, arch)

@@ -124,7 +124,7 @@ def encode_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
             has no embedding for a token.
     """
     if conversation.plain:
-        ids = _with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
+        ids = with_bos(tokenizer, tokenizer.encode(conversation.messages[0]["content"]))
         tokenizer.check_ids(ids)
         return ids
     template = tokenizer.require_chat_template()
@@ -201,8 +201,8 @@ def _encoded(tokenizer: Tokenizer, text: Text, split: Split, allow_empty: bool) 
         remarks = [*remarks, "merged"]
     start = count - max(unstable - missing, 0)
     if plain:
-        bos = len(_with_bos(tokenizer, ids)) - len(ids)
-        ids, start = _with_bos(tokenizer, ids), start + bos
+        bos = len(with_bos(tokenizer, ids)) - len(ids)
+        ids, start = with_bos(tokenizer, ids), start + bos
     response = turn_ids(tokenizer, ids[start:], plain=plain)
     if start < 1:
         is_merged = count + missing > 0
@@ -240,7 +240,7 @@ def turn_ids(tokenizer: Tokenizer, ids: list[int], *, plain: bool) -> list[int]:
     return ids[: end + 1]
 
 
-def _with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
+def with_bos(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
     """``ids`` with one BOS in front, if the tokenizer adds one to plain text."""
     bos_id = tokenizer.bos_id
     if not tokenizer.adds_bos or bos_id is None or ids[:1] == [bos_id]:

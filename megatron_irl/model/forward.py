@@ -7,6 +7,7 @@ the same hidden states.
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_irl.families.table import ADAPTER, REWARD_HEAD
@@ -15,7 +16,7 @@ from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
 from megatron_irl.model.reward_head import RewardHead
 from megatron_irl.model.scales import LOGIT_SOFTCAP
-from megatron_irl.parallel.logprobs import response_logprobs
+from megatron_irl.parallel.logprobs import likeliest_tokens, response_logprobs
 from megatron_irl.types import HeadChoice, HeadOutputs, PackedBatch
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
@@ -44,7 +45,10 @@ class HeadProcessor:
         self, *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
         context: HeadRequest, config: Any, **_: Any,
     ) -> Tensor | HeadOutputs:
-        """Returns float32 [R] log-probabilities in nats, float32 [S] rewards, or both."""
+        """Returns float32 [R] log-probabilities in nats, float32 [S] rewards, or both.
+
+        For ``choices`` float32 [R, 2]: log-probabilities, and 1 where the token is the likeliest.
+        """
         batch, heads, head, softcap = context
         parallel = {
             "tp_group": output_layer.tp_group, "sequence_parallel": config.sequence_parallel,
@@ -52,6 +56,9 @@ class HeadProcessor:
         scored = {"softcap": softcap, **parallel}
         if heads == "logprobs":
             return self._logprobs(hidden_states, output_layer, output_weight, batch, scored)
+        if heads == "choices":
+            return self._choices(
+                hidden_states, output_layer, output_weight, batch, parallel, softcap)
         assert head is not None, "rewards of a model without a reward head"
         rewards_S = head(hidden_states, batch.final_S, **parallel)
         if heads == "rewards":
@@ -60,10 +67,28 @@ class HeadProcessor:
             self._logprobs(hidden_states, output_layer, output_weight, batch, scored), rewards_S
         )
 
+    def _choices(
+        self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
+        batch: PackedBatch, parallel: dict[str, Any], softcap: float | None,
+    ) -> Tensor:
+        weight, options = self._head_of(output_layer, output_weight, parallel)
+        logprobs_R = response_logprobs(
+            hidden_states, weight, batch.rows_R, batch.targets_R, softcap=softcap, **options)
+        tokens_R = likeliest_tokens(hidden_states, weight, batch.rows_R, **options)
+        return torch.stack([logprobs_R, (tokens_R == batch.targets_R).float()], dim=-1)
+
     def _logprobs(
         self, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None,
         batch: PackedBatch, options: dict[str, Any],
     ) -> Tensor:
+        weight, options = self._head_of(output_layer, output_weight, options)
+        return response_logprobs(
+            hidden_states, weight, batch.rows_R, batch.targets_R, **options)
+
+    def _head_of(
+        self, output_layer: Any, output_weight: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The output embedding, and the options with its adapter."""
         # The head is read without being called. With ddp.overlap_param_gather its hook is what
         # waits for its parameters to arrive from the other data-parallel ranks.
         for hook in output_layer._forward_pre_hooks.values():
@@ -71,11 +96,8 @@ class HeadProcessor:
         weight = output_layer.weight if output_weight is None else output_weight
         adapter = getattr(output_layer, ADAPTER, None)
         if adapter is not None and adapter.is_applied:
-            options |= {"adapter": adapter.head_factors}
-        return response_logprobs(
-            hidden_states, weight, batch.rows_R, batch.targets_R, rows_at_once=self.rows_at_once,
-            **options,
-        )
+            options = options | {"adapter": adapter.head_factors}
+        return weight, options | {"rows_at_once": self.rows_at_once}
 
 
 def forward_packed(

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_irl import hardware  # must precede megatron
-from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock, Low
+from megatron_irl.parallel.vocabulary_block import EagerBlock, FusedBlock, Low, product
 
 from megatron.core.tensor_parallel import (  # isort: skip
     copy_to_tensor_model_parallel_region,
@@ -145,23 +146,10 @@ def response_logprobs(
             hidden_SBH, output_layer.weight, batch.rows_R, batch.targets_R,
             tp_group=topology.tp_group, sequence_parallel=False, rows_at_once=2048)
     """
-    if sequence_parallel:
-        # All-gather; backward a reduce-scatter and no plain split, because each rank's gradient is
-        # only what came through its slice of the vocabulary (that is what the flag says).
-        hidden_SBH = gather_from_sequence_parallel_region(
-            hidden_SBH, tensor_parallel_output_grad=True, group=tp_group
-        )
-    hidden_RH = hidden_SBH[:, 0].index_select(0, rows_R)
-    low_Rr, low_Vpr = (None, None) if adapter is None else adapter(
-        hidden_RH, sequence_parallel=sequence_parallel)
-    if not sequence_parallel:
-        # Nothing forward; backward an all-reduce, here of the R response rows instead of all T.
-        hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
     vocab_start = weight_VpH.shape[0] * tp_group.rank()
-    num_real = getattr(weight_VpH, ROWS, weight_VpH.shape[0])
-    if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
-        weight_VpH = weight_VpH[:num_real]
-        low_Vpr = None if low_Vpr is None else low_Vpr[:num_real]
+    hidden_RH, weight_VpH, low_Rr, low_Vpr = _head_inputs(
+        hidden_SBH, weight_VpH, rows_R, tp_group, sequence_parallel, adapter
+    )
     make_block, block_size = _blocks(weight_VpH, rows_at_once)
     keep = torch.is_grad_enabled()  # inside the function it always says no
     return _BlockedLogprobs.apply(
@@ -178,6 +166,66 @@ def _blocks(weight_VpH: Tensor, rows_at_once: int) -> tuple[Any, int]:
     # take what the dtype does, so the same memory holds more rows, and fewer are computed a second
     # time.
     return FusedBlock, rows_at_once * (8 // weight_VpH.element_size())
+
+
+def _head_inputs(
+    hidden_SBH: Tensor, weight_VpH: Tensor, rows_R: Tensor, tp_group: Any,
+    sequence_parallel: bool, adapter: Callable[..., tuple[Tensor, Tensor]] | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(hidden_RH, this rank's rows without padding, low_Rr, low_Vpr); as ``response_logprobs``."""
+    if sequence_parallel:
+        # All-gather; backward a reduce-scatter and no plain split, because each rank's gradient is
+        # only what came through its slice of the vocabulary (that is what the flag says).
+        hidden_SBH = gather_from_sequence_parallel_region(
+            hidden_SBH, tensor_parallel_output_grad=True, group=tp_group
+        )
+    hidden_RH = hidden_SBH[:, 0].index_select(0, rows_R)
+    low_Rr, low_Vpr = (None, None) if adapter is None else adapter(
+        hidden_RH, sequence_parallel=sequence_parallel)
+    if not sequence_parallel:
+        # Nothing forward; backward an all-reduce, here of the R response rows instead of all T.
+        hidden_RH = copy_to_tensor_model_parallel_region(hidden_RH, group=tp_group)
+    num_real = getattr(weight_VpH, ROWS, weight_VpH.shape[0])
+    if num_real < weight_VpH.shape[0]:  # even a whole slice would copy its gradient
+        weight_VpH = weight_VpH[:num_real]
+        low_Vpr = None if low_Vpr is None else low_Vpr[:num_real]
+    return hidden_RH, weight_VpH, low_Rr, low_Vpr
+
+
+@torch.no_grad()
+def likeliest_tokens(
+    hidden_SBH: Tensor, weight_VpH: Tensor, rows_R: Tensor, *, tp_group: Any,
+    sequence_parallel: bool, rows_at_once: int,
+    adapter: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """The id with the largest logit in every row; of equal ones the smallest.
+
+    A soft cap is monotonic and changes none.
+
+    Args: as ``response_logprobs``.
+
+    Returns:
+        int64 [R], equal on every tensor-parallel rank. No gradient.
+
+    Collectives: over ``tp_group``; every tensor-parallel rank must call.
+    """
+    vocab_start = weight_VpH.shape[0] * tp_group.rank()
+    hidden_RH, weight_VpH, low_Rr, low_Vpr = _head_inputs(
+        hidden_SBH, weight_VpH, rows_R, tp_group, sequence_parallel, adapter
+    )
+    tokens_R = torch.zeros(len(hidden_RH), dtype=torch.int64, device=hidden_RH.device)
+    for start in range(0, len(hidden_RH), rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        logits = product(hidden_RH[rows], weight_VpH, _rows_of(low_Rr, low_Vpr, rows)).float()
+        peak, token = logits.max(dim=-1)
+        token = token + vocab_start
+        if tp_group.size() > 1:
+            top = peak.clone()
+            dist.all_reduce(top, op=dist.ReduceOp.MAX, group=tp_group)
+            token = torch.where(peak == top, token, torch.iinfo(torch.int64).max)
+            dist.all_reduce(token, op=dist.ReduceOp.MIN, group=tp_group)
+        tokens_R[rows] = token
+    return tokens_R
 
 
 def rows_at(

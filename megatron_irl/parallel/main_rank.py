@@ -1,6 +1,6 @@
 """Work that may fail on some ranks while the others wait: its result or its error reaches all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -68,6 +68,61 @@ def everywhere[T](work: Callable[[], T], topology: Topology) -> T:
         said = [None] * topology.world_size
         dist.all_gather_object(said, _spoken(failure))
     _raise_if(failure, {rank: text for rank, text in enumerate(said) if text})
+    return result
+
+
+Call = Callable[..., Any]
+"""(name, *arguments) → what the deed of that name gave."""
+
+
+def led_by_main[T](
+    work: Callable[[Call], T], deeds: Mapping[str, Callable[..., Any]], topology: Topology
+) -> T | None:
+    """Do ``work`` on rank 0, which may ask every rank for collective deeds meanwhile.
+
+    For a library that knows one process only: it runs on rank 0, the others wait for what it asks.
+
+    Args:
+        work: Called on rank 0 only, with ``call(name, *arguments)``; arguments must be picklable.
+        deeds: By name; the same on every rank. Each may use collectives over the world and must
+            fail on every rank if it fails on one.
+
+    Returns:
+        The result of ``work`` on rank 0, None elsewhere.
+
+    Raises: as ``on_main``; what a deed raised, on every rank. Collective over the world.
+    """
+    if not topology.is_main:
+        while True:
+            name, arguments = from_main(None, topology)
+            if name is None:
+                return on_main(lambda: None, topology)
+            deeds[name](*arguments)
+    fell = False
+
+    def call(name: str, *arguments: Any) -> Any:
+        nonlocal fell
+        from_main((name, arguments), topology)
+        fell = True  # the others too, unless it comes back
+        result = deeds[name](*arguments)
+        fell = False
+        return result
+
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work(call)
+    except Exception as error:  # whatever it is: the others must hear of it
+        if fell:  # they raise it by themselves
+            raise
+        failure = error
+    from_main((None, ()), topology)
+
+    def said() -> None:
+        if failure is not None:
+            raise failure
+
+    on_main(said, topology)
     return result
 
 

@@ -218,6 +218,29 @@ class Policy:
         check_finite(found.logp, "log-probabilities")
         return found
 
+    def score_choices(
+        self, sequences: Sequences, *, max_tokens: int = 4096, on_progress: OnProgress | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probabilities of whole responses, and whether greedy decoding would give them.
+
+        Returns:
+            float64 [n] in nats and bool [n], on every rank.
+
+        Args, collectives: as ``score``.
+        """
+        def choices(microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
+            return [list(out.cpu().split(batch.lengths_S.tolist()))
+                    for out, batch in self.schedule.evaluate(microbatches, "choices")]
+
+        found = sum_in_packs(
+            choices, sequences, self.topology,
+            lambda _, v: (float(v[:, 0].sum(dtype=np.float64)), float(v[:, 1].min())),
+            alone=False, max_tokens=max_tokens, multiple_of=self.multiple_of,
+            on_progress=on_progress,
+        ).reshape(-1, 2)
+        check_finite(found[:, 0], "log-probabilities")
+        return found[:, 0], found[:, 1] == 1
+
     def score_rewards(
         self, sequences: Sequences, *, alone: bool = False, max_tokens: int = 4096,
         on_progress: OnProgress | None = None,

@@ -16,11 +16,12 @@ from megatron_irl.algorithms.registry import REGISTRY, rules_of
 from megatron_irl.algorithms.rules import AlgorithmRules, section
 from megatron_irl.console import format_seconds
 from megatron_irl.errors import UserError
+from megatron_irl.evaluation.measurements import table
 from megatron_irl.run.charts import evaluation_charts, round_charts, step_charts
 from megatron_irl.run.comparison import shown_columns
 from megatron_irl.run.guard import CollapseGuard
 from megatron_irl.run.runlog import RunLog
-from megatron_irl.storage.commit import write_file
+from megatron_irl.storage.commit import read_json, write_file
 
 REPORT_FILE = "report.html"
 
@@ -49,14 +50,14 @@ def write_report(run_dir: str | Path) -> Path:
         raise UserError(f"{run_dir} is not a run folder: it has no recipe.yaml, metrics.jsonl or "
                         "rounds.jsonl. Give the output_dir of a run.")
     page = render_report(run_dir.resolve().name, _read_recipe(recipe_path), log.read_metrics(),
-                         log.read_rounds())
+                         log.read_rounds(), read_comparisons(run_dir / "evaluation"))
     path = run_dir / REPORT_FILE
     write_file(path, page.encode(errors="replace"))
     return path
 
 
 def render_report(name: str, recipe: Record, metrics: Sequence[Record],
-                  rounds: Sequence[Record]) -> str:
+                  rounds: Sequence[Record], comparisons: Sequence[Record] = ()) -> str:
     """Return the page as HTML.
 
     Args:
@@ -64,6 +65,7 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
         recipe: Resolved recipe with its ``environment`` block; {} where unknown.
         metrics: Lines of ``metrics.jsonl``.
         rounds: Lines of ``rounds.jsonl``.
+        comparisons: What ``evaluate`` wrote, each with its ``name``.
     """
     evaluations = evaluation_rows(rounds)
     columns = shown_columns([evaluation for _, evaluation in evaluations])
@@ -83,6 +85,8 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
         evaluation_titles=[title for title, _ in columns],
         evaluation_rows=[(label, [text(evaluation) for _, text in columns])
                          for label, evaluation in evaluations],
+        comparisons=[(record["name"], record.get("weights", ""), table(record["rows"]))
+                     for record in comparisons],
         step_charts=charts,
         round_charts=evaluation_charts(evaluations) + round_charts(rounds),
         generation=_generation_table(rounds),
@@ -90,6 +94,16 @@ def render_report(name: str, recipe: Record, metrics: Sequence[Record],
         recipe=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
+
+
+def read_comparisons(folder: Path) -> list[dict[str, Any]]:
+    """What ``evaluate`` left in a run folder, the newest first; other files are passed over."""
+    found = []
+    for path in folder.glob("*.json"):
+        written = read_json(path)
+        if isinstance(written, dict) and isinstance(written.get("rows"), list):
+            found.append(written | {"name": path.stem})
+    return sorted(found, key=lambda each: str(each.get("written")), reverse=True)
 
 
 def evaluation_rows(rounds: Sequence[Record]) -> list[tuple[str, Record]]:

@@ -126,3 +126,12 @@ def pairs_held(arguments: list[str]) -> tuple[int, list[tuple[int, int]]]:
         Stepper.train_step, PairBank._read_pairs = step, read
     assert code == 0, errors
     return max(held), parts
+
+
+def share_of_digits(texts: list[str]) -> list[float]:
+    """A scorer as a user might bring one."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in texts]
+
+
+def wrong_scores(texts: list[str]) -> list[float]:
+    return [0.5] * (len(texts) + 1)
