@@ -2,13 +2,13 @@
 
 A rank that waits for others gives no signs, however healthy they are: replicas end a round of
 generation minutes apart. So before a rank takes silence for a hang, it looks whether any other got
-on. Ranks in a deadlock, or behind one that was stopped, all fall silent together.
+on. Ranks in a deadlock all fall silent together, and a stopped process says nothing at all.
 """
 
 import contextlib
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -17,9 +17,21 @@ from megatron_irl.parallel.topology import Topology
 _PATIENCE = timedelta(seconds=20)  # with a store that does not answer
 
 
+class Heard(NamedTuple):
+    """What the ranks have told, in seconds of ``time.time`` (machines agree on it within seconds,
+    limits are minutes).
+
+    Attributes:
+        until: Until when the last of them may be without progress.
+        oldest: When the one that spoke longest ago spoke.
+    """
+
+    until: float
+    oldest: float
+
+
 class BeatBoard:
-    """Until when each rank may be silent, in seconds of ``time.time`` (machines agree on it within
-    seconds, limits are minutes).
+    """Where ranks tell until when they may be without progress.
 
     Args:
         topology: Of the run; with one rank there is nobody to hear of.
@@ -29,7 +41,6 @@ class BeatBoard:
 
     def __init__(self, topology: Topology) -> None:
         self._rank, self._world_size = topology.rank, topology.world_size
-        self._told = 0.0
         self._store: Any = None
         if topology.world_size > 1:
             # A client of its own, as another's may be waiting for a key, with its lock held.
@@ -38,17 +49,16 @@ class BeatBoard:
                 self._store.set_timeout(_PATIENCE)
 
     def tell(self, until: float) -> None:
-        """Publish this rank's, if it has changed."""
-        if self._store is not None and until != self._told:
-            self._store.set(f"beat/{self._rank}", repr(until))
-            self._told = until
+        """Publish this rank's; to be repeated, as a sign that the process runs."""
+        if self._store is not None:
+            self._store.set(f"beat/{self._rank}", f"{until!r} {time.time()!r}")
 
-    def latest(self) -> float:
-        """The latest of all ranks; 0 where none has told."""
+    def heard(self) -> Heard | None:
+        """Of all ranks; None where there is one, or one has not spoken yet."""
         if self._store is None:
-            return 0.0
+            return None
         keys = [f"beat/{rank}" for rank in range(self._world_size)]
-        # A key that is missing would be waited for; every rank tells before anybody can be late.
-        if not self._store.check(keys):
-            return time.time()
-        return max(float(value) for value in self._store.multi_get(keys))
+        if not self._store.check(keys):  # what is missing would be waited for
+            return None
+        told = [tuple(map(float, value.split())) for value in self._store.multi_get(keys)]
+        return Heard(max(until for until, _ in told), min(spoken for _, spoken in told))

@@ -20,7 +20,7 @@ from megatron_irl.data.corpus import Corpus, Gather
 from megatron_irl.data.token_store import TokenStore
 from megatron_irl.errors import UserError, tell_elsewhere
 from megatron_irl.parallel.main_rank import AnotherRankFailed
-from megatron_irl.storage.commit import write_file
+from megatron_irl.storage.commit import write_errors
 from megatron_irl.storage.processes import start_time, this_host
 
 POLL_SECONDS = 0.1
@@ -119,7 +119,12 @@ class _Word:
         """Say it to the ranks of this machine, if there are any."""
         if self.is_needed:
             own = {"pid": os.getpid(), "start": start_time(os.getpid()), "call": self._call}
-            write_file(self._path, json.dumps(own | what).encode())
+            # Under a name of its own: two launchers on one machine make two who speak.
+            mine = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+            with write_errors(self._path):
+                mine.parent.mkdir(parents=True, exist_ok=True)
+                mine.write_text(json.dumps(own | what))
+                mine.replace(self._path)
 
     def wait(self) -> dict[str, Any] | None:
         """The maker's last word; None if there is no living maker."""

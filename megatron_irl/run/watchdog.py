@@ -1,10 +1,10 @@
 """Ends a run that gets no further: with rank, phase and stacks in the log, in minutes.
 
-A thread on every rank reads the rank's heartbeat, and another tells it to all ranks. A rank that is
-silent because it waits for one that gets on is left alone. One that hangs or was stopped takes the
-signs of all, as ranks wait for each other in collectives: each then says where it stands, the first
-of a node has the others of the node show their stacks too, and the process ends, which has the
-launcher end the rest.
+A thread on every rank reads the rank's heartbeat, and another tells it to all ranks. A rank that
+is silent because it waits for one that gets on is left alone. One that hangs takes the signs of
+all, as ranks wait for each other in collectives, and one whose process was stopped tells nothing.
+Each then says where it stands, the first of a node has the others of the node show their stacks
+too, and the process ends, which has the launcher end the rest.
 """
 
 import contextlib
@@ -68,6 +68,7 @@ class Watchdog:
         self.folder = folder
         self._ended = threading.Event()
         self._board, self._others_until = BeatBoard(topology), 0.0
+        self._one_is_stopped = False  # its process has told nothing for so long
         self.mates, self._token = _meet(topology)
 
     def start(self) -> None:
@@ -96,8 +97,10 @@ class Watchdog:
                 self.heart.beat()
             looked = now
             silent, limit = now - self.heart.last, self._limit
-            if silent > limit and time.time() > self._others_until:
-                self._give_up(silent, limit)
+            is_late = silent > limit and time.time() > self._others_until
+            # Also in a slow phase: what it waits for will not come.
+            if is_late or (silent > self.seconds and self._one_is_stopped):
+                self._give_up(silent, min(silent, limit))
 
     @property
     def _limit(self) -> float:
@@ -113,8 +116,11 @@ class Watchdog:
             silent, limit = time.monotonic() - self.heart.last, self._limit
             with contextlib.suppress(RuntimeError, ValueError):  # no store, no word
                 self._board.tell(time.time() - silent + limit)
-                if silent > limit / 2:  # nobody asks who gets on
-                    self._others_until = self._board.latest()
+                if silent < self.seconds / 2:  # nobody asks who gets on
+                    self._one_is_stopped = False
+                elif heard := self._board.heard():
+                    self._others_until = heard.until
+                    self._one_is_stopped = time.time() - heard.oldest > self.seconds
 
     def _give_up(self, silent: float, limit: float) -> None:
         text = self.describe(silent, limit)

@@ -224,6 +224,7 @@ def test_unfinished_run_scores_from_its_checkpoint(sections, tmp_path, monkeypat
     """The head is in the checkpoint: the round's ledger is what ``score`` says."""
     sections["algorithm"] |= {"policy_steps": 0, "rounds": 2}
     sections["reward"]["ledger"] = "every_round"
+    sections["checkpoint"] = sections.get("checkpoint", {}) | {"asynchronous": False}
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, "megatron_irl.run.run.Run.save", 1, after=True)

@@ -55,7 +55,7 @@ def measured(
         stepper.train_step(packs, objective)
 
     step()  # tables and Adam's moments are made once
-    made = policy.chunks if topology.tp_size > 1 else None
+    made = policy.chunks if topology.tp_size > 1 or topology.dp_size > 1 else None
     most = _most_tensors(step, made) if made else _most_allocated(step)
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     moments = {id(t): t.nbytes for part in parts for state in part.optimizer.state.values()
@@ -70,7 +70,7 @@ def measured(
 def _most_tensors(step: Callable[[], None], chunks: Sequence[Any]) -> int:
     """Most bytes of tensors that a step had made and not yet freed at one time.
 
-    With collectives inside of layers: gloo's threads free what they took where torch's profiler
+    With collectives of several ranks: gloo's threads free what they took where torch's profiler
     does not look, and its count would only grow.
     """
     models = [unwrap(c) for c in chunks]
