@@ -97,10 +97,10 @@ class Watchdog:
                 self.heart.beat()
             looked = now
             silent, limit = now - self.heart.last, self._limit
-            is_late = silent > limit and time.time() > self._others_until
-            # Also in a slow phase: what it waits for will not come.
-            if is_late or (silent > self.seconds and self._one_is_stopped):
-                self._give_up(silent, min(silent, limit))
+            if silent > self.seconds and self._one_is_stopped:
+                self._give_up(silent, self.seconds)  # slow or not: what it waits for will not come
+            elif silent > limit and time.time() > self._others_until:
+                self._give_up(silent, limit)
 
     @property
     def _limit(self) -> float:
@@ -139,6 +139,7 @@ class Watchdog:
     def describe(self, silent: float, limit: float) -> str:
         """What this rank knows, for the log."""
         topology = self.topology
+        key = "hang_seconds" if limit == self.seconds else "timeout_minutes"
         others = ", ".join(f"rank {mate.rank} (process {mate.pid}) is {mate.state()}"
                            for mate in self.mates)
         return (
@@ -146,9 +147,8 @@ class Watchdog:
             f"{this_host().split()[0]}] no progress for {silent:.0f} s in {self.heart.phase} "
             f"({self.heart.place or 'before the first step'}; tensor rank {topology.tp_rank}, "
             f"pipeline rank {topology.pp_rank}, data rank {topology.dp_rank}); the limit is "
-            f"{limit:.0f} s (parallel.{'timeout_minutes' if self.heart.is_slow else 'hang_seconds'}"
-            f"). On this node: {others or 'no other rank'}. The process ends with code {HUNG}; the "
-            "same command resumes the run. Stacks:"
+            f"{limit:.0f} s (parallel.{key}). On this node: {others or 'no other rank'}. The process "
+            f"ends with code {HUNG}; the same command resumes the run. Stacks:"
         )
 
     def _is_first_of_node(self, text: str) -> bool:
