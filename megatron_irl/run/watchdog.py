@@ -147,8 +147,8 @@ class Watchdog:
             f"{this_host().split()[0]}] no progress for {silent:.0f} s in {self.heart.phase} "
             f"({self.heart.place or 'before the first step'}; tensor rank {topology.tp_rank}, "
             f"pipeline rank {topology.pp_rank}, data rank {topology.dp_rank}); the limit is "
-            f"{limit:.0f} s (parallel.{key}). On this node: {others or 'no other rank'}. The process "
-            f"ends with code {HUNG}; the same command resumes the run. Stacks:"
+            f"{limit:.0f} s (parallel.{key}). On this node: {others or 'no other rank'}. The "
+            f"process ends with code {HUNG}; the same command resumes the run. Stacks:"
         )
 
     def _is_first_of_node(self, text: str) -> bool:
