@@ -10,12 +10,13 @@ from studies.statistics import paired_difference
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Markdown: means over seeds and prompts, and what each method adds to SFT."""
+    """Markdown: means over seeds and prompts, what each method adds to SFT, and the area under the
+    curve of its reward over right and wrong demonstrations."""
     lines = [
         f"### {results['name']}", "", results["hypothesis"].strip(), "",
         "| | method | settings chosen | greedy right | samples right | different samples | "
-        "greedy, minus sft [95 %] | p | samples, minus sft [95 %] | p | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "greedy, minus sft [95 %] | p | samples, minus sft [95 %] | p | AUC | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for level, methods in results["levels"].items():
         for name, entry in methods.items():
@@ -37,8 +38,10 @@ def _row(
             found = paired_difference([s[metric] for s in seeds], [s[metric] for s in sft["seeds"]])
             versus += [f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]",
                        f"{found.p:.4f}"]
+    areas = [s["auc"] for s in seeds if s.get("auc") is not None]
+    auc = f"{np.mean(areas):.3f}" if areas else ""
     seconds = f"{np.mean([s['seconds'] for s in seeds]):.0f}"
-    return "| " + " | ".join([level, name, settings, *means, *versus, seconds]) + " |"
+    return "| " + " | ".join([level, name, settings, *means, *versus, auc, seconds]) + " |"
 
 
 def picture(results: Mapping[str, Any], path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import sys
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +112,35 @@ def run_study(study: Study, out: Path, jobs: int) -> dict[str, Any]:
 def _run_all(points: Sequence[tuple[Point, str]], out: Path, jobs: int) -> list[dict[str, Any]]:
     """Run points, ``jobs`` at a time; results in order. Starts are made before what needs them."""
     starts = {_start_of(point): (point, split) for point, split in points}
+    tell = Progress(len(points))
     if jobs == 1:
-        return [run_point(point, out, split=split) for point, split in points]
+        return [tell(point, run_point(point, out, split=split)) for point, split in points]
     with ProcessPoolExecutor(jobs) as pool:
         first = [pool.submit(run_point, _only_start(p), out, split=s) for p, s in starts.values()]
         for future in first:
             future.result()
-        futures = [pool.submit(run_point, p, out, split=s) for p, s in points]
+        futures = {pool.submit(run_point, p, out, split=s): p for p, s in points}
+        for future in as_completed(futures):
+            tell(futures[future], future.result())
         return [future.result() for future in futures]
+
+
+class Progress:
+    """A line on stderr for every point that is done."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._start = total, 0, time.monotonic()
+
+    def __call__(self, point: Point, measured: dict[str, Any]) -> dict[str, Any]:
+        """Say what was found; returns it."""
+        self._done += 1
+        passed = time.monotonic() - self._start
+        left = passed / self._done * (self._total - self._done)
+        print(f"[{self._done}/{self._total}] {point.method} seed {point.seed}: "
+              f"greedy {100 * np.mean(measured['greedy']):.1f} %, "
+              f"samples {100 * np.mean(measured['sampled']):.1f} % right; "
+              f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
+        return measured
 
 
 def _start_of(point: Point) -> str:

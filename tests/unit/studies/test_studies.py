@@ -11,6 +11,7 @@ import yaml
 from megatron_irl.errors import UserError
 from studies.methods import ALGORITHMS, recipe_of
 from studies.report import table
+from studies.rewards import area_under_curve
 from studies.statistics import paired_difference
 from studies.study import read_study
 from studies.tasks import TASKS, is_chain, is_subsequence, make_examples
@@ -55,6 +56,25 @@ def test_no_prompt_is_in_two_splits_and_corruption_moves_answers():
     assert {len(e.prompt) for e in longer} == {6}
 
 
+def test_what_a_model_saw_before_stays_whatever_comes_after():
+    task = TASKS["mirror"]
+    first, second = (make_examples(task, 3, train=size, validation=20, test=20, before=400,
+                                   habit=0.75, lengths=(4, 5)) for size in (50, 100))
+    assert first["before"] == second["before"] and len(first["before"]) == 400
+    assert {len(e.prompt) for e in first["before"]} == {4, 5}
+    assert all(e.answer == (e.prompt[::-1] if e.is_right else e.prompt) for e in first["before"])
+    assert 260 < sum(not e.is_right for e in first["before"]) < 340
+    prompts = [e.prompt for examples in second.values() for e in examples]
+    assert len(set(prompts)) == len(prompts) == 540
+    assert all(e.is_right for name in ("train", "validation", "test") for e in second[name])
+
+
+def test_area_under_curve_by_hand():
+    assert area_under_curve(np.array([3.0, 1.0]), np.array([2.0, 0.0])) == 3 / 4
+    assert area_under_curve(np.array([1.0]), np.array([1.0])) == 1 / 2
+    assert area_under_curve(np.array([0.0]), np.array([1.0, 2.0])) == 0
+
+
 def test_paired_difference_by_hand():
     """Four prompts changed, all for the better: p is 2 of the 16 patterns of signs."""
     ours, theirs = [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
@@ -82,7 +102,7 @@ def test_studies_in_the_repository_can_be_read(path):
     for method in study.methods:
         for settings in method.trials():
             if method.kind != "start":
-                recipe_of(method.kind, settings, start=path, data=path, out=path, seed=0)
+                recipe_of(method.kind, settings, start=path, demonstrations=path, out=path, seed=0)
     assert {m.kind for m in study.methods} <= {*ALGORITHMS, "start"}
 
 
