@@ -79,6 +79,12 @@ def run_point(point: Point, out: Path, *, split: str) -> dict[str, Any]:
     return measured
 
 
+def answers(point: Point, out: Path) -> dict[str, str]:
+    """The greedy answers of a point that has been measured on the test split, by prompt."""
+    lines = (out / "points" / point.name / "test" / "greedy.jsonl").read_text().splitlines()
+    return {line["prompt"].removesuffix("="): line["response"] for line in map(json.loads, lines)}
+
+
 def _run_and_measure(point: Point, out: Path, folder: Path, split: str) -> dict[str, Any]:
     data = _data(point, out)
     start = _start(point, data, out)

@@ -20,13 +20,13 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for level, methods in results["levels"].items():
         for name, entry in methods.items():
-            lines.append(_row(level, name, entry, methods.get("sft")))
+            lines.append("| " + " | ".join(_cells(level, name, entry, methods.get("sft"))) + " |")
     return "\n".join(lines)
 
 
-def _row(
+def _cells(
     level: str, name: str, entry: Mapping[str, Any], sft: Mapping[str, Any] | None
-) -> str:
+) -> list[str]:
     seeds = entry["seeds"]
     means = [f"{100 * np.mean([np.mean(s[key]) for s in seeds]):.1f}"
              for key in ("greedy", "sampled", "distinct")]
@@ -41,7 +41,27 @@ def _row(
     areas = [s["auc"] for s in seeds if s.get("auc") is not None]
     auc = f"{np.mean(areas):.3f}" if areas else ""
     seconds = f"{np.mean([s['seconds'] for s in seeds]):.0f}"
-    return "| " + " | ".join([level, name, settings, *means, *versus, auc, seconds]) + " |"
+    return [level, name, settings, *means, *versus, auc, seconds]
+
+
+def short_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """A head and a row a method: its shares of right answers, and how far they are from SFT's."""
+    rows = [["", "method", "greedy right, %", "minus sft [95 %]", "p", "samples right, %",
+             "minus sft [95 %]", "p", "reward AUC"]]
+    for level, methods in results["levels"].items():
+        for name, entry in methods.items():
+            cells = _cells(level, name, entry, methods.get("sft"))
+            _, _, _, greedy, sampled, _, gain, p, gain_sampled, p_sampled, auc, _ = cells
+            rows.append([level, name, greedy, gain, p, sampled, gain_sampled, p_sampled, auc])
+    return rows
+
+
+def short_table(results: Mapping[str, Any]) -> str:
+    """``short_rows`` as Markdown, in columns for a terminal."""
+    rows = short_rows(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
 def picture(results: Mapping[str, Any], path: Path) -> None:

@@ -1,6 +1,8 @@
 """A study from file to table, stopped and gone on with."""
 
 import json
+import runpy
+from pathlib import Path
 
 import yaml
 
@@ -50,7 +52,8 @@ def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
     path = tmp_path / "drafts.yaml"
     path.write_text(yaml.safe_dump(study))
     out = tmp_path / "out"
-    assert main(["run", str(path), "--out", str(out)]) == 0
+    demo = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "demo.py"))["main"]
+    assert demo(["--out", str(out), "--study", str(path), "--jobs", "1"]) == 0
     (mixed,) = (p.parent for p in out.rglob("drafts.jsonl"))
     demonstrations, drafts = (
         [json.loads(line) for line in (mixed / name).read_text().splitlines()]
@@ -65,4 +68,7 @@ def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
     assert irft["auc"] is None or 0 <= irft["auc"] <= 1
     assert len((next(out.rglob("kept.jsonl"))).read_text().splitlines()) >= 6
     assert "$ megatron-irl train" in next(out.rglob("log.txt")).read_text()
-    assert "megatron-irl" not in capsys.readouterr().out
+    said, page = capsys.readouterr().out, (out / "report.html").read_text()
+    assert "$ megatron-irl" not in said and "minutes" in said
+    assert (out / "results.md").read_text().strip() in said
+    assert "data:image/png;base64," in page and page.count("<tr>") == 1 + 3 + 1 + 3
