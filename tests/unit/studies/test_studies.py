@@ -1,6 +1,7 @@
 """The languages and what is right in them, paired statistics by hand, and the files of studies."""
 
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import yaml
 
 from megatron_irl.errors import UserError
 from studies.methods import ALGORITHMS, recipe_of
+from studies.points import Point
 from studies.report import table
 from studies.rewards import area_under_curve
 from studies.statistics import paired_difference
-from studies.study import read_study
+from studies.study import read_study, starts_of
 from studies.tasks import TASKS, is_chain, is_subsequence, make_examples
+from studies.why import training_signs, why_table
 
 STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
 
@@ -129,3 +132,28 @@ def test_the_table_compares_with_sft():
     text = table({"name": "n", "hypothesis": "h", "metric": "sampled", "levels": {
         "": {"sft": entry([0.0, 0.0]), "rft": entry([1.0, 1.0])}}})
     assert "| rft | lr 1 | 50.0 | 100.0 | 75.0 | +0.0 [+0.0, +0.0] | 1.0000 | +100.0 [" in text
+
+
+def test_no_two_points_of_a_stage_make_the_same_start():
+    """Levels that differ in what was edited share a model to start from, and not their drafts."""
+    before = {"before": 8, "steps": 1}
+    points = [(Point({"name": "mirror", "unedited": share}, {}, before, kind, {}, seed), "test")
+              for kind in ("sft", "irft") for share in (0.0, 0.5) for seed in (0, 1)]
+    models, drafts = starts_of(points)
+    assert sorted(p.seed for p, _ in models) == [0, 1]
+    assert sorted((p.seed, p.task["unedited"]) for p, _ in drafts) == [
+        (0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
+    assert {p.method for p, _ in models + drafts} == {"start"}
+
+
+def test_signs_are_of_the_last_tenth(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = [{"step": n, "logp/demo": float(-n), **({"policy/entropy": 1.0} if n > 15 else {})}
+             for n in range(1, 21)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert training_signs(tmp_path) == {"logp/demo": -19.5, "policy/entropy": 1.0}
+    assert training_signs(tmp_path / "none") == {}
+    entry = {"seeds": [{"greedy": [1.0, 1.0], "sampled": [0.5, 0.0], "distinct": [0.5, 0.5],
+                        "signs": {"logp/demo": -2.0}, "auc": 0.75}]}
+    text = why_table({"levels": {"": {"irft": entry}}})
+    assert "| irft | 75.0 | 50.0 | -2.00 |  |  |  | 0.750 |" in text
