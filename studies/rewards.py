@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_irl.data.ledger import read_ledger
 from megatron_irl.storage.commit import write_jsonl_atomically
 from studies.commands import command
 
@@ -14,7 +16,8 @@ def reward_auc(run: Path, start: Path, demonstrations: Path, folder: Path) -> fl
     """Area under the ROC curve of a run's reward over its own demonstrations, right over wrong.
 
     Args:
-        run: Of rft, whose ``hf_reward/`` is asked, or another, whose policy is against ``start``.
+        run: With the ledger of rft, whose reward is explicit, or another, whose policy is asked
+            against ``start``.
         folder: Where the rewards go.
 
     Returns:
@@ -24,17 +27,25 @@ def reward_auc(run: Path, start: Path, demonstrations: Path, folder: Path) -> fl
     is_right = np.array([record["is_right"] for record in records])
     if is_right.all() or not is_right.any():
         return None
+    if (run / "ledger").exists():
+        rows = sorted(read_ledger(run / "ledger"), key=lambda row: row.ordinal)
+        rewards = np.array([row.reward for row in rows])
+    else:
+        rewards = _implicit(run, start, records, folder)
+    return area_under_curve(rewards[is_right], rewards[~is_right])
+
+
+def _implicit(
+    run: Path, start: Path, records: list[dict[str, Any]], folder: Path
+) -> npt.NDArray[np.floating]:
     out = folder / "rewards.jsonl"
     if not out.exists():
         pairs = folder / "to_score.jsonl"
         write_jsonl_atomically(pairs, (
             {"prompt": r["prompt"], "responses": [r["response"]]} for r in records))
-        explicit = (run / "hf_reward").exists()
-        model = ("--model", run / "hf_reward") if explicit else (
-            "--model", run / "hf", "--reference", start)
-        command("score", *model, "--pairs", pairs, "--out", out)
-    rewards = np.array([json.loads(line)["rewards"][0] for line in out.read_text().splitlines()])
-    return area_under_curve(rewards[is_right], rewards[~is_right])
+        command("score", "--model", run / "hf", "--reference", start, "--pairs", pairs,
+                "--out", out)
+    return np.array([json.loads(line)["rewards"][0] for line in out.read_text().splitlines()])
 
 
 def area_under_curve(

@@ -45,6 +45,7 @@ def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
         "common": {"steps": 2, "batch": 4, "lr": 1e-3}, "seeds": [0], "trial_seed": 7,
         "methods": {
             "sft": {}, "irft": {"rounds": 1, "beta": 0.1},
+            "rft": {"rounds": 1, "beta": 0.1, "head_lr": 1e-2, "policy_steps": 1, "samples": 2},
             "filtered": {"keep": 0.5, "reward": {
                 "steps": 2, "batch": 4, "lr": 1e-3, "rounds": 1, "beta": 0.1, "head_lr": 1e-2,
                 "policy_steps": 0}}},
@@ -64,11 +65,13 @@ def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
     assert len(demonstrations) == len(drafts) == 12 and len(edited) >= 6
     assert {d["prompt"] for d in edited + left} == set(answers)
     assert all(d["is_right"] == (d in edited) for d in demonstrations)
-    irft = json.loads((out / "drafts.json").read_text())["levels"][""]["irft"]["seeds"][0]
-    assert irft["auc"] is None or 0 <= irft["auc"] <= 1
+    methods = json.loads((out / "drafts.json").read_text())["levels"][""]
+    areas = [methods[name]["seeds"][0]["auc"] for name in ("irft", "rft")]
+    wrong = any(not d["is_right"] for d in demonstrations)
+    assert all(0 <= a <= 1 if wrong else a is None for a in areas)
     assert len((next(out.rglob("kept.jsonl"))).read_text().splitlines()) >= 6
     assert "$ megatron-irl train" in next(out.rglob("log.txt")).read_text()
     said, page = capsys.readouterr().out, (out / "report.html").read_text()
     assert "$ megatron-irl" not in said and "minutes" in said
     assert (out / "results.md").read_text().strip() in said
-    assert "data:image/png;base64," in page and page.count("<tr>") == 1 + 3 + 1 + 3
+    assert "data:image/png;base64," in page and page.count("<tr>") == 1 + 4 + 1 + 3
