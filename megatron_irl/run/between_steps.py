@@ -30,7 +30,7 @@ def between_steps(run: Run, phase: Phase, wanted: Set[str] = frozenset()) -> Non
          *run.checkpointer.status()],
         topology,
     )
-    run.checkpointer.take_note(*saving)
+    run.checkpointer.settle(*saving)
     if halve:
         state.lr_scale /= 2
         run.trainer.stepper.lr_scale = state.lr_scale
