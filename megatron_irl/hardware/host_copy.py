@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -14,12 +14,15 @@ _ALIGNMENT = 4096
 _PIECE = 64 << 20  # bytes that a thread copies at a time
 _THREADS = 8  # at most; more are no faster on one bus, or one file system
 
+Pieces = Sequence[tuple[Tensor, Tensor]]
+"""(where to, where from), of equal shapes."""
+
 
 def copy_to_host(tensors: Sequence[Tensor], *, huge_pages: bool = False) -> list[Tensor]:
     """Copies that no later change of the tensors reaches, each with a storage of its own.
 
-    One mapping holds them all, whose memory is given back at once when the last copy goes. On CUDA
-    several threads copy, each over a stream of its own: what costs is the first touch of a page,
+    One mapping holds them all, whose memory is given back at once when the last copy goes. Several
+    threads copy, on CUDA each over a stream of its own: what costs is the first touch of a page,
     and one thread moves a fraction of what the bus can. Waits for the device.
 
     Args:
@@ -38,11 +41,10 @@ def copy_to_host(tensors: Sequence[Tensor], *, huge_pages: bool = False) -> list
         copies.append(_place(memory, start, size, tensor))
         start += _aligned(size)
     pieces = [piece for pair in zip(copies, tensors, strict=True) for piece in _pieces(*pair)]
-    if hardware.IS_CUDA:
-        _copy_over_streams(pieces)
-    else:
-        for to, source in pieces:
-            to.copy_(source)
+    copy = _over_a_stream() if hardware.IS_CUDA else _copy
+    count = threads_for_files()
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(copy, [pieces[i::count] for i in range(count)]))
     return copies
 
 
@@ -69,20 +71,24 @@ def _pieces(to: Tensor, source: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield flat_to[first : first + step], flat[first : first + step]
 
 
-def _copy_over_streams(pieces: list[tuple[Tensor, Tensor]]) -> None:
+@torch.no_grad()  # of this thread
+def _copy(pieces: Pieces) -> None:
+    for to, source in pieces:
+        to.copy_(source)
+
+
+def _over_a_stream() -> Callable[[Pieces], None]:
+    """``_copy`` for threads, behind what this thread has queued on the device."""
     device, current = hardware.device(), torch.cuda.current_stream()
 
-    def copy(some: list[tuple[Tensor, Tensor]]) -> None:
+    def copy(pieces: Pieces) -> None:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
             # After what is queued: the update whose result is copied. A copy to memory that is
             # not pinned has arrived when it returns: with all threads in, the next step may write.
             torch.cuda.current_stream().wait_stream(current)
-            for to, source in some:
-                to.copy_(source)
+            _copy(pieces)
 
-    count = threads_for_files()
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(copy, [pieces[i::count] for i in range(count)]))
+    return copy
 
 
 def _aligned(size: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_irl.errors import STOPPED
 from tests.faults.cases import write_recipe
 from tests.faults.forked import Zygote
-from tests.faults.instants import instant_of, unfinished_save
+from tests.faults.instants import instant_of, unfinished_saves
 from tests.faults.process import Start
 from tests.golden.trajectory import Trajectory, read_trajectory
 
@@ -126,6 +126,7 @@ def _hit_once(
     at_save = rng.random() < AT_SAVE_SHARE
     done = progress_of(folder)
     due = done + share * FURTHEST * (reference.progress - done)
+    left = unfinished_saves(folder)
     start = Start(recipe, folder, zygote)
     try:
         while start.look() is None:
@@ -133,7 +134,8 @@ def _hit_once(
                 break
             if start.opened_at is not None and progress_of(folder) >= due:
                 if at_save:
-                    _wait_for_a_save(start, folder)
+                    while unfinished_saves(folder) <= left and start.look() is None:
+                        time.sleep(0.002)
                 time.sleep(delay * (LONGEST_IN_SAVE if at_save else LONGEST_DELAY))
                 break
             time.sleep(0.02)
@@ -145,7 +147,7 @@ def _hit_once(
         at = start.seconds - (start.opened_at if start.opened_at is not None else 1e3)
         steps, hit_at = _steps(folder), time.monotonic()
         start.hit(KINDS[kind], pids)
-        during = instant_of(folder, is_open=start.opened_at is not None)
+        during = instant_of(folder, is_open=start.opened_at is not None, left=left)
         code = start.finish()
         fault = Fault(kind, target, round(at, 2), during, code,
                       round(time.monotonic() - hit_at, 2), _steps(folder), _saved(folder))
@@ -153,12 +155,6 @@ def _hit_once(
         return fault
     finally:
         start.end()
-
-
-def _wait_for_a_save(start: Start, folder: Path) -> None:
-    """Until the next checkpoint is begun, or the run is over."""
-    while unfinished_save(folder) is None and start.look() is None:
-        time.sleep(0.002)
 
 
 def _judge(fault: Fault, start: Start, steps: int) -> list[str]:
