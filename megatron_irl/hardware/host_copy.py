@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,21 +22,22 @@ Pieces = Sequence[tuple[Tensor, Tensor]]
 def copy_to_host(tensors: Sequence[Tensor], *, huge_pages: bool = False) -> list[Tensor]:
     """Copies that no later change of the tensors reaches, each with a storage of its own.
 
-    One mapping holds them all, whose memory is given back at once when the last copy goes. Several
-    threads copy, on CUDA each over a stream of its own: what costs is the first touch of a page,
-    and one thread moves a fraction of what the bus can. Waits for the device.
+    One mapping holds them all. When the last copy goes it is kept for the next save, and its memory
+    is the system's to take: what costs is the first touch of a page. Several threads copy, on CUDA
+    each over a stream of its own: one moves a fraction of what the bus can. Waits for the device.
 
     Args:
-        huge_pages: Ask the system for them. Where memory is fragmented it may take long to find
-            them: a virtual machine took three times as long with as without.
+        huge_pages: Ask the system for them, in a mapping that is not kept. Where memory is
+            fragmented it may take long to find them: a virtual machine took three times as long.
     """
     sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    room = sum(map(_aligned, sizes))
-    memory = mmap.mmap(
-        -1, max(room, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
+    room = max(sum(map(_aligned, sizes)), mmap.PAGESIZE)
     if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        mapping = _map(room)
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        memory = memoryview(mapping)
+    else:
+        memory = _KEPT.take(room)
     copies, start = [], 0
     for tensor, size in zip(tensors, sizes, strict=True):
         copies.append(_place(memory, start, size, tensor))
@@ -54,7 +56,41 @@ def threads_for_files() -> int:
     return max(1, min(_THREADS, (os.cpu_count() or 1) // ranks))
 
 
-def _place(memory: mmap.mmap, start: int, size: int, like: Tensor) -> Tensor:
+class _Kept:
+    """A mapping that is used by one save after another."""
+
+    def __init__(self) -> None:
+        self._mapping: mmap.mmap | None = None
+        self._is_free = True
+
+    def take(self, size: int) -> memoryview:
+        """Memory of ``size`` bytes; free again once the view and all tensors in it are gone."""
+        if not self._is_free:  # an earlier save is still being written
+            return memoryview(_map(size))
+        if self._mapping is None or len(self._mapping) < size:
+            self._mapping = None  # first: there may be no room for both
+            self._mapping = _map(size)
+        self._is_free = False
+        view = memoryview(self._mapping)
+        weakref.finalize(view, self._give_back, self._mapping).atexit = False
+        return view
+
+    def _give_back(self, mapping: mmap.mmap) -> None:
+        # In the thread that let go of the last copy. In this order: pages that are written before
+        # the call may be taken away after it.
+        if hasattr(mmap, "MADV_FREE"):
+            mapping.madvise(mmap.MADV_FREE)
+        self._is_free = True
+
+
+_KEPT = _Kept()
+
+
+def _map(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _place(memory: memoryview, start: int, size: int, like: Tensor) -> Tensor:
     if size == 0:
         return torch.empty(like.shape, dtype=like.dtype)
     flat = torch.frombuffer(memory, dtype=torch.uint8, offset=start, count=size)

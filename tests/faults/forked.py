@@ -31,9 +31,7 @@ ROOT = Path(__file__).parents[2]
 _PR_SET_NAME, NAME_LENGTH = 15, 15  # a process's name, which its forks inherit
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # What a run imports on its way, besides the package's own modules.
-_LATE = ("transformers", "transformers.models.auto.tokenization_auto",
-         "transformers.models.llama.configuration_llama", "transformers.tokenization_utils_fast",
-         "pyarrow.parquet", "safetensors.torch")
+_LATE = ("pyarrow.parquet", "safetensors.torch")
 
 
 class Zygote:
