@@ -38,3 +38,12 @@ def test_a_part_of_generate_that_cannot_be_written(pool, model, tmp_path):
         2, jobs.command_with_a_failure, timeout=90.0, arguments=[str(word) for word in given],
         target="megatron_irl.storage.partial.PartialJsonl.append", rank=0, calls=1,
     ))
+
+
+def test_a_step_that_the_main_rank_cannot_log(pool, sections, tmp_path):
+    """The second of four; the other rank hears of it in the agreement after the step."""
+    assert_all_refuse(pool.run(
+        2, jobs.command_with_a_failure, timeout=90.0,
+        arguments=["train", str(write_recipe(tmp_path / "r.yaml", **sections))],
+        target="megatron_irl.run.runlog.RunLog.log_metrics", rank=0, calls=2,
+    ))
