@@ -89,6 +89,40 @@ def test_linear_loss_on_frozen_samples_never_vanishes(seed: int):
         torch.testing.assert_close(ours, -0.3 * (demo - frozen), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 1.0])
+@seeds
+def test_a_round_carried_to_its_end_overshoots_the_demonstrations(seed: int, beta: float):
+    """On samples of the reference the sigmoid loss ends at pi_ref * (demo / pi_ref)^(1 / beta).
+
+    A pair's best margin is the log odds of which of the two is the demonstration. At beta = 1 that
+    policy is the demonstrations' distribution; below, it goes on in their direction.
+    """
+    demo, ref = distributions(seed, 2)
+    theta = (ref.log() + (demo.log() - ref.log()) / beta).requires_grad_()
+    log_policy = theta.log_softmax(-1)
+    gradient = expected_pair_gradient(theta, log_policy, ref, demo, ref, beta=beta, loss="sigmoid")
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-15)
+    if beta == 1.0:
+        torch.testing.assert_close(log_policy.exp(), demo, rtol=1e-12, atol=0)
+
+
+@seeds
+def test_drafts_among_the_demonstrations_cancel(seed: int):
+    """Half drafts, half one edited answer: imitation gives it half, the end of a round nearly all.
+
+    A second round, whose samples are edited already, ends far below the demonstrations' half.
+    """
+    (ref,) = distributions(seed, 1)
+    edited = torch.zeros_like(ref)
+    edited[int(ref.argmin())] = 1.0
+    demo, beta = 0.5 * edited + 0.5 * ref, 0.1
+    first = (ref.log() + (demo.log() - ref.log()) / beta).softmax(-1)
+    second = (first.log() + (demo.log() - first.log()) / beta).softmax(-1)
+    assert (demo @ edited) < 0.7
+    assert (first @ edited) > 0.999
+    assert (second @ edited) < 1e-3
+
+
 @seeds
 def test_margin_recovers_the_explicit_reward(seed: int):
     """With pi = pi_ref * exp(r / beta) / Z, beta * g is r(y) - r(z): Z cancels."""
