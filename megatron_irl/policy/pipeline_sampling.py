@@ -50,7 +50,8 @@ class PolicyGenerator:
         self._whole: WholeModel | None = None
         self._holds = False  # the whole model's weights
         self._chosen: Topology | None = None
-        self._note = self._said = ""
+        self._note = ""
+        self._said: set[str] = set()
 
     @property
     def engine(self) -> Any:
@@ -77,9 +78,12 @@ class PolicyGenerator:
         return self._chosen
 
     def take_note(self) -> str | None:
-        """What was chosen and why, if that is news."""
-        news, self._said = self._note != self._said, self._note
-        return self._note if news else None
+        """What was chosen and why, the first time; sizes may differ from phase to phase."""
+        kind = self._note.partition("(")[0]
+        if kind in self._said or not kind:
+            return None
+        self._said.add(kind)
+        return self._note
 
     def generate(
         self, prompts: Sequence[np.ndarray], sampling: SamplingConfig, *others: Any, **options: Any

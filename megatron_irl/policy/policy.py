@@ -260,10 +260,9 @@ class Policy:
     # --- generation
 
     def open_generator(self, **options: Any) -> None:
-        """Make ready to generate; memory is taken by the first ``generate``.
+        """Make ready to generate, with what ``PolicyGenerator`` and ``MegatronGenerator`` take.
 
-        Args: as ``PolicyGenerator`` and ``MegatronGenerator``, ``max_sequence_length`` at least.
-            Collectives: none.
+        Memory is taken by the first ``generate``. Collectives: none.
         """
         self.generator = PolicyGenerator(
             self.chunks, self.topology, self.architecture,
@@ -274,8 +273,7 @@ class Policy:
     def sampling_ranks(self) -> Topology:
         """This rank's place as generation has it, until ``release_cache``.
 
-        It is ``topology``, or one in which the stages of a pipeline are replicas too. Collective
-        over every rank of the run.
+        ``topology``, or one where the stages of a pipeline are replicas too. Collective: all ranks.
         """
         assert self.generator is not None, "open_generator comes first"
         return self.generator.ranks()
@@ -285,11 +283,9 @@ class Policy:
         on_progress: OnGenerated | None = None, *, keys: Sequence[int],
         on_finished: Finished | None = None,
     ) -> list[Sample]:
-        """A response to every prompt of this replica of ``sampling_ranks``; see
-        ``Generator.generate``.
+        """A response to every prompt of this replica, by ``sampling_ranks``.
 
-        Collectives: every rank calls, the ranks of a replica with equal arguments, and every
-        replica with what is its own or nothing.
+        Collectives: every rank calls, those of a replica with equal arguments, maybe with nothing.
         """
         assert self.generator is not None, "open_generator comes first"
         with self._ready_to_sample():
@@ -338,11 +334,7 @@ class Policy:
             self.generator.residency.note_update()
 
     def generation_costs(self) -> dict[str, Any]:
-        """What generation cost beside its time, on this rank; nothing on CPU.
-
-        ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
-        that tensors took in the last phase of generation and in the training before it.
-        """
+        """What generation cost beside its time, on this rank; see ``PolicyGenerator.costs``."""
         return {} if self.generator is None else self.generator.costs()
 
     def release_cache(self) -> None:
