@@ -75,26 +75,29 @@ def under_scarcity(
     measured, allocate = hardware.free_memory, WholeModel.allocate
     found: dict[str, Any] = {}
 
+    def note() -> str | None:
+        assert policy.generator is not None
+        return policy.generator.take_note()
+
     def draw(policy: Policy) -> list[list[int]]:
         return [s.token_ids.tolist() for s in policy.generate(prompts, SamplingConfig(**sampling))]
 
-    def fail(whole: WholeModel) -> list[Any]:
+    def fail(self: WholeModel) -> list[Any]:
         raise RuntimeError("not enough memory: you tried to allocate it")
 
     policy = open_policy(hf, layout)
     last = policy.topology.rank == policy.topology.world_size - 1
     try:
         hardware.free_memory = lambda: 0 if last else measured()  # on one rank alone
-        drawn, note = draw(policy), policy.generator.take_note()
-        found["scarce"] = drawn, note, policy.sampling_ranks().dp_size
-        found["said once"] = policy.generator.take_note()
+        found["scarce"] = draw(policy), note(), policy.sampling_ranks().dp_size
+        found["said once"] = note()
         policy.release_cache()
         hardware.free_memory = measured  # as another phase may find it
-        found["free again"] = draw(policy), policy.generator.take_note()
+        found["free again"] = draw(policy), note()
         policy.release_cache()
         if last:
             WholeModel.allocate = fail
-        found["fails"] = draw(policy), policy.generator.take_note()
+        found["fails"] = draw(policy), note()
         found["fails after a failure"] = draw(policy)
         forced = open_policy(hf, layout, pipeline="replicas")
         try:
