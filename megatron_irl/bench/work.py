@@ -45,6 +45,7 @@ class PhaseMemory:
     """Peaks of memory phase by phase; begun before the model is there."""
 
     def __init__(self) -> None:
+        hardware.reset_peak_process_memory()
         self._before = hardware.process_memory()
 
     def begin(self) -> None:

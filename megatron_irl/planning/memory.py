@@ -132,6 +132,14 @@ def optimizer_bytes(recipe: Recipe) -> float:
     return 4.0 * moments + (0 if recipe.precision == "fp32" else 4)
 
 
+def checkpoint_bytes(recipe: Recipe) -> float:
+    """Of a checkpoint, a parameter: the weight, and the optimizer's float32 copy and moments.
+
+    In fp32 the copy is the weight itself, and stored all the same.
+    """
+    return element_size(recipe) + optimizer_bytes(recipe) + (4 if recipe.precision == "fp32" else 0)
+
+
 def offloaded_share(recipe: Recipe) -> float:
     """Share of the optimizer that Megatron keeps and computes on the host."""
     options: dict[str, Any] = recipe.optimizer
@@ -221,8 +229,7 @@ def _reserve(setup: Setup) -> float:
 
 def checkpoint_share(setup: Setup, trained: int) -> float:
     """Bytes of a checkpoint that a rank writes: replicas divide weights and optimizer."""
-    weights = float(setup.element)
-    return trained * (weights + optimizer_bytes(setup.recipe)) / setup.dp
+    return trained * checkpoint_bytes(setup.recipe) / setup.dp
 
 
 def _host(setup: Setup, trained: int, terms: dict[str, float]) -> dict[str, float]:
