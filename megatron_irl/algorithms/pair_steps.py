@@ -13,7 +13,7 @@ from megatron_irl.data.pair_index import USABLE
 from megatron_irl.data.round_pairs import PairRows
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.main_rank import on_main
-from megatron_irl.policy.references import add_references, open_pairs, survey
+from megatron_irl.policy.references import add_references, index_pairs, open_pairs
 from megatron_irl.train.step import Objective
 from megatron_irl.types import LossOutput, PackedBatch
 
@@ -48,6 +48,7 @@ def previous_pairs(round: Round) -> PairRows:
 
         def copy() -> None:
             for part in sorted(manifest):
+                topology.heart.beat()  # for the others too, which wait in ``on_main``
                 pairs = source.read_part(before, part)
                 for pair in pairs:  # so that a run killed before the pass below repeats it
                     pair.ref_demo_logp = pair.ref_sample_logp = None
@@ -60,8 +61,8 @@ def previous_pairs(round: Round) -> PairRows:
             round.policy, rescored, weights_of=round.reference_weights, console=round.console,
             clock=round.clock,
         )
-        return survey(rescored, topology).rows()
-    return survey(open_pairs(bank, round.index), topology).rows()
+        return index_pairs(rescored, topology).rows()
+    return index_pairs(open_pairs(bank, round.index), topology).rows()
 
 
 def pair_objective(recipe: Recipe, round_index: int) -> Objective:

@@ -35,11 +35,15 @@ def write_round_ledger(round: Round) -> None:
             with round.console.rewards(len(sequences)) as advance:
                 rewards[block] = round.policy.score_rewards(sequences, on_progress=advance)
             stop_if_asked(round.policy.topology)
+    heart = round.policy.topology.heart
     known = np.flatnonzero(~np.isnan(rewards))
     samples = _mean_by_ordinal(index)
 
     def rows() -> Iterator[LedgerRow]:
         for demonstration in chosen(demonstrations, known.tolist()):
+            # Millions of rows take minutes, in which the others wait in ``on_main``: a sign of this
+            # rank's is one for all of them.
+            heart.beat()
             ordinal = demonstration.ordinal
             yield LedgerRow.of(demonstration, float(rewards[ordinal]), samples.get(ordinal))
 

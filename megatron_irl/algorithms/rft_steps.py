@@ -15,7 +15,7 @@ from megatron_irl.convert.reward_export import export_hf_reward
 from megatron_irl.errors import UserError
 from megatron_irl.model.reward_head import reward_head
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.references import open_pairs, score_parts, survey
+from megatron_irl.policy.references import index_pairs, open_pairs, score_parts
 from megatron_irl.policy.scoring import distinct_sequences
 from megatron_irl.types import Pair
 
@@ -26,7 +26,7 @@ def learn_reward(round: Round) -> Work:
     bank, topology = round.pairs.bank, round.policy.topology
     drawn = round.pairs.rows()
     for earlier in reversed(range(max(0, round.index - recipe.reward.mix_rounds), round.index)):
-        drawn = survey(open_pairs(bank, earlier), topology).rows() + drawn
+        drawn = index_pairs(open_pairs(bank, earlier), topology).rows() + drawn
     pairs = usable(drawn)
     objective, heads = reward_objective(recipe)
     # No gradient enters a detached trunk, but its momentum and decay would still move it.
@@ -78,7 +78,7 @@ def score_round(round: Round) -> None:
         return rewards
 
     with round.clock.timed("scoring"):
-        # In the order of the parts, which is the index's; so no second survey reads them again.
+        # In the order of the parts, which is the index's; so nobody reads them again to index them.
         by_part = score_parts(round.policy, round.pairs, score)
         rewards = np.concatenate([np.zeros((0, 2), np.float32), *by_part])
         round.pairs.index["reward_demo"], round.pairs.index["reward_sample"] = rewards.T

@@ -86,8 +86,7 @@ def _generate(
         partial = PartialJsonl(options.out, _settings(options, model, records, prompts, sampling))
     try:
         _generate_rest(options, model, sampling, records, prompts, partial)
-        if partial is not None:
-            partial.finish()
+        on_main(lambda: partial.finish() if partial is not None else None, model.topology)
     finally:
         if partial is not None:
             partial.close()
@@ -140,14 +139,23 @@ def _generate_rest(
             )
             finished += len(lines[share])  # what is shown is this replica's share
             tokens += sum(len(sample.token_ids) for sample in samples[share])
-            if partial is not None:
-                partial.append([
-                    lines_of.made(line, sample)
-                    for line, sample in zip(lines, samples, strict=True)])
-                if options.stream:
-                    for place, sample in enumerate(samples):  # of other replicas, not seen yet
-                        lines_of.stream(first, place, sample)
+            # A full disk must not leave the other ranks in the next part's first collective.
+            on_main(functools.partial(_write, options, lines_of, lines, samples, partial), topology)
             lines_of.forget()
+
+
+def _write(
+    options: argparse.Namespace, lines_of: "_Lines", lines: range, samples: Sequence[Sample],
+    partial: PartialJsonl | None,
+) -> None:
+    """Commit a part and stream what other replicas sampled of it; on the main rank."""
+    assert partial is not None
+    partial.append([
+        lines_of.made(line, sample) for line, sample in zip(lines, samples, strict=True)])
+    if options.stream:
+        for place, sample in enumerate(samples):  # those of other replicas were not seen yet
+            lines_of.stream(lines.start, place, sample)
+        lines_of.raise_failed()
 
 
 def _part_size(options: argparse.Namespace, replicas: int) -> int:
@@ -172,6 +180,7 @@ class _Lines:
         self._stops = StopTexts(options.stop, model.tokenizer.decode) if options.stop else None
         self._made: dict[int, dict[str, Any]] = {}
         self._streamed: set[int] = set()
+        self._failed: OSError | None = None
 
     def ends(self, first: int, place: int, token_ids: np.ndarray) -> bool:
         """Whether the response in this place of the part has a ``--stop`` text by now."""
@@ -189,10 +198,22 @@ class _Lines:
     def stream(self, first: int, place: int, sample: Sample) -> None:
         """Print a line, unless it has been: in the order in which responses are finished."""
         line = first + place
-        if line not in self._streamed:
-            self._streamed.add(line)
+        if line in self._streamed or self._failed is not None:
+            return
+        self._streamed.add(line)
+        try:
             sys.stdout.buffer.write(json_line(self.made(line, sample)))
             sys.stdout.buffer.flush()
+        except OSError as error:  # in the midst of the engine's steps, which peers take part in
+            self._failed = error
+
+    def raise_failed(self) -> None:
+        """Say that standard output is closed or full, once nobody is in the engine."""
+        if self._failed is not None:
+            raise UserError(
+                f"--stream cannot write to standard output: {self._failed}. The lines finished by "
+                "now are kept; start the same command again, with or without --stream, to go on."
+            ) from self._failed
 
     def forget(self) -> None:
         """A part is written."""

@@ -25,12 +25,12 @@ class RoundPairs:
 
     Attributes:
         index: A row of ``pair_index.INDEX`` for each pair of the round, part after part; none
-            before ``policy.references.survey``.
+            before ``policy.references.index_pairs``.
 
     Example:
         ::
 
-            pairs = survey(open_pairs(bank, 3), topology)  # policy.references; collective
+            pairs = index_pairs(open_pairs(bank, 3), topology)  # policy.references; collective
             items = pairs.rows()                           # all pairs, by their index
             items.keep([4, 7])                             # read on this rank
             items[4].sample_ids

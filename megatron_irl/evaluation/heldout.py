@@ -20,7 +20,7 @@ from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.evaluation.rewards import raw_scores, reward_numbers
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.agreement import stop_if_asked
-from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.policy.pairs import generate, sample_pairs
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.references import add_references, open_pairs
@@ -121,7 +121,7 @@ class Evaluator:
         if self.rules.reward == "none":
             return {}
         self.cache_references(round_index, weights_of)
-        pairs = usable_pairs(self._pairs(round_index).all())
+        pairs = usable_pairs(self._read(round_index))
         numbers: dict[str, Any] = {}
         with self.clock.timed("evaluation"):
             if pairs:
@@ -153,13 +153,17 @@ class Evaluator:
             console=self.console, clock=self.clock,
         )
         self._opened = None  # what was read of the round before is not these
-        return self._pairs(round_index).all()
+        return self._read(round_index)
 
     def _pairs(self, round_index: int) -> RoundPairs:
         """A round's held-out pairs; none where nothing was sampled for it."""
         if self._opened is None or self._opened.round != round_index:
             self._opened = open_pairs(self.bank, round_index)
         return self._opened
+
+    def _read(self, round_index: int) -> list[Pair]:
+        """All of a round's held-out pairs. Collective: what one rank cannot read none scores."""
+        return everywhere(self._pairs(round_index).all, self.policy.topology)
 
     def _scores(self, sequences: Sequences) -> list[float]:
         return raw_scores(self.policy, self.rules.reward, sequences)

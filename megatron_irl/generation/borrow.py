@@ -97,7 +97,7 @@ def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _use_paged_attention(models: Sequence[nn.Module], stack: ExitStack) -> None:
-    """Lead the attention of fp32 models to the entries that ``paged_attention`` serves.
+    """Lead the attention of fp32 models to the entries that ``compat.attention_kernels`` serves.
 
     They are flash-attn 2's; the newer ones, preferred where installed, do not take fp32.
     """

@@ -1,7 +1,5 @@
 """Building Megatron's dynamic engine on a lent model: cache, context, controller and graphs."""
 
-import faulthandler
-import signal
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_irl import hardware
+from megatron_irl.compat.engine_manners import no_progress_bar
 from megatron_irl.generation.cache_size import cache_gb, mixed_graph_tokens, step_tokens
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.decode import DecodeLoop
@@ -25,16 +24,10 @@ from megatron.core.inference.batch_dimensions_utils import (  # isort: skip
     InferenceBatchDimensions,
 )
 from megatron.core.inference.config import InferenceConfig  # isort: skip
-from megatron.core.inference.engines import DynamicInferenceEngine, dynamic_engine  # isort: skip
+from megatron.core.inference.engines import DynamicInferenceEngine  # isort: skip
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
     TextGenerationController,
 )
-
-# Importing the engine makes SIGTERM and SIGINT dump a stack (megatron-core 0.19.2, its
-# ``data_parallel_inference_coordinator``); ending a run is no crash. Goes when upstream registers
-# that in the coordinator's own process.
-for _number in (signal.SIGTERM, signal.SIGINT):
-    faulthandler.unregister(_number)
 
 BURST_STEPS = 32 if hardware.IS_CUDA else 1  # on CPU a row that has ended costs a row's work
 
@@ -183,7 +176,7 @@ class BuiltEngine:
         if cuda_graphs is not None:
             self._add_mixed_graphs(context)
         wrapper = StageWrapper(models, context, fixed_buffers=cuda_graphs is not None)
-        with _no_progress_bar():
+        with no_progress_bar():
             return DynamicInferenceEngine(Controller(wrapper, self._sampler), context)
 
     def _add_mixed_graphs(self, context: PagedContext) -> None:
@@ -199,13 +192,3 @@ class BuiltEngine:
             if size.is_valid(places, context.max_sequence_length, 0):
                 # Largest first, which Megatron's capture expects of its list.
                 context.cuda_graph_batch_dimensions_list.insert(0, size)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Capturing draws a bar on stderr, which is the user's terminal."""
-    old, dynamic_engine.HAVE_TQDM = dynamic_engine.HAVE_TQDM, False
-    try:
-        yield
-    finally:
-        dynamic_engine.HAVE_TQDM = old

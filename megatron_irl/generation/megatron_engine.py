@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_irl import hardware
 from megatron_irl.collector import no_collection
+from megatron_irl.compat import attention_kernels
 from megatron_irl.errors import UserError
 from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
@@ -78,7 +79,7 @@ class MegatronGenerator:
         share_prompts: bool = False,
         burst_steps: int = BURST_STEPS,
     ) -> None:
-        paged_attention.install()
+        attention_kernels.install()
         self._chunks, self._topology = list(chunks), topology
         self._max_sequence_length = max_sequence_length
         self._asked_graphs = cuda_graphs

@@ -1,9 +1,10 @@
 """Paged attention over ``scaled_dot_product_attention``, for fp32 and where flash-attn is missing.
 
 Megatron-Core's dynamic engine calls two flash-attn kernels on a paged KV cache. These stand in
-for them, batched over requests. Three things make them fast on CPU: indices and masks are built
-once per engine step, not once per layer; keys are trimmed to the longest live request; and when
-every request lives in one block, decode reads the cache in place instead of gathering it.
+for them (``compat.attention_kernels`` puts them there), batched over requests. Three things make
+them fast on CPU: indices and masks are built once per engine step, not once per layer; keys are
+trimmed to the longest live request; and when every request lives in one block, decode reads the
+cache in place instead of gathering it.
 
 Shape letters: B requests, T packed query tokens, S key positions, N query heads, K key heads,
 G = N / K, D head size, L block length in tokens.
@@ -294,18 +295,6 @@ _decode_layout = _LastStep(_build_decode)
 _mixed_layout = _LastStep(_build_mixed)
 
 
-class _ByType:
-    """A kernel of flash-attn in the types that it takes, and ours in fp32."""
-
-    def __init__(self, theirs: Callable[..., Any], ours: Callable[..., Any]) -> None:
-        self._theirs, self._ours = theirs, ours
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        q: Tensor = args[0] if args else options["q"]
-        chosen = self._ours if q.dtype == torch.float32 else self._theirs
-        return chosen(*args, **options)
-
-
 def has_flash_attention() -> bool:
     """Whether generation in 16 bits runs on flash-attn (2, 3 or 4), and not on the stand-ins."""
     from megatron.core.transformer import attention
@@ -313,25 +302,3 @@ def has_flash_attention() -> bool:
     ours = (None, flash_attn_with_kvcache)
     found = attention.HAVE_FA4 or attention.HAVE_FA3
     return bool(found) or attention.flash_attn_with_kvcache not in ours
-
-
-def install() -> None:
-    """Give Megatron-Core these kernels for fp32, and for all types without flash-attn. Idempotent.
-
-    Upstream patches, all in ``megatron.core.transformer.attention``:
-
-    * ``flash_attn_varlen_func`` and ``flash_attn_with_kvcache`` are None without flash-attn, which
-      has no CPU build, and refuse fp32 with it. To be removed when the dynamic engine has an SDPA
-      fallback. (flash-attn 3 and 4 have other entries; ``borrow`` turns an fp32 model from them.)
-    * ``is_fa_min_version`` guards dynamic batching by the version of flash-attn. Same condition.
-    """
-    from megatron.core.transformer import attention
-
-    ours = (flash_attn_varlen_func, flash_attn_with_kvcache)
-    for kernel in ours:
-        theirs = getattr(attention, kernel.__name__)
-        if theirs is None:
-            setattr(attention, kernel.__name__, kernel)
-            attention.is_fa_min_version = lambda *_, **__: True
-        elif theirs not in ours and not isinstance(theirs, _ByType):
-            setattr(attention, kernel.__name__, _ByType(theirs, kernel))

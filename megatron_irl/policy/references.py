@@ -1,10 +1,10 @@
 """The scores of a round's pairs: each replica scores parts of its own and writes them back.
 
-What every rank learns of the others' pairs are numbers: the index of the round (``survey``), and
-sums.
+What every rank learns of the others' pairs are numbers: the index of the round (``index_pairs``),
+and sums.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,31 @@ def open_pairs(bank: PairBank, round_index: int) -> RoundPairs:
     return RoundPairs(bank, round_index, bank.parts(round_index))
 
 
-def survey(pairs: RoundPairs, topology: Topology) -> RoundPairs:
-    """Make the index of a round's pairs as they are now; each replica reads its share of parts.
+def index_pairs(pairs: RoundPairs, topology: Topology) -> RoundPairs:
+    """Make ``pairs.index`` of a round as it is on disk now; each replica reads its share of parts.
 
     Returns ``pairs``. Collectives: every rank must call.
 
     Raises:
         UserError: A part is missing or damaged.
     """
-    mine = everywhere(
-        lambda: [index_of(pairs.part(number), number) for number in _share(pairs, topology)],
-        topology,
+    mine = _share(pairs, topology)
+    found = everywhere(
+        lambda: [index_of(part, number) for number, part in _read(pairs, mine, topology)], topology
     )
     # In the order of the parts, whoever read them: positions in the index are what every rank
     # draws and splits by.
-    pairs.index = np.concatenate([np.zeros(0, INDEX), *gather_in_turn(mine, topology)])
+    pairs.index = np.concatenate([np.zeros(0, INDEX), *gather_in_turn(found, topology)])
     return pairs
+
+
+def _read(
+    pairs: RoundPairs, numbers: Iterable[int], topology: Topology
+) -> Iterator[tuple[int, list[Pair]]]:
+    """Parts with their numbers, each a sign of progress: a round's can take minutes to read."""
+    for number in numbers:
+        topology.heart.beat()
+        yield number, pairs.part(number)
 
 
 def _share(pairs: RoundPairs, topology: Topology) -> tuple[int, ...]:
@@ -77,7 +86,7 @@ def score_parts[T](
     # replicas exchange parameters in the first forward after an update, so each runs one.
     passes = mine or pairs.parts[-1:]
     # Each rank reads for itself, and one that cannot must not leave its peers in a forward.
-    everywhere(lambda: [pairs.part(number) for number in passes], topology)
+    everywhere(lambda: list(_read(pairs, passes, topology)), topology)
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
     found: list[T] = []
 

@@ -5,31 +5,38 @@ from collections.abc import Set
 from megatron_irl.algorithms.base import Phase
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.agreement import agree, stop
+from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.run.post_mortem import write_post_mortem
 from megatron_irl.run.run import Run
 from megatron_irl.train.finite import NotFinite
 from megatron_irl.train.step import StepResult
 
 
-def between_steps(run: Run, phase: Phase, wanted: Set[str] = frozenset()) -> None:
+def between_steps(
+    run: Run, phase: Phase, wanted: Set[str] = frozenset(), failure: Exception | None = None
+) -> None:
     """Save if it is time to, or stop if any rank was asked to. Collective over every rank.
 
     Args:
         wanted: What the main rank's guards ask for.
+        failure: Why the main rank could not record the step.
 
     Raises:
         RunStopped: On every rank; whoever catches it saves.
+        UserError: The failure, on every rank.
     """
     topology, state = run.topology, run.state
     topology.heart.place = f"step {state.step}, round {state.round}"
     topology.heart.beat()
     # All questions in one all-reduce, the only one of a step that is not training's; its answers
     # are the same on every rank, and so are the collectives that follow from them.
-    asked, due, halve, end, *saving = agree(
+    asked, due, halve, end, failed, *saving = agree(
         [topology.stop.level, save_is_due(run), "halve_lr" in wanted, "end_round" in wanted,
-         *run.checkpointer.status()],
+         failure is not None, *run.checkpointer.status()],
         topology,
     )
+    if failed:
+        on_main(lambda: _raise(failure), topology)
     run.checkpointer.take_note(*saving)
     if halve:
         state.lr_scale /= 2
@@ -43,6 +50,11 @@ def between_steps(run: Run, phase: Phase, wanted: Set[str] = frozenset()) -> Non
         stop(topology)
     if due:
         run.save()
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
 
 
 def save_is_due(run: Run) -> bool:

@@ -174,15 +174,17 @@ def optimizer_step(run: Run, phase: Phase, work: Work) -> None:
             result, tokens = skip_or_stop(run, phase.name, bad)
     state.step += 1
     state.step_in_round += 1
-    # Rank 0's alone, and not shared as other work of its is: that would be a collective a step. If
-    # its log cannot be written the launcher ends the other ranks, who wait in the next step.
     seconds = time.perf_counter() - start
-    wanted = run.recorder.step(
-        state, result, lr=lr, tokens=tokens, seconds=seconds, phase=phase.name,
-        speed=run.speedometer.step(run.trainer.work, seconds, has_head=work.heads != "rewards")
-        | run.checkpointer.take_measured(),
-    )
-    between_steps(run, phase, wanted)
+    speed = run.speedometer.step(run.trainer.work, seconds, has_head=work.heads != "rewards")
+    wanted, failure = set[str](), None
+    try:
+        wanted = run.recorder.step(
+            state, result, lr=lr, tokens=tokens, seconds=seconds, phase=phase.name,
+            speed=speed | run.checkpointer.take_measured(),
+        )
+    except Exception as error:  # rank 0's alone: the others hear of it in the agreement below,
+        failure = error  # where ``on_main`` would be a collective more in every step
+    between_steps(run, phase, wanted, failure)
 
 
 def close_round(run: Run, summary: dict[str, Any]) -> None:

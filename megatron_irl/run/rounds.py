@@ -13,7 +13,7 @@ from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.evaluation.hacking import hacking_signs
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.policy.pairs import sample_pairs
-from megatron_irl.policy.references import add_references, open_pairs, survey
+from megatron_irl.policy.references import add_references, index_pairs, open_pairs
 from megatron_irl.run.adapter_rounds import merge_round
 from megatron_irl.run.run import Run
 from megatron_irl.storage.commit import checked_json, read_json, write_file
@@ -42,7 +42,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         pairs, summary = fill_bank(run, state.round)
         # Its references too belong to the round's start.
         run.evaluator.cache_references(state.round, run.reference_weights)
-        summary["generation"] |= describe_samples(survey(pairs, run.topology).index)
+        summary["generation"] |= describe_samples(index_pairs(pairs, run.topology).index)
         summary["generation"] |= run.speedometer.generation(
             summary["generation"], run.recipe.generation.max_requests
         )

@@ -52,7 +52,9 @@ class Run:
     Example:
         ::
 
-            run = open_run(read_inputs(load_recipe("recipe.yaml")), topology, sys.argv)
+            inputs = read_inputs(load_recipe("recipe.yaml"))
+            lease = hold(inputs.folder.path, topology)       # storage.shared_folder
+            run = open_run(inputs, topology, sys.argv, lease)
             run.policy.score(...); run.save()
     """
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from megatron_irl import hardware
+from megatron_irl.compat import cpu_updates
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
-from megatron_irl.hardware import cpu_updates
 from megatron_irl.model.reward_head import PARAMETER
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.train.host_optimizer import completed

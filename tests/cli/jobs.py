@@ -151,6 +151,39 @@ def pairs_held(arguments: list[str]) -> tuple[int, list[tuple[int, int]]]:
     return max(held), parts
 
 
+def command_with_a_failure(
+    arguments: list[str], target: str, rank: int, calls: int, only: str = ""
+) -> tuple[int, str]:
+    """A command in which one rank fails as the disk might, at the given call of a method.
+
+    Args:
+        target: ``module.Class.method``.
+        only: Count the calls on objects whose ``root`` has this name.
+    """
+    import importlib
+    import os
+
+    from megatron_irl.errors import UserError
+
+    module, kind, method = target.rsplit(".", 2)
+    owner = getattr(importlib.import_module(module), kind)
+    original, count = getattr(owner, method), 0
+
+    def failing(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal count
+        if int(os.environ["RANK"]) == rank and (not only or self.root.name == only):
+            count += 1
+            if count == calls:
+                raise UserError("the disk of one rank")
+        return original(self, *args, **options)
+
+    setattr(owner, method, failing)
+    try:
+        return command(arguments)
+    finally:
+        setattr(owner, method, original)
+
+
 def share_of_digits(texts: list[str]) -> list[float]:
     """A scorer as a user might bring one."""
     return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in texts]

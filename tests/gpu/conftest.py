@@ -5,7 +5,10 @@ import importlib.util
 import pytest
 import torch
 
+from tests.convert.tiny import make_tiny_llama
 from tests.dist.pool import Pool
+
+VOCAB = 128
 
 
 def _missing(package: str) -> bool:
@@ -40,3 +43,18 @@ def gpu_pool():
     workers = GpuPool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """A tiny model whose sizes suit FP8 (multiples of 16), and a one-rank topology."""
+    from megatron_irl.config import ParallelConfig
+    from megatron_irl.parallel.topology import initialize, shutdown
+
+    hf = make_tiny_llama(
+        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2,
+        layers=2, vocab=VOCAB, scale=0.1,
+    )
+    topology = initialize(ParallelConfig())
+    yield hf, topology
+    shutdown()

@@ -3,59 +3,16 @@
 ``python tools/gpu_checks.py`` runs this folder and prints a table.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist.jobs import make_pairs, objective, random_sequences
-from tests.gpu.conftest import NEEDS_FLASH_ATTENTION, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
+from tests.gpu.conftest import NEEDS_FLASH_ATTENTION, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE, VOCAB
+from tests.gpu.models import FakeScheduler, build, logprobs, policy_of, tensors_of
 
 pytestmark = [pytest.mark.gpu, NEEDS_GPU]
-VOCAB = 128
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    """A tiny model whose sizes suit FP8 (multiples of 16), and a one-rank topology."""
-    from megatron_irl.config import ParallelConfig
-    from megatron_irl.parallel.topology import initialize, shutdown
-
-    hf = make_tiny_llama(
-        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2,
-        layers=2, vocab=VOCAB, scale=0.1,
-    )
-    topology = initialize(ParallelConfig())
-    yield hf, topology
-    shutdown()
-
-
-def build(hf: Path, topology, *, precision="fp32", spec=None, **overrides):
-    from megatron_irl.config import ParallelConfig
-    from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.convert.load import load_hf_weights
-    from megatron_irl.model.build import build_chunks, build_config
-
-    arch = architecture(read_hf_config(hf))
-    config = build_config(
-        arch, ParallelConfig(), precision=precision, overrides=overrides, spec=spec
-    )
-    chunks = build_chunks(config, arch, topology, spec=spec)
-    load_hf_weights(chunks, arch, hf, tp_rank=0, tp_size=1)
-    return chunks, config
-
-
-def policy_of(hf, chunks, topology):
-    from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.policy.policy import Policy
-
-    return Policy(chunks, topology, architecture(read_hf_config(hf)))
-
-
-def logprobs(hf, chunks, topology) -> np.ndarray:
-    return np.concatenate(policy_of(hf, chunks, topology).score(random_sequences(7, 24, VOCAB)))
 
 
 @NEEDS_TRANSFORMER_ENGINE
@@ -245,25 +202,3 @@ def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp
             parameter.zero_()
     checkpointer.load(8, wrapped, optimizer, FakeScheduler())
     np.testing.assert_array_equal(logprobs(hf, wrapped, topology), before)
-
-
-class FakeScheduler:
-    """What a checkpoint asks of a schedule."""
-
-    num_steps = 0
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        assert state == {}
-
-
-def tensors_of(tree):
-    """Tensors of a nested sharded state, at any depth."""
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, list | tuple):
-        data = getattr(tree, "data", tree)
-        return [data] if isinstance(data, torch.Tensor) else []
-    return [tensor for part in tree for tensor in tensors_of(part)]

@@ -4,48 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from tests.convert.tiny import make_tiny_llama
 from tests.dist.jobs import make_pairs, objective
-from tests.gpu.conftest import NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
-from tests.gpu.test_gpu import FakeScheduler
+from tests.gpu.conftest import NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE, VOCAB
+from tests.gpu.models import FakeScheduler, build, policy_of
 
 pytestmark = [pytest.mark.gpu, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE]
-VOCAB = 128
 OFFLOAD = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True,
            "overlap_cpu_optimizer_d2h_h2d": True}
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    from megatron_irl.config import ParallelConfig
-    from megatron_irl.parallel.topology import initialize, shutdown
-
-    hf = make_tiny_llama(
-        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2,
-        layers=2, vocab=VOCAB, scale=0.1,
-    )
-    topology = initialize(ParallelConfig())
-    yield hf, topology
-    shutdown()
 
 
 def stepper_of(setup, options, *, fp32_grads=True):
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_irl.config import ParallelConfig
-    from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.convert.load import load_hf_weights
-    from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
-    from megatron_irl.policy.policy import Policy
+    from megatron_irl.model.build import build_ddp_config
     from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper
 
     hf, topology = setup
-    arch = architecture(read_hf_config(hf))
-    config = build_config(arch, ParallelConfig(), precision="bf16")
-    chunks = build_chunks(config, arch, topology)
-    load_hf_weights(chunks, arch, hf, tp_rank=0, tp_size=1)
-    policy = Policy(chunks, topology, arch).for_training(
+    chunks, _ = build(hf, topology, precision="bf16")
+    policy = policy_of(hf, chunks, topology).for_training(
         build_ddp_config({"grad_reduce_in_fp32": fp32_grads})
     )
     optimizer = build_megatron_optimizer(

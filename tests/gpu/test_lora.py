@@ -7,27 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.convert.tiny import make_tiny_llama
 from tests.dist.jobs import make_pairs, objective, random_sequences
-from tests.gpu.conftest import NEEDS_FLASH_ATTENTION, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE
+from tests.gpu.conftest import NEEDS_FLASH_ATTENTION, NEEDS_GPU, NEEDS_TRANSFORMER_ENGINE, VOCAB
+from tests.gpu.models import build
 
 pytestmark = [pytest.mark.gpu, NEEDS_GPU]
-VOCAB = 128
-
-
-@pytest.fixture(scope="module")
-def setup(tmp_path_factory):
-    """A tiny model whose sizes suit FP8 (multiples of 16), and a one-rank topology."""
-    from megatron_irl.config import ParallelConfig
-    from megatron_irl.parallel.topology import initialize, shutdown
-
-    hf = make_tiny_llama(
-        tmp_path_factory.mktemp("gpu") / "hf", hidden=256, intermediate=512, heads=4, kv_heads=2,
-        layers=2, vocab=VOCAB, scale=0.1,
-    )
-    topology = initialize(ParallelConfig())
-    yield hf, topology
-    shutdown()
 
 
 def stepper_of(setup, precision, *, spec=None, lr=0.0, **overrides):
@@ -38,19 +22,14 @@ def stepper_of(setup, precision, *, spec=None, lr=0.0, **overrides):
     from megatron_irl.adapters.spec import adapter_spec
     from megatron_irl.config import AdapterConfig, ParallelConfig
     from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.convert.load import load_hf_weights
-    from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
+    from megatron_irl.model.build import build_ddp_config
     from megatron_irl.policy.policy import Policy
     from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper
 
     hf, topology = setup
     arch = architecture(read_hf_config(hf))
-    config = build_config(
-        arch, ParallelConfig(), precision=precision, overrides=overrides, spec=spec
-    )
-    chunks = build_chunks(config, arch, topology, spec=spec)
-    load_hf_weights(chunks, arch, hf, tp_rank=0, tp_size=1)
+    chunks, config = build(hf, topology, precision=precision, spec=spec, **overrides)
     wanted = AdapterConfig(rank=16, targets=("all-linear", "lm_head"))
     adapters = add_adapters(
         chunks, adapter_spec(wanted, arch, ParallelConfig(), seed=1), arch, topology

@@ -6,9 +6,10 @@ import torch
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist.jobs import random_sequences
-from tests.gpu.test_gpu import VOCAB, build, logprobs, pytestmark, setup
+from tests.gpu.conftest import NEEDS_GPU, VOCAB
+from tests.gpu.models import build, logprobs
 
-__all__ = ["pytestmark", "setup"]
+pytestmark = [pytest.mark.gpu, NEEDS_GPU]
 SIZES = {
     "hidden": 256, "intermediate": 512, "heads": 8, "kv_heads": 4, "layers": 2, "vocab": VOCAB,
     "scale": 0.1,
@@ -27,7 +28,7 @@ LOCAL_ONLY = {
 
 
 @pytest.mark.parametrize("name", BOTH)
-def test_specs_are_equal(setup, tmp_path, name):  # noqa: F811
+def test_specs_are_equal(setup, tmp_path, name):
     pytest.importorskip("transformer_engine")
     hf = make_tiny_llama(tmp_path / "hf", **SIZES, **BOTH[name])
     te, _ = build(hf, setup[1], precision="bf16", spec="transformer_engine")
@@ -37,7 +38,7 @@ def test_specs_are_equal(setup, tmp_path, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", [*LOCAL_ONLY, *BOTH])
-def test_logprobs_and_greedy_tokens_equal_transformers(setup, tmp_path, name):  # noqa: F811
+def test_logprobs_and_greedy_tokens_equal_transformers(setup, tmp_path, name):
     from transformers import AutoModelForCausalLM
 
     from megatron_irl.generation import SamplingConfig

@@ -47,7 +47,7 @@ def test_both_names_are_refused(tmp_path):
 def test_a_chunk_is_a_model_chunk():
     """Names that make it something else: upstream's arguments, and files of release 0.1.0."""
     allowed = {
-        "hardware/cpu_updates.py": {"chunk_size"},  # apex's argument
+        "compat/cpu_updates.py": {"chunk_size"},  # apex's argument
         "generation/context.py": {"chunk_length"}, "generation/decode.py": set(),
         "generation/megatron_engine.py": set(),
         "config/renamed.py": {"chunk_size", "logprob_chunk_size"},

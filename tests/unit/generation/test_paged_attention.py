@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from megatron_irl.hardware import paged_attention
+from megatron_irl.compat import attention_kernels
 from megatron_irl.hardware.paged_attention import flash_attn_varlen_func, flash_attn_with_kvcache
 
 HEADS, KEY_HEADS, SIZE = 6, 2, 8
@@ -170,8 +170,8 @@ def test_flash_attn_keeps_its_types_and_fp32_comes_here(monkeypatch):
     monkeypatch.setattr(attention, "flash_attn_with_kvcache", theirs)
     monkeypatch.setattr(attention, "flash_attn_varlen_func", theirs)
     is_recent = attention.is_fa_min_version
-    paged_attention.install()
-    paged_attention.install()
+    attention_kernels.install()
+    attention_kernels.install()
     assert attention.is_fa_min_version is is_recent
     half = torch.zeros(1, 1, 2, 8, dtype=torch.bfloat16)
     assert attention.flash_attn_with_kvcache(q=half) == "flash-attn in torch.bfloat16"

@@ -24,9 +24,9 @@ def test_half_precision_is_widened_before_the_sum():
 
 def test_gradient_is_the_one_of_the_rows_own_sequence():
     logprobs = torch.zeros(4, requires_grad=True)
-    out = sequence_logprobs(logprobs, torch.tensor([1, 0, 1, 1]), 2)
+    out = sequence_logprobs(logprobs, torch.tensor([0, 1, 1, 1]), 2)
     (out * torch.tensor([10.0, 7.0])).sum().backward()
-    assert logprobs.grad is not None and logprobs.grad.tolist() == [7.0, 10.0, 7.0, 7.0]
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [10.0, 7.0, 7.0, 7.0]
 
 
 def test_gradcheck():
@@ -39,3 +39,17 @@ def test_gradcheck():
 def test_shape_mismatch_is_refused():
     with pytest.raises(ValueError, match=r"\(3,\) and segment_R \(2,\)"):
         sequence_logprobs(torch.zeros(3), torch.zeros(2, dtype=torch.int64), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bits_are_those_of_adding_row_after_row(dtype):
+    """As ``index_add`` does on the CPU, which recorded trajectories were made with."""
+    segments = torch.randint(0, 50, (3000,)).sort().values
+    logprobs = torch.randn(3000, dtype=dtype) * 10
+    expected = torch.zeros(52, dtype=dtype).index_add(0, segments, logprobs)
+    assert torch.equal(sequence_logprobs(logprobs, segments, 52), expected)
+
+
+def test_rows_of_a_sequence_that_stand_apart_are_refused():
+    with pytest.raises(ValueError, match="decreases"):
+        sequence_logprobs(torch.zeros(3), torch.tensor([0, 1, 0]), 2)

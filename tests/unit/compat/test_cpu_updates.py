@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from megatron_irl.hardware import cpu_updates
+from megatron_irl.compat import cpu_updates
 
 
 def test_scaling_in_place_and_into_others():
