@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_irl.errors import UserError
 from studies.report import picture, table
 from studies.study import read_study, run_study
+from studies.why import why_table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in sorted(out.glob("*.json")):
             results = json.loads(path.read_text())
             picture(results, path.with_suffix(".png"))
-            path.with_suffix(".md").write_text(table(results) + "\n")
+            path.with_suffix(".md").write_text(f"{table(results)}\n\n{why_table(results)}\n")
             print(table(results) + "\n")
+            print(why_table(results) + "\n")
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

@@ -3,7 +3,8 @@
 Common settings: ``lr``; ``batch``; ``steps`` on demonstrations, the same for all of a study.
 ``irft`` and ``spin`` also read ``rounds`` (T; then K = steps / T), ``beta``, ``loss``, ``anchor``
 and ``reference``; ``rft`` reads ``rounds``, ``beta``, ``anchor``, ``head_lr``, ``policy_steps`` of
-each round and ``samples`` of each prompt.
+each round and ``samples`` of each prompt; ``filtered`` is sft on the share ``keep`` of the
+demonstrations that the reward of an rft run with the settings ``reward`` likes best.
 """
 
 from collections.abc import Mapping
@@ -14,18 +15,18 @@ Settings = Mapping[str, Any]
 
 
 def recipe_of(
-    method: str, settings: Settings, *, start: Path, data: Path, out: Path, seed: int
+    method: str, settings: Settings, *, start: Path, demonstrations: Path, out: Path, seed: int
 ) -> dict[str, Any]:
     """The recipe of a run.
 
     Args:
         method: A name in ``ALGORITHMS``.
         start: HF folder of the starting model.
-        data: Folder with ``train.jsonl``.
+        demonstrations: File with prompts and answers.
     """
     common = {
         "model": {"hf": str(start)},
-        "data": {"train": str(data / "train.jsonl"), "max_prompt_length": 24,
+        "data": {"train": str(demonstrations), "max_prompt_length": 24,
                  "max_response_length": 16},
         "evaluation": {"interval": "never"},
         "train": {"micro_batch_size": settings["batch"], "global_batch_size": settings["batch"]},
@@ -70,4 +71,4 @@ def _rft(settings: Settings) -> dict[str, Any]:
     }
 
 
-ALGORITHMS = {"sft": _sft, "dft": _dft, "irft": _irft, "rft": _rft}
+ALGORITHMS = {"sft": _sft, "filtered": _sft, "dft": _dft, "irft": _irft, "rft": _rft}

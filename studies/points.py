@@ -6,8 +6,8 @@ studies, and a study that is stopped goes on where it was.
 
 import hashlib
 import json
+import random
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,14 +16,15 @@ from typing import Any
 
 import yaml
 
-from megatron_irl.cli import main as cli
 from megatron_irl.storage.commit import write_file, write_jsonl_atomically
+from studies.commands import command, logged
 from studies.methods import recipe_of
 from studies.model import make_model
+from studies.rewards import reward_auc
 from studies.tasks import TASKS, Example, make_examples
 
 SAMPLES = 8  # of each held-out prompt, at temperature 1
-SPLITS = ("validation", "test")
+REWARDED = ("irft", "rft")  # methods that learn a reward
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,12 @@ class Point:
     """What to run.
 
     Attributes:
-        task: ``name`` and the sizes that ``make_examples`` takes.
+        task: ``name`` and the sizes that ``make_examples`` takes; ``unedited``, the share of the
+            demonstrations whose answers are the starting model's own samples.
         model: ``hidden`` and ``layers``.
-        start: Settings of the SFT run that all methods start from.
+        start: Settings of the SFT run that all methods start from, on the demonstrations, or on
+            ``before`` other examples, of which the share ``habit`` is answered by habit, of
+            ``lengths``.
         method, settings: See ``methods``.
         seed: Of data, order and samples.
     """
@@ -62,31 +66,50 @@ def run_point(point: Point, out: Path, *, split: str) -> dict[str, Any]:
 
     Returns:
         ``greedy`` (0 or 1 a prompt), ``sampled`` (share of right samples a prompt), ``distinct``
-        (different samples a prompt, as a share), and ``seconds`` of training.
+        (different samples a prompt, as a share), ``seconds`` of training, and ``auc`` of the
+        reward over the demonstrations where there is one; see ``reward_auc``.
     """
     folder = out / "points" / point.name
     result = folder / f"{split}.json"
     if result.exists():
         return json.loads(result.read_text())
-    data = _data(point, out)
-    start = _start(point, data, out)
-    hf = start if point.method == "start" else _train(point, start, data, folder / "run")
-    measured = _measure(point, hf, data / f"{split}.jsonl", folder / split)
-    seconds = 0.0
-    if point.method != "start":
-        seconds = json.loads((folder / "seconds.json").read_text())["seconds"]
-    measured["seconds"] = seconds
+    with logged(folder / "log.txt"):
+        measured = _run_and_measure(point, out, folder, split)
     write_file(result, json.dumps(measured).encode())
     return measured
 
 
+def answers(point: Point, out: Path) -> dict[str, str]:
+    """The greedy answers of a point that has been measured on the test split, by prompt."""
+    lines = (out / "points" / point.name / "test" / "greedy.jsonl").read_text().splitlines()
+    return {line["prompt"].removesuffix("="): line["response"] for line in map(json.loads, lines)}
+
+
+def _run_and_measure(point: Point, out: Path, folder: Path, split: str) -> dict[str, Any]:
+    data = _data(point, out)
+    start = _start(point, data, out)
+    demonstrations = _demonstrations(point, start, data, out)
+    prompts = data / f"{split}.jsonl"
+    if point.method == "start":
+        return _measure(point, start, prompts, folder / split) | {"seconds": 0.0}
+    hf = _train(point, start, demonstrations, folder)
+    measured = _measure(point, hf, prompts, folder / split)
+    measured["seconds"] = json.loads((folder / "seconds.json").read_text())["seconds"]
+    if point.method in REWARDED:
+        measured["auc"] = reward_auc(folder / "run", start, demonstrations, folder)
+    return measured
+
+
 def _data(point: Point, out: Path) -> Path:
-    folder = out / "data" / digest({"task": point.task, "seed": point.seed})
+    sizes = {name: value for name, value in point.task.items() if name not in ("name", "unedited")}
+    own = ("before", "habit", "lengths")
+    sizes |= {name: point.start[name] for name in own if name in point.start}
+    folder = out / "data" / digest({"task": {"name": point.task["name"]} | sizes,
+                                    "seed": point.seed})
     if not (folder / "test.jsonl").exists():
-        sizes = {name: value for name, value in point.task.items() if name != "name"}
         splits = make_examples(TASKS[point.task["name"]], point.seed, **sizes)
-        for split, examples in splits.items():
-            write_jsonl_atomically(folder / f"{split}.jsonl", map(_record, examples))
+        for split in sorted(splits, key="test".__eq__):  # test last: it says that all are there
+            write_jsonl_atomically(folder / f"{split}.jsonl", map(_record, splits[split]))
     return folder
 
 
@@ -99,20 +122,56 @@ def _start(point: Point, data: Path, out: Path) -> Path:
     """The model that all methods start from: a little SFT on a random one."""
     model = out / "models" / digest(point.model)
     make_model(model, **point.model)
+    own = "before" in point.start
     folder = out / "starts" / digest(
-        {"task": point.task, "seed": point.seed, "model": point.model, "start": point.start}
-    )
+        {"task": point.task["name"] if own else point.task, "seed": point.seed,
+         "model": point.model, "start": point.start})
     if not point.start["steps"]:
         return model
-    return _run("sft", point.start, model, data, folder, point.seed)
+    demonstrations = data / ("before.jsonl" if own else "train.jsonl")
+    return _run("sft", point.start, model, demonstrations, folder, point.seed)
 
 
-def _train(point: Point, start: Path, data: Path, folder: Path) -> Path:
-    return _run(point.method, point.settings, start, data, folder, point.seed)
+def _demonstrations(point: Point, start: Path, data: Path, out: Path) -> Path:
+    """The file of demonstrations; those that nobody edited are samples of ``start``."""
+    share = point.task.get("unedited", 0.0)
+    if not share:
+        return data / "train.jsonl"
+    folder = out / "data" / digest({"start": start.parent.name, "task": point.task,
+                                    "seed": point.seed})
+    drafts, mixed = folder / "drafts.jsonl", folder / "train.jsonl"
+    if not mixed.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command("generate", "--model", start, "--prompts", data / "train.jsonl", "--out", drafts,
+                "--max-new-tokens", 12, "--seed", point.seed)
+        records = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+        answers = {line["prompt"]: line["response"]
+                   for line in map(json.loads, drafts.read_text().splitlines())}
+        rng, task = random.Random(point.seed), TASKS[point.task["name"]]
+        for place in rng.sample(range(len(records)), round(share * len(records))):
+            prompt = records[place]["prompt"]
+            word, answer = prompt.removesuffix("="), answers[prompt]
+            if answer:  # an empty one is no demonstration
+                records[place] = _record(Example(word, answer, task.is_right(word, answer)))
+        write_jsonl_atomically(mixed, records)
+    return mixed
+
+
+def _train(point: Point, start: Path, demonstrations: Path, folder: Path) -> Path:
+    """The HF folder of the method's result; ``filtered`` is sft on what a reward of rft prefers."""
+    if point.method != "filtered":
+        return _run(point.method, point.settings, start, demonstrations, folder / "run", point.seed)
+    kept = folder / "kept.jsonl"
+    if not kept.exists():
+        _run("rft", point.settings["reward"], start, demonstrations, folder / "reward", point.seed)
+        command("filter", folder / "reward", "--out", kept, "--top-quantile",
+                point.settings["keep"])
+    return _run("sft", point.settings, start, kept, folder / "run", point.seed)
 
 
 def _run(
-    method: str, settings: Mapping[str, Any], start: Path, data: Path, folder: Path, seed: int
+    method: str, settings: Mapping[str, Any], start: Path, demonstrations: Path, folder: Path,
+    seed: int,
 ) -> Path:
     """The HF folder of a finished run; the run's own files go, but for its log."""
     done = folder.parent / "seconds.json" if folder.name == "run" else folder / "seconds.json"
@@ -120,11 +179,12 @@ def _run(
         recipe = folder.with_name(folder.name + ".yaml")
         recipe.parent.mkdir(parents=True, exist_ok=True)
         recipe.write_text(yaml.safe_dump(
-            recipe_of(method, settings, start=start, data=data, out=folder, seed=seed),
+            recipe_of(method, settings, start=start, demonstrations=demonstrations, out=folder,
+                      seed=seed),
             sort_keys=False,
         ))
         began = time.perf_counter()
-        _command("train", recipe)
+        command("train", recipe)
         write_file(done, json.dumps({"seconds": time.perf_counter() - began}).encode())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder / "hf"
@@ -136,12 +196,13 @@ def _measure(point: Point, hf: Path, prompts: Path, folder: Path) -> dict[str, A
     found: dict[str, Any] = {}
     for name, options in (
         ("greedy", ("--temperature", 0)),
-        ("sampled", ("--num-samples", SAMPLES, "--seed", point.seed)),
+        ("sampled", ("--num-samples", SAMPLES, "--seed", point.seed,
+                     "--temperature", point.settings.get("temperature", 1.0))),
     ):
         out = folder / f"{name}.jsonl"
         if not out.exists():
-            _command("generate", "--model", hf, "--prompts", prompts, "--out", out,
-                     "--max-new-tokens", 12, *options)
+            command("generate", "--model", hf, "--prompts", prompts, "--out", out,
+                    "--max-new-tokens", 12, *options)
         answers: dict[str, list[str]] = {}
         for line in map(json.loads, out.read_text().splitlines()):
             answers.setdefault(line["prompt"].removesuffix("="), []).append(line["response"])
@@ -150,10 +211,3 @@ def _measure(point: Point, hf: Path, prompts: Path, folder: Path) -> dict[str, A
         if name == "sampled":
             found["distinct"] = [len(set(texts)) / len(texts) for texts in answers.values()]
     return found
-
-
-def _command(*arguments: Any) -> None:
-    """Run a command of the product in this process; stop with its exit code if it fails."""
-    code = cli([str(argument) for argument in arguments])
-    if code:
-        sys.exit(code)

@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import sys
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_file
 from studies.points import Point, run_point
+from studies.why import training_signs
 
 KEYS = {"name", "hypothesis", "task", "model", "start", "common", "methods", "metric", "seeds",
         "trial_seed", "vary"}
@@ -98,30 +101,57 @@ def run_study(study: Study, out: Path, jobs: int) -> dict[str, Any]:
                        for level, method, seed in wanted], out, jobs)
     results: dict[str, Any] = {"name": study.name, "hypothesis": study.hypothesis,
                                "metric": study.metric, "levels": {}}
-    for (level, method, _), measured in zip(wanted, tested, strict=True):
+    for (level, method, seed), measured in zip(wanted, tested, strict=True):
+        settings = chosen[level, method.name]
+        folder = out / "points" / study.point(level, method, settings, seed).name
         entry = results["levels"].setdefault(level, {}).setdefault(method.name, {
-            "settings": chosen[level, method.name], "trials": len(method.trials()),
+            "settings": settings, "trials": len(method.trials()),
             "validation": best.get((level, method.name)), "seeds": []})
-        entry["seeds"].append(measured)
+        entry["seeds"].append(measured | {"signs": training_signs(folder)})
     write_file(out / f"{study.name}.json", json.dumps(results).encode())
     return results
 
 
 def _run_all(points: Sequence[tuple[Point, str]], out: Path, jobs: int) -> list[dict[str, Any]]:
     """Run points, ``jobs`` at a time; results in order. Starts are made before what needs them."""
-    starts = {_start_of(point): (point, split) for point, split in points}
+    tell = Progress(len(points))
     if jobs == 1:
-        return [run_point(point, out, split=split) for point, split in points]
+        return [tell(point, run_point(point, out, split=split)) for point, split in points]
     with ProcessPoolExecutor(jobs) as pool:
-        first = [pool.submit(run_point, _only_start(p), out, split=s) for p, s in starts.values()]
-        for future in first:
-            future.result()
-        futures = [pool.submit(run_point, p, out, split=s) for p, s in points]
+        for first in starts_of(points):  # no two of a stage write the same folder
+            for future in [pool.submit(run_point, p, out, split=s) for p, s in first]:
+                future.result()
+        futures = {pool.submit(run_point, p, out, split=s): p for p, s in points}
+        for future in as_completed(futures):
+            tell(futures[future], future.result())
         return [future.result() for future in futures]
 
 
-def _start_of(point: Point) -> str:
-    return repr((point.task, point.model, point.start, point.seed))
+class Progress:
+    """A line on stderr for every point that is done."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._start = total, 0, time.monotonic()
+
+    def __call__(self, point: Point, measured: dict[str, Any]) -> dict[str, Any]:
+        """Say what was found; returns it."""
+        self._done += 1
+        passed = time.monotonic() - self._start
+        left = passed / self._done * (self._total - self._done)
+        print(f"[{self._done}/{self._total}] {point.method} seed {point.seed}: "
+              f"greedy {100 * np.mean(measured['greedy']):.1f} %, "
+              f"samples {100 * np.mean(measured['sampled']):.1f} % right; "
+              f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
+        return measured
+
+
+def starts_of(points: Sequence[tuple[Point, str]]) -> list[list[tuple[Point, str]]]:
+    """What must be there before the points: models to start from, then drafts made by them."""
+    drafts = {repr((p.task, p.model, p.start, p.seed)): (_only_start(p), split)
+              for p, split in points}
+    models = {repr((p.task["name"] if "before" in p.start else p.task, p.model, p.start, p.seed)):
+              (p, split) for p, split in drafts.values()}
+    return [list(models.values()), list(drafts.values())]
 
 
 def _only_start(point: Point) -> Point:

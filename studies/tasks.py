@@ -5,7 +5,7 @@ prompt has one right answer; in others many, of which the demonstration is one a
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 LETTERS = "abcdefghijkl"
@@ -21,6 +21,7 @@ class Task:
         is_right: Whether an answer is right.
         length: Letters of a prompt.
         longest: Letters of the longest answer that a prompt of the largest length may have.
+        habit: Another way to answer, which is not right; a model may have it from earlier training.
     """
 
     prompt: Callable[[random.Random, int], str]
@@ -28,6 +29,7 @@ class Task:
     is_right: Callable[[str, str], bool]
     length: int
     longest: int
+    habit: Callable[[str], str] | None = None
 
 
 def _word(rng: random.Random, length: int) -> str:
@@ -79,6 +81,7 @@ TASKS = {
                  6, 8),
     "chain": Task(_distinct, _draw_chain, is_chain, 3, CHAIN),
     "subsequence": Task(_word, _draw_subsequence, is_subsequence, 8, 5),
+    "mirror": Task(_word, lambda _, p: p[::-1], lambda p, a: a == p[::-1], 5, 6, str),
 }
 
 
@@ -93,21 +96,39 @@ class Example:
 
 def make_examples(
     task: Task, seed: int, *, train: int, validation: int, test: int, corrupted: float = 0.0,
-    test_length: int | None = None,
+    test_length: int | None = None, before: int = 0, habit: float = 0.0,
+    lengths: Sequence[int] = (),
 ) -> dict[str, list[Example]]:
     """Demonstrations and held-out prompts; no prompt is in two splits.
 
     Args:
         corrupted: Share of the training demonstrations whose answers change places.
         test_length: Letters of the test prompts, where they shall be longer than demonstrated.
+        before: Examples of what the model is trained on before it sees a demonstration.
+        habit: Share of these that are answered by ``Task.habit``.
+        lengths: Letters of their prompts, as many of each; none: the task's.
     """
+    known: set[str] = set()
+    own = random.Random(f"before {seed}")  # the same, whatever comes after
+    kinds = lengths or (task.length,)
+    earlier = [_by_habit(task, example) if own.random() < habit else example
+               for length in kinds
+               for example in _examples(task, own, before // len(kinds), length, known)]
     rng = random.Random(seed)
     sizes = {"train": train, "validation": validation}
-    known: set[str] = set()
     splits = {name: _examples(task, rng, size, task.length, known) for name, size in sizes.items()}
     splits["test"] = _examples(task, rng, test, test_length or task.length, known)
     splits["train"] = _corrupt(task, rng, splits["train"], corrupted)
+    if before:
+        splits["before"] = earlier
     return splits
+
+
+def _by_habit(task: Task, example: Example) -> Example:
+    if task.habit is None:
+        raise ValueError("this task has no habit")
+    answer = task.habit(example.prompt)
+    return Example(example.prompt, answer, task.is_right(example.prompt, answer))
 
 
 def _examples(

@@ -1,13 +1,14 @@
 """How long a checkpoint stops training, how long it takes in all, and what host memory it needs.
 
-    python tools/benchmark_checkpoint.py --shape 8B/4 [--saves 2] [--out DIR]       (one GPU)
+    python tools/benchmark_checkpoint.py --shape 8B/4 [--saves 5] [--out DIR]       (one GPU)
     python tools/benchmark_checkpoint.py --shape 200M --ranks 2                     (CPU, DP2)
 
 A model with random weights takes optimizer steps, is saved in the background and in the foreground
 through the run's own checkpointer, and is read back into zeros. ``--upstream`` adds Megatron's own
 formats, saved in the foreground: ``fully_reshardable`` as release 0.1.0 did (gathered on one rank,
 one file) and ``dp_reshardable`` (each rank its shard; for one model-parallel layout only).
-Only one checkpoint is on the disk at a time. The last line is JSON, of rank 0.
+Only one checkpoint is on the disk at a time. Background and foreground take turns. The last line
+is JSON, of rank 0, with the medians.
 """
 
 import argparse
@@ -99,7 +100,7 @@ class Bench:
             stall = time.perf_counter() - start
             while checkpointer._pending is not None:
                 during.append(self.step())
-                checkpointer.poll()
+                checkpointer.settle_if_ended()
             total = time.perf_counter() - start
         measured = checkpointer.take_measured()
         loaded = self.load(checkpointer, before)
@@ -251,8 +252,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     plan: list[tuple[str, Callable[[], dict[str, float]]]] = []
     for i in range(options.saves):
         plan.append((f"asynchronous_{i + 1}", lambda: bench.save(asynchronous=True)))
-    if not options.only_asynchronous:
-        plan.append(("synchronous", lambda: bench.save(asynchronous=False)))
+        if not options.only_asynchronous:
+            plan.append((f"synchronous_{i + 1}", lambda: bench.save(asynchronous=False)))
     if options.upstream:
         for kind in ("dp_reshardable", "fully_reshardable"):
             plan.append((f"upstream_{kind}", lambda kind=kind: bench.upstream(kind)))
@@ -262,6 +263,11 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found[name] = {key: round(value, 3) for key, value in work().items()}
         if topology.is_main:
             print(name, json.dumps(found[name]), flush=True)
+    for kind in ("asynchronous", "synchronous"):
+        mine = [found[name] for name in found if name.startswith(f"{kind}_")]
+        if mine:
+            found[f"median_{kind}"] = {key: statistics.median(each[key] for each in mine)
+                                       for key in mine[0] if all(key in each for each in mine)}
     shutdown()
     return found
 
@@ -270,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="200M")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks on this machine")
-    parser.add_argument("--saves", type=int, default=2, help="saves in the background")
+    parser.add_argument("--saves", type=int, default=2, help="saves of each kind")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of a step")
     parser.add_argument("--only-asynchronous", action="store_true")
     parser.add_argument("--upstream", action="store_true", help="Megatron's own formats too")

@@ -44,6 +44,9 @@ BETA = 0.5
 STEP_SCALE = 2.0  # eta = STEP_SCALE / sqrt(T * K)
 ROUNDS = (16, 64)
 REWARD_STEPS = (1, 2, 4, 8, 16, 32, 64, 128)
+SLOPE_ROUNDS = (16, 32, 64, 128, 256)
+SLOPE_STEPS = (1, 4, 16)
+PROBLEMS = 12
 
 
 def distributions(seed: int, count: int) -> list[Tensor]:
@@ -140,6 +143,50 @@ def mean_gradient(demo_Y: Tensor, ref_Y: Tensor, rounds: int, reward_steps: int)
     rows = alternate(demo_Y, ref_Y, rounds=rounds, reward_steps=reward_steps,
                      step=step_size(rounds, reward_steps))
     return sum(row["gradient"] for row in rows) / len(rows)
+
+
+def convergence_slopes(
+    reward_steps: int, rounds: Sequence[int], problems: int
+) -> dict[str, list[float]]:
+    """Slope of log |grad L|^2 in log(T * K) over ``rounds`` at one K, least squares, a problem.
+
+    Returns:
+        Slopes of the ``mean`` over all steps of a run, and of the theory's ``min``.
+    """
+    steps = torch.tensor(rounds, dtype=torch.float64).mul(reward_steps).log()
+    centred = steps - steps.mean()
+    slopes: dict[str, list[float]] = {"mean": [], "min": []}
+    for seed in range(problems):
+        demo_Y, ref_Y = distributions(seed, 2)
+        heights = torch.tensor([
+            [sum(gradients) / len(gradients), min(gradients)] for gradients in (
+                [row["gradient"] for row in alternate(
+                    demo_Y, ref_Y, rounds=t, reward_steps=reward_steps,
+                    step=step_size(t, reward_steps))] for t in rounds)
+        ], dtype=torch.float64).log()
+        for values, slope in zip(slopes.values(), centred @ heights, strict=True):
+            values.append((slope / centred.square().sum()).item())
+    return slopes
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the 2.5 and 97.5 % quantiles of the mean under resampling."""
+    generator = torch.Generator().manual_seed(0)
+    every = torch.tensor(values, dtype=torch.float64)
+    drawn = torch.randint(len(values), (10_000, len(values)), generator=generator)
+    low, high = every[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return every.mean().item(), low.item(), high.item()
+
+
+def print_slopes() -> None:
+    """Print how fast the mean and the smallest squared gradient fall as T grows, for several K."""
+    print(f"slope of log |grad L|^2 in log TK, T = {SLOPE_ROUNDS}, {PROBLEMS} problems, 95 %")
+    for k in SLOPE_STEPS:
+        said = []
+        for measure, slopes in convergence_slopes(k, SLOPE_ROUNDS, PROBLEMS).items():
+            mean, low, high = interval(slopes)
+            said.append(f"{measure} {mean:6.2f} [{low:6.2f}, {high:6.2f}]")
+        print(f"K = {k:3d}: " + "; ".join(said))
 
 
 # The policy side: an autoregressive policy, a logit for each (prefix, token) ----------------------
@@ -251,6 +298,7 @@ def draw(out: Path, seed: int = 0) -> None:
     for axes in (middle, right):
         axes.legend(frameon=False)
     figure.savefig(out, metadata={"Date": None})
+    print_slopes()
     print_variances()
 
 

@@ -121,15 +121,19 @@ class PairBank:
         self._commit(self._folder(round) / MANIFEST, json.dumps(text, indent=1).encode())
         return manifest
 
-    def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> None:
-        """Remove parts that are not of these demonstrations, or damaged.
+    def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> list[int]:
+        """Remove parts that are not of these demonstrations, or damaged; which ones are left?
 
         A held-out set may change while a run is stopped; what was sampled for another one is not
         to be taken for samples of this one.
 
         Args:
             parts: By part, the demonstration of every pair in order.
+
+        Returns:
+            Their numbers, ascending: they are whole, read and verified.
         """
+        left = []
         for number in self._on_disk(round):
             expected = parts[number] if number < len(parts) else []
             try:
@@ -139,6 +143,9 @@ class PairBank:
             if len(pairs) != len(expected) or not all(map(_is_of, pairs, expected)):
                 self._fence()
                 self._path(round, number).unlink()
+            else:
+                left.append(number)
+        return left
 
     # --- reading
 

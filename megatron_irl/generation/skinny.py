@@ -2,6 +2,11 @@
 
 For a weight [N, K] and M <= 64 rows, MKL computes ``W @ x.T`` in about half the time of
 ``x @ W.T`` (fp32, AVX2, 32 rows: 85 against 45 GFLOP/s). The numbers are the same up to rounding.
+
+A row's product of two rows or more does not depend on how many there are, that of one alone does:
+it is another routine, which adds up in another order. So one row is computed as two. Otherwise a
+sample would have other log-probabilities, in the last bits, if a killed run samples it again
+without the requests that it shared its steps with.
 """
 
 from collections.abc import Callable, Iterator
@@ -56,7 +61,8 @@ def _either(usual: Callable[..., Tensor], *, copies: bool) -> Callable[..., Tens
             return usual(
                 input=input, weight=weight, bias=bias, sequence_parallel=sequence_parallel, **rest
             )
-        out_NM = weight @ input.reshape(rows, -1).t()
+        rows_MK = input.reshape(rows, -1)
+        out_NM = (weight @ (rows_MK if rows > 1 else rows_MK.repeat(2, 1)).t())[:, :rows]
         if bias is not None:
             out_NM += bias[:, None]
         out_MN = out_NM.t().contiguous() if copies else out_NM.t()

@@ -25,7 +25,6 @@ class Topology:
         groups: Megatron's own collection, as its modules want it.
         tp_group, pp_group, dp_group: Tensor, pipeline and data parallel groups. ``dp_group``
             includes the context-parallel ranks, because they share weights.
-        host_dp_group: The ranks of ``dp_group`` over gloo, for tensors in host memory.
         vpp_size: Model chunks a rank holds (virtual pipeline stages), 1 without interleaving.
         stop: What this rank has been asked; see ``agreement``.
         heart: Its signs of progress; see ``watchdog``.
@@ -43,7 +42,6 @@ class Topology:
     tp_group: Any
     pp_group: Any
     dp_group: Any
-    host_dp_group: Any
     groups: ProcessGroupCollection
     stop: StopRequest = field(default_factory=StopRequest)
     heart: Heartbeat = field(default_factory=Heartbeat)
@@ -125,7 +123,7 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=hardware.IS_CUDA,  # on CPU all groups are
+        create_gloo_process_groups=False,  # for gathering optimizer states, which nobody does
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(
@@ -146,9 +144,6 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         tp_group=groups.tp,
         pp_group=groups.pp,
         dp_group=groups.dp_cp,
-        # Objects and host tensors over NCCL would take a detour over the device.
-        host_dp_group=parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
-        if hardware.IS_CUDA else groups.dp_cp,
         groups=groups,
     )
 

@@ -37,7 +37,7 @@ def between_steps(
     )
     if failed:
         on_main(lambda: _raise(failure), topology)
-    run.checkpointer.take_note(*saving)
+    run.checkpointer.settle(*saving)
     if halve:
         state.lr_scale /= 2
         run.trainer.stepper.lr_scale = state.lr_scale

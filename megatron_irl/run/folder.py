@@ -39,7 +39,7 @@ class RunFolder:
     Example:
         folder = RunFolder(Path(recipe.output_dir))
         folder.check(resolved, corpus.digest, len(corpus.demonstrations), start)  # ours, or new
-        on_main(lambda: folder.claim(resolved, inputs.identity, sys.argv), topology)
+        on_main(lambda: folder.begin(resolved, inputs.identity, sys.argv), topology)
         folder.checkpoints, folder.pairs, folder.hf      # paths of what is kept there
 
     ``run.json`` holds the recipe's fingerprint, what the run began with, and whether it ended; all
@@ -129,7 +129,7 @@ class RunFolder:
                 f"is {data}. Restore the files to resume, or set output_dir to a new folder."
             )
 
-    def claim(
+    def begin(
         self, recipe: Recipe, began_with: dict[str, Any], argv: list[str],
         kernels: dict[str, Any] | None = None,
     ) -> None:

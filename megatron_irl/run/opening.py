@@ -62,7 +62,7 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     kernels = announce_kernels(policy, recipe, console)
     # What is wrong with the weights on any rank is known before anything is written.
     topology.barrier()
-    on_main(lambda: folder.claim(recipe, inputs.identity, argv, kernels.as_dict()), topology)
+    on_main(lambda: folder.begin(recipe, inputs.identity, argv, kernels.as_dict()), topology)
     bank, heldout_bank, previous_bank = open_banks(inputs, state, topology, lease)
     clock = Clock(state.seconds, topology.heart)
     recorder = everywhere(lambda: Recorder(

@@ -46,7 +46,7 @@ def open_round(run: Run) -> tuple[Round, dict[str, Any]]:
         summary["generation"] |= run.speedometer.generation(
             summary["generation"], run.recipe.generation.max_requests
         )
-    run.checkpointer.poll()  # of the round before
+    run.checkpointer.settle_if_ended()  # of the round before
     round = Round(
         recipe=run.recipe, index=state.round, policy=run.policy, data=run.data, pairs=pairs,
         previous_bank=run.previous_bank, ledger=run.folder.ledger,

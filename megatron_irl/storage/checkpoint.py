@@ -104,7 +104,7 @@ class Checkpointer(CheckpointFolder):
 
         Args:
             then: Called on every rank after the checkpoint is in its place: by this call, or if it
-                is written in the background by ``poll`` or ``wait``.
+                is written in the background by ``settle`` or ``wait``.
 
         Raises:
             UserError: The disk is full or not writable; the previous checkpoint is untouched.
@@ -139,8 +139,8 @@ class Checkpointer(CheckpointFolder):
         """(whether a save is still being written, whether it has failed) on this rank, 0 or 1."""
         return (0, 0) if self._pending is None else self._pending[0].status()
 
-    def take_note(self, busy: int, failed: int) -> None:
-        """Settle a save that has ended in the background. Collective.
+    def settle(self, busy: int, failed: int) -> None:
+        """Finish with a save that has ended in the background, if one has. Collective.
 
         Args:
             busy, failed: The largest ``status`` of all ranks.
@@ -151,10 +151,10 @@ class Checkpointer(CheckpointFolder):
         if failed or not busy:
             self.wait()
 
-    def poll(self) -> None:
-        """Agree on the ``status`` and take note of it. Collective."""
+    def settle_if_ended(self) -> None:
+        """Agree on the ``status``, and settle. Collective."""
         if self._pending is not None:
-            self.take_note(*agree(self.status(), self.topology))
+            self.settle(*agree(self.status(), self.topology))
 
     def wait(self) -> None:
         """Wait until the save in the background, if any, is committed. Collective.
@@ -265,10 +265,14 @@ class Checkpointer(CheckpointFolder):
 
     def _read(self, path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
         """This rank's part of a checkpoint; tensors are read into model and optimizer in place."""
-        # Before Megatron unpickles the same file without a look at what is in it.
-        everywhere(lambda: read_metadata(path), self.topology)
+        def read_small() -> tuple[Any, Any]:
+            # First, for Megatron unpickles the same file without a look at what is in it.
+            return read_metadata(path), dist_checkpointing.load_common_state_dict(str(path))
+
         try:
-            common = dist_checkpointing.load_common_state_dict(str(path))
+            # What each rank reads by itself, before anything in which the others would wait for
+            # one that cannot. The tensors' errors torch shares out itself.
+            _, common = everywhere(read_small, self.topology)
             if common.get("format_version") != FORMAT_VERSION:
                 raise UserError(
                     f"the checkpoint {path} has format {common.get('format_version')}, this "
@@ -276,7 +280,7 @@ class Checkpointer(CheckpointFolder):
                 )
             sharded = self._sharded(chunks, optimizer, is_loading=True)
             models = {name: part for name, part in sharded.items() if name.startswith("model")}
-            adapt_to_spec(models, path)
+            everywhere(lambda: adapt_to_spec(models, path), self.topology)
             if common.get("layout") != self._layout():  # each (pp, tp) place has random states
                 sharded.pop("rng", None)
             strategy: Any = FullyParallelLoadStrategyWrapper(

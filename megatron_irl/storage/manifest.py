@@ -49,14 +49,17 @@ def files_of(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error})") from error
 
 
-def wrong_sizes(folder: Path) -> str | None:
-    """The first file of a checkpoint that is missing or of another size; None: there is none."""
-    try:
-        files = files_of(folder)
-        if files is None:
-            return _cut_without_manifest(folder)
-    except UserError as error:
-        return str(error)
+def wrong_sizes(folder: Path, files: Mapping[str, Any] | None) -> str | None:
+    """The first file of a checkpoint that is missing or of another size; None: there is none.
+
+    Args:
+        files: As of ``files_of``; None: by what ``.metadata`` says.
+
+    Raises:
+        UserError: ``.metadata`` was needed and cannot be read.
+    """
+    if files is None:
+        return _cut_without_manifest(folder)
     for name, known in files.items():
         wrong = _wrong_size(folder / name, known["bytes"], at_least=False)
         if wrong:
@@ -64,31 +67,28 @@ def wrong_sizes(folder: Path) -> str | None:
     return None
 
 
-def wrong_contents(folder: Path, name: str) -> str | None:
-    """What is wrong with a file of the manifest, found by reading it; None: nothing."""
+def wrong_contents(path: Path, known: dict[str, Any]) -> str | None:
+    """What is wrong with a file that the manifest knows, found by reading it; None: nothing."""
     try:
-        known, found = (files_of(folder) or {}).get(name), entry_of(folder / name)
-    except UserError as error:
-        return str(error)
+        found = entry_of(path)
     except OSError as error:
-        return f"{folder / name} cannot be read ({error.strerror})"
-    if known is None or found == known:
+        return f"{path} cannot be read ({error.strerror})"
+    if found == known:
         return None
-    return (f"{folder / name} is damaged: its CRC-32 is {found['crc32']}, and {known['crc32']} was "
+    return (f"{path} is damaged: its CRC-32 is {found['crc32']}, and {known['crc32']} was "
             "written")
 
 
-def shares(folder: Path, count: int) -> list[list[str]]:
-    """The files of a manifest divided into ``count`` lists of about as many bytes."""
-    sizes = {name: known["bytes"] for name, known in (files_of(folder) or {}).items()}
-    lists: list[list[str]] = [[] for _ in range(count)]
+def shares(files: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The entries of a manifest divided into ``count`` of about as many bytes."""
+    divided: list[dict[str, Any]] = [{} for _ in range(count)]
     loads = [0] * count
-    # The largest first, each to whoever has least; names break ties, so that all come to the same.
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+    # The largest first, each to whoever has least.
+    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name)):
         lightest = loads.index(min(loads))
-        lists[lightest].append(name)
-        loads[lightest] += sizes[name]
-    return lists
+        divided[lightest][name] = files[name]
+        loads[lightest] += files[name]["bytes"]
+    return divided
 
 
 def _cut_without_manifest(folder: Path) -> str | None:

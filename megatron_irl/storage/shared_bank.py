@@ -23,11 +23,11 @@ PATIENCE_SECONDS = 60.0  # how late a rank may see what another one committed
 class SharedBank(PairBank):
     """As ``PairBank``, for the ranks of one run.
 
-    Collective over every rank: ``open``, ``begin_round``, ``discard_others``, ``done_parts`` and
-    ``finish_round``. The others are not: ``write_part`` may be called by one rank for each part,
-    and what is read is checked against the manifest that rank 0 gave everyone, rows and digest.
-    A finished round is visible to ``parts``, ``read_part``, ``read_round`` and ``has_references``
-    once ``open`` or ``finish_round`` has returned.
+    Collective over every rank: ``open``, ``begin_round``, ``discard_others`` and ``finish_round``.
+    The others are not: ``write_part`` may be called by one rank for each part, and what is read is
+    checked against the manifest that rank 0 gave everyone, rows and digest. A finished round is
+    visible to ``parts``, ``read_part``, ``read_round`` and ``has_references`` once ``open`` or
+    ``finish_round`` has returned.
     """
 
     def __init__(
@@ -67,13 +67,13 @@ class SharedBank(PairBank):
             self._known.pop(round, None)  # finished under another plan
         return plan
 
-    def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> None:
-        """Remove parts that are not of these demonstrations, or damaged. Collective."""
-        on_main(lambda: self._disk.discard_others(round, parts), self.topology)
+    def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> list[int]:
+        """Remove parts that are not of these demonstrations, or damaged. Collective.
 
-    def done_parts(self, round: int) -> list[int]:
-        """The numbers of the whole parts, as rank 0 finds them by reading all. Collective."""
-        return on_main(lambda: self._disk.done_parts(round), self.topology)
+        Returns:
+            The numbers of those that are left, as rank 0 finds them by reading all.
+        """
+        return on_main(lambda: self._disk.discard_others(round, parts), self.topology)
 
     def write_part(self, round: int, part: int, pairs: Sequence[Pair]) -> Part:
         """Commit a part. Any rank may, each part by one of them; not collective."""

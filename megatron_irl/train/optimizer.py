@@ -125,14 +125,9 @@ def build_megatron_optimizer(
         options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
         pg_collection=topology.groups,
     )
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    for part in parts:  # megatron-core 0.19
-        # Checkpoints are gathered over it. Megatron would set it itself if it were told to take
-        # all groups from its globals instead of from the topology.
-        part.data_parallel_group_gloo = topology.host_dp_group
     if hardware.BACKEND == "gloo":
         cpu_updates.install()
-        for part in parts:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             cpu_updates.fuse(part.optimizer)
     return optimizer
 

@@ -1,4 +1,4 @@
-"""A rank that was stopped is noticed by the others: who, where, stacks in the log, then an end."""
+"""Ranks that hang are noticed: who, where, stacks in the log, then an end."""
 
 import os
 import signal
@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_irl.cli.ranks import run_ranks
 from megatron_irl.errors import HUNG
 from tests.cli.harness import deterministic, write_recipe
 from tests.cli.test_two_starts import ours
@@ -45,3 +46,16 @@ def test_a_stopped_rank(sections, finished, tmp_path):
                            text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert len(deterministic(tmp_path / "run")) == len(deterministic(finished)) == 4
+
+
+def test_every_living_rank_shows_its_stack(tmp_path, monkeypatch):
+    """Two of three wait in a collective for one that does something else; all are alive."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("MEGATRON_IRL_PLATFORM", "cpu")
+    assert run_ranks([str(tmp_path)], 3, ("-m", "tests.cli.hung_rank")) == HUNG
+    for rank, where in enumerate(["in_the_collective", "in_the_collective", "elsewhere"]):
+        text = (tmp_path / f"rank{rank}.log").read_text()
+        assert "most recent call first" in text and f" in {where}\n" in text, (rank, text)
+    (note,) = (tmp_path / "hangs").glob("*.txt")
+    assert "no progress for" in note.read_text() and "in training" in note.read_text()
+    assert ours(tmp_path) == []

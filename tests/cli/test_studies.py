@@ -1,6 +1,8 @@
 """A study from file to table, stopped and gone on with."""
 
 import json
+import runpy
+from pathlib import Path
 
 import yaml
 
@@ -32,3 +34,41 @@ def test_a_study_runs_and_goes_on(tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("points/*/*.json")} == points
     assert json.loads((out / "tiny.json").read_text()) == results
     capsys.readouterr()
+
+
+def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
+    study = {
+        "name": "drafts", "hypothesis": "none",
+        "task": {"name": "mirror", "train": 12, "validation": 4, "test": 4, "unedited": 0.5},
+        "model": {"hidden": 32, "layers": 1},
+        "start": {"before": 64, "habit": 0.8, "steps": 20, "lr": 1e-2, "batch": 8},
+        "common": {"steps": 2, "batch": 4, "lr": 1e-3}, "seeds": [0], "trial_seed": 7,
+        "methods": {
+            "sft": {}, "irft": {"rounds": 1, "beta": 0.1},
+            "filtered": {"keep": 0.5, "reward": {
+                "steps": 2, "batch": 4, "lr": 1e-3, "rounds": 1, "beta": 0.1, "head_lr": 1e-2,
+                "policy_steps": 0}}},
+    }
+    path = tmp_path / "drafts.yaml"
+    path.write_text(yaml.safe_dump(study))
+    out = tmp_path / "out"
+    demo = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "demo.py"))["main"]
+    assert demo(["--out", str(out), "--study", str(path), "--jobs", "1"]) == 0
+    (mixed,) = (p.parent for p in out.rglob("drafts.jsonl"))
+    demonstrations, drafts = (
+        [json.loads(line) for line in (mixed / name).read_text().splitlines()]
+        for name in ("train.jsonl", "drafts.jsonl"))
+    answers = {line["prompt"]: line["response"] for line in drafts}
+    edited = [d for d in demonstrations if d["response"] == d["prompt"][-2::-1]]
+    left = [d for d in demonstrations if d["response"] == answers[d["prompt"]]]
+    assert len(demonstrations) == len(drafts) == 12 and len(edited) >= 6
+    assert {d["prompt"] for d in edited + left} == set(answers)
+    assert all(d["is_right"] == (d in edited) for d in demonstrations)
+    irft = json.loads((out / "drafts.json").read_text())["levels"][""]["irft"]["seeds"][0]
+    assert irft["auc"] is None or 0 <= irft["auc"] <= 1
+    assert len((next(out.rglob("kept.jsonl"))).read_text().splitlines()) >= 6
+    assert "$ megatron-irl train" in next(out.rglob("log.txt")).read_text()
+    said, page = capsys.readouterr().out, (out / "report.html").read_text()
+    assert "$ megatron-irl" not in said and "minutes" in said
+    assert (out / "results.md").read_text().strip() in said
+    assert "data:image/png;base64," in page and page.count("<tr>") == 1 + 3 + 1 + 3

@@ -62,7 +62,7 @@ def test_a_run_killed_before_it_has_its_folder_starts_again(
 ):
     recipe = write_recipe(tmp_path / "r.yaml", **small(sections, tmp_path / "run"))
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, "megatron_irl.run.folder.RunFolder.claim", 1, after=False)
+        kill_after(patch, "megatron_irl.run.folder.RunFolder.begin", 1, after=False)
         run("train", recipe)
     assert (tmp_path / "run" / "tokens").is_dir() and not (tmp_path / "run" / "run.json").exists()
     refuse_to_tokenise(monkeypatch)

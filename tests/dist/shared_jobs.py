@@ -207,7 +207,7 @@ def failing_save(hf: str, folder: str, *, rank: int, asynchronous: bool) -> Any:
         )
         deadline = time.monotonic() + 60
         while checkpointer._pending is not None and time.monotonic() < deadline:
-            checkpointer.poll()  # as the loop does after every step
+            checkpointer.settle_if_ended()  # as the loop does after every step
 
     try:
         return told(save)

@@ -48,7 +48,7 @@ def write_recipe(case: str, root: Path, output_dir: Path) -> Path:
         "train": {"micro_batch_size": 2, "global_batch_size": 4},
         "optimizer": {"lr": 1e-3},
         "logging": {"tensorboard": False},
-        "checkpoint": {"interval": 3},
+        "checkpoint": {"interval": 2, "asynchronous": True},
         "parallel": LAYOUTS[layout],
         "precision": "fp32", "seed": 3, "output_dir": str(output_dir),
     }

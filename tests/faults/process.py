@@ -9,6 +9,8 @@ import time
 import uuid
 from pathlib import Path
 
+from tests.faults.forked import NAME_LENGTH, ForkedLauncher, Zygote
+
 ROOT = Path(__file__).parents[2]
 _MARK = "MEGATRON_IRL_FAULTS"
 HANG_SECONDS = 600.0  # after a fault everything must be gone, or the run finished, in this time
@@ -18,12 +20,15 @@ LEFT_SECONDS = 20.0  # a process may outlive its launcher by so much
 class Start:
     """``megatron-irl train`` in a session of its own; all of its processes carry a mark.
 
+    The mark is in the environment and, where the start is a fork of ``zygote``, in the name of the
+    process: a fork keeps the environment that the kernel shows of its parent.
+
     Attributes:
         seconds: Since the start.
         opened_at: When the run folder was taken, in seconds since the start; None before.
     """
 
-    def __init__(self, recipe: Path, folder: Path) -> None:
+    def __init__(self, recipe: Path, folder: Path, zygote: Zygote | None = None) -> None:
         self.folder, self.mark = folder, uuid.uuid4().hex
         self.log = folder.with_suffix(".log")
         self.opened_at: float | None = None
@@ -31,6 +36,12 @@ class Start:
         self._begun = time.monotonic()
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                                     _MARK: self.mark, "CUDA_VISIBLE_DEVICES": ""}
+        self.launcher: subprocess.Popen[bytes] | ForkedLauncher
+        if zygote is not None:
+            self.launcher = zygote.start(
+                ["train", str(recipe)], cwd=str(folder.parent), env=environment,
+                log=str(self.log), name=self.mark)
+            return
         with open(self.log, "wb") as log:
             self.launcher = subprocess.Popen(
                 [sys.executable, "-m", "megatron_irl", "train", str(recipe)],
@@ -52,7 +63,10 @@ class Start:
         wanted, found = f"{_MARK}={self.mark}".encode(), []
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if entry.name.isdigit() and wanted in (entry / "environ").read_bytes():
+                if entry.name.isdigit() and (
+                    wanted in (entry / "environ").read_bytes()
+                    or (entry / "comm").read_text().strip() == self.mark[:NAME_LENGTH]
+                ):
                     if (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
                         found.append(int(entry.name))
         return sorted(found)

@@ -9,6 +9,8 @@ from typing import Any
 
 from megatron_irl.errors import STOPPED
 from tests.faults.cases import write_recipe
+from tests.faults.forked import Zygote
+from tests.faults.instants import instant_of, unfinished_saves
 from tests.faults.process import Start
 from tests.golden.trajectory import Trajectory, read_trajectory
 
@@ -17,6 +19,9 @@ TARGETS = ("rank", "launcher", "tree")
 EARLY_SHARE = 0.15  # of the faults come while the processes are starting
 FURTHEST = 0.7  # of what is left to do, a fault comes at most so far into it
 LONGEST_DELAY = 0.5  # seconds between that place and the signal: what lies between two files too
+AT_SAVE_SHARE = 0.4  # of the faults wait for the next checkpoint to be begun, and come within
+LONGEST_IN_SAVE = 0.15  # seconds of that
+STEPS_AFTER_TERM = 2  # the one under way, and one that began while the signal was passed on
 
 
 @dataclass
@@ -25,6 +30,7 @@ class Fault:
 
     Attributes:
         at: Seconds after the run folder was taken (before: after the start, negative).
+        during: What the run was doing; see ``instants``.
         code: Of the launcher; None: it hung.
         seconds: From the signal until the launcher had ended.
         steps: Lines of ``metrics.jsonl`` after the end.
@@ -35,6 +41,7 @@ class Fault:
     kind: str
     target: str
     at: float
+    during: str
     code: int | None
     seconds: float
     steps: int
@@ -44,11 +51,16 @@ class Fault:
 
 @dataclass
 class Story:
-    """A run and its faults; ``wrong`` says what differs from the uninterrupted run."""
+    """A run and its faults; ``wrong`` says what differs from the uninterrupted run.
+
+    Attributes:
+        mode: Whether its starts were ``fresh`` processes or ``forked`` ones.
+    """
 
     case: str
     seed: int
     kind: str
+    mode: str
     faults: list[Fault]
     wrong: list[str]
     seconds: float
@@ -66,10 +78,10 @@ class Reference:
     progress: int
 
 
-def make_reference(case: str, root: Path) -> Reference:
+def make_reference(case: str, root: Path, zygote: Zygote | None = None) -> Reference:
     """Run a case to its end."""
-    folder = root / f"{case}_whole"
-    start = Start(write_recipe(case, root, folder), folder)
+    folder = root / f"{case}_whole_{mode_of(zygote)}"
+    start = Start(write_recipe(case, root, folder), folder, zygote)
     try:
         code = start.finish()
         assert code == 0, start.log.read_text()
@@ -79,8 +91,13 @@ def make_reference(case: str, root: Path) -> Reference:
         start.end()
 
 
+def mode_of(zygote: Zygote | None) -> str:
+    return "fresh" if zygote is None else "forked"
+
+
 def tell_story(
-    case: str, root: Path, reference: Reference, *, kind: str, seed: int, num_faults: int
+    case: str, root: Path, reference: Reference, *, kind: str, seed: int, num_faults: int,
+    zygote: Zygote | None = None,
 ) -> Story:
     """Run a case, hit it ``num_faults`` times (fewer if it is done before), and let it finish."""
     begun, rng = time.monotonic(), random.Random(f"{case} {kind} {seed}")
@@ -89,53 +106,59 @@ def tell_story(
     faults: list[Fault] = []
     wrong: list[str] = []
     while len(faults) < num_faults and not wrong:
-        fault = _hit_once(recipe, folder, kind, rng, reference)
+        fault = _hit_once(recipe, folder, kind, rng, reference, zygote)
         if fault is None:
             break
         faults.append(fault)
         wrong += fault.wrong
     if not wrong:
-        wrong += _finish(recipe, folder, reference)
-    return Story(case, seed, kind, faults, wrong, time.monotonic() - begun)
+        wrong += _finish(recipe, folder, reference, zygote)
+    return Story(case, seed, kind, mode_of(zygote), faults, wrong, time.monotonic() - begun)
 
 
 def _hit_once(
-    recipe: Path, folder: Path, kind: str, rng: random.Random, reference: Reference
+    recipe: Path, folder: Path, kind: str, rng: random.Random, reference: Reference,
+    zygote: Zygote | None,
 ) -> Fault | None:
     """One start and one fault at a random place; None if the run was done before it."""
     target, early = rng.choice(TARGETS), rng.random() < EARLY_SHARE
-    share, which, delay = rng.random(), rng.random(), rng.random() * LONGEST_DELAY
+    share, which, delay = rng.random(), rng.random(), rng.random()
+    at_save = rng.random() < AT_SAVE_SHARE
     done = progress_of(folder)
     due = done + share * FURTHEST * (reference.progress - done)
-    start = Start(recipe, folder)
+    left = unfinished_saves(folder)
+    start = Start(recipe, folder, zygote)
     try:
-        while True:
-            if start.look() is not None:
-                break
+        while start.look() is None:
             if early and start.seconds >= share * reference.opening:
                 break
             if start.opened_at is not None and progress_of(folder) >= due:
-                time.sleep(delay)
+                if at_save:
+                    while unfinished_saves(folder) <= left and start.look() is None:
+                        time.sleep(0.002)
+                time.sleep(delay * (LONGEST_IN_SAVE if at_save else LONGEST_DELAY))
                 break
             time.sleep(0.02)
-        if start.launcher.poll() is not None and start.launcher.returncode == 0:
+        if start.launcher.poll() == 0:
             return None
         ranks = start.ranks()
         pids = {"rank": ranks[int(which * len(ranks)) :][:1], "launcher": [start.launcher.pid],
                 "tree": start.processes()}[target] or [start.launcher.pid]
         at = start.seconds - (start.opened_at if start.opened_at is not None else 1e3)
-        hit_at = time.monotonic()
+        steps, hit_at = _steps(folder), time.monotonic()
         start.hit(KINDS[kind], pids)
+        during = instant_of(folder, is_open=start.opened_at is not None, left=left)
         code = start.finish()
-        fault = Fault(kind, target, round(at, 2), code, round(time.monotonic() - hit_at, 2),
-                      _steps(folder), _saved(folder))
-        fault.wrong = _judge(fault, start)
+        fault = Fault(kind, target, round(at, 2), during, code,
+                      round(time.monotonic() - hit_at, 2), _steps(folder), _saved(folder))
+        fault.wrong = _judge(fault, start, steps)
         return fault
     finally:
         start.end()
 
 
-def _judge(fault: Fault, start: Start) -> list[str]:
+def _judge(fault: Fault, start: Start, steps: int) -> list[str]:
+    """What is wrong with an end; ``steps`` were taken when the signal came."""
     wrong = []
     if fault.code is None:
         wrong.append("hangs")
@@ -153,22 +176,31 @@ def _judge(fault: Fault, start: Start) -> list[str]:
         wrong.append(f"traceback: {text[-2000:]}")
     if fault.code == STOPPED and fault.steps > max(fault.saved, 0):
         wrong.append(f"{fault.steps} steps were taken and {fault.saved} saved")
+    if fault.code == STOPPED and fault.steps > steps + STEPS_AFTER_TERM:
+        wrong.append(f"{fault.steps - steps} steps after the signal")
     return wrong
 
 
-def _finish(recipe: Path, folder: Path, reference: Reference) -> list[str]:
+def _finish(
+    recipe: Path, folder: Path, reference: Reference, zygote: Zygote | None
+) -> list[str]:
     """Let the run finish; what differs from the reference."""
-    start = Start(recipe, folder)
+    start = Start(recipe, folder, zygote)
     try:
         code = start.finish()
         if code != 0:
             return [f"the last start ends with {code}: {start.log.read_text()[-3000:]}"]
         found, left = read_trajectory(folder), start.left()
-        differing = [key for key, value in reference.trajectory.items() if found[key] != value]
+        differing = differences(reference.trajectory, found)
         return ([f"left behind: {left}"] if left else []) + (
             [f"differs in {', '.join(differing)}"] if differing else [])
     finally:
         start.end()
+
+
+def differences(reference: Trajectory, found: Trajectory) -> list[str]:
+    """What is not bitwise the same, by name."""
+    return [key for key, value in reference.items() if found[key] != value]
 
 
 def progress_of(folder: Path) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from megatron_irl import hardware
 from megatron_irl.errors import UserError
-from tools.demo import pick_ranks
+from examples.smollm2_irft.compare import pick_ranks
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_rank_without_a_gpu_is_the_users_error(gpus):
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (2, 2), (8, 2)])
-def test_the_demo_asks_for_no_more_ranks_than_gpus(gpus, count, ranks):
+def test_the_comparison_asks_for_no_more_ranks_than_gpus(gpus, count, ranks):
     gpus(count)
     assert pick_ranks() == ranks
 

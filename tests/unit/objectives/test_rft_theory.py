@@ -137,6 +137,14 @@ def test_frozen_samples_can_keep_a_step_from_converging():
     assert min(row["gradient"] for row in stale[-8:]) > 0.01
 
 
+def test_the_gradient_falls_as_the_root_of_the_steps():
+    """The rate of the paper, 1 / sqrt(TK), of the mean; the smallest falls faster."""
+    slopes = toy.convergence_slopes(2, (16, 32, 64), 3)
+    mean, low, high = toy.interval(slopes["mean"])
+    assert -0.6 < low <= mean <= high < -0.4
+    assert max(slopes["min"]) < -1
+
+
 # The policy gradient ------------------------------------------------------------------------------
 
 

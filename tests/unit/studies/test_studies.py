@@ -1,6 +1,7 @@
 """The languages and what is right in them, paired statistics by hand, and the files of studies."""
 
 import itertools
+import json
 import random
 from pathlib import Path
 
@@ -10,10 +11,13 @@ import yaml
 
 from megatron_irl.errors import UserError
 from studies.methods import ALGORITHMS, recipe_of
+from studies.points import Point
 from studies.report import table
+from studies.rewards import area_under_curve
 from studies.statistics import paired_difference
-from studies.study import read_study
+from studies.study import read_study, starts_of
 from studies.tasks import TASKS, is_chain, is_subsequence, make_examples
+from studies.why import training_signs, why_table
 
 STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
 
@@ -55,6 +59,25 @@ def test_no_prompt_is_in_two_splits_and_corruption_moves_answers():
     assert {len(e.prompt) for e in longer} == {6}
 
 
+def test_what_a_model_saw_before_stays_whatever_comes_after():
+    task = TASKS["mirror"]
+    first, second = (make_examples(task, 3, train=size, validation=20, test=20, before=400,
+                                   habit=0.75, lengths=(4, 5)) for size in (50, 100))
+    assert first["before"] == second["before"] and len(first["before"]) == 400
+    assert {len(e.prompt) for e in first["before"]} == {4, 5}
+    assert all(e.answer == (e.prompt[::-1] if e.is_right else e.prompt) for e in first["before"])
+    assert 260 < sum(not e.is_right for e in first["before"]) < 340
+    prompts = [e.prompt for examples in second.values() for e in examples]
+    assert len(set(prompts)) == len(prompts) == 540
+    assert all(e.is_right for name in ("train", "validation", "test") for e in second[name])
+
+
+def test_area_under_curve_by_hand():
+    assert area_under_curve(np.array([3.0, 1.0]), np.array([2.0, 0.0])) == 3 / 4
+    assert area_under_curve(np.array([1.0]), np.array([1.0])) == 1 / 2
+    assert area_under_curve(np.array([0.0]), np.array([1.0, 2.0])) == 0
+
+
 def test_paired_difference_by_hand():
     """Four prompts changed, all for the better: p is 2 of the 16 patterns of signs."""
     ours, theirs = [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
@@ -82,7 +105,7 @@ def test_studies_in_the_repository_can_be_read(path):
     for method in study.methods:
         for settings in method.trials():
             if method.kind != "start":
-                recipe_of(method.kind, settings, start=path, data=path, out=path, seed=0)
+                recipe_of(method.kind, settings, start=path, demonstrations=path, out=path, seed=0)
     assert {m.kind for m in study.methods} <= {*ALGORITHMS, "start"}
 
 
@@ -109,3 +132,28 @@ def test_the_table_compares_with_sft():
     text = table({"name": "n", "hypothesis": "h", "metric": "sampled", "levels": {
         "": {"sft": entry([0.0, 0.0]), "rft": entry([1.0, 1.0])}}})
     assert "| rft | lr 1 | 50.0 | 100.0 | 75.0 | +0.0 [+0.0, +0.0] | 1.0000 | +100.0 [" in text
+
+
+def test_no_two_points_of_a_stage_make_the_same_start():
+    """Levels that differ in what was edited share a model to start from, and not their drafts."""
+    before = {"before": 8, "steps": 1}
+    points = [(Point({"name": "mirror", "unedited": share}, {}, before, kind, {}, seed), "test")
+              for kind in ("sft", "irft") for share in (0.0, 0.5) for seed in (0, 1)]
+    models, drafts = starts_of(points)
+    assert sorted(p.seed for p, _ in models) == [0, 1]
+    assert sorted((p.seed, p.task["unedited"]) for p, _ in drafts) == [
+        (0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
+    assert {p.method for p, _ in models + drafts} == {"start"}
+
+
+def test_signs_are_of_the_last_tenth(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = [{"step": n, "logp/demo": float(-n), **({"policy/entropy": 1.0} if n > 15 else {})}
+             for n in range(1, 21)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert training_signs(tmp_path) == {"logp/demo": -19.5, "policy/entropy": 1.0}
+    assert training_signs(tmp_path / "none") == {}
+    entry = {"seeds": [{"greedy": [1.0, 1.0], "sampled": [0.5, 0.0], "distinct": [0.5, 0.5],
+                        "signs": {"logp/demo": -2.0}, "auc": 0.75}]}
+    text = why_table({"levels": {"": {"irft": entry}}})
+    assert "| irft | 75.0 | 50.0 | -2.00 |  |  |  | 0.750 |" in text

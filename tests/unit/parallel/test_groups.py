@@ -1,4 +1,4 @@
-"""Groups on a pretended GPU: what is in host memory goes over gloo, all in time limits."""
+"""Groups on a pretended GPU: none of gloo beside NCCL's, all in time limits."""
 
 import datetime
 
@@ -48,12 +48,11 @@ def topology_on_cuda(joined, monkeypatch):
         return build_topology(ParallelConfig())
 
 
-def test_the_host_group_is_gloos_own_with_cuda_and_the_same_without(joined, topology_on_cuda):
-    assert joined.host_dp_group is joined.dp_group
-    topology = topology_on_cuda
-    assert topology.host_dp_group is not topology.dp_group
-    assert dist.get_backend(topology.host_dp_group) == "gloo"
-    assert topology.host_dp_group.size() == topology.dp_size
+def test_no_group_is_made_that_nobody_uses(topology_on_cuda):
+    """Megatron makes a second set over gloo unless told otherwise, for gathering optimizers."""
+    assert topology_on_cuda.dp_group.size() == dist.get_world_size()
+    with pytest.raises(AssertionError, match="gloo"):
+        parallel_state.get_data_parallel_group_gloo(with_context_parallel=True)
 
 
 def test_an_optimizer_is_saved_without_gathering_or_a_copy(topology_on_cuda, monkeypatch, tmp_path):
