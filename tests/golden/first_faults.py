@@ -9,6 +9,7 @@ code before, whose modules had other names.
 """
 
 import argparse
+import functools
 import json
 import os
 import pickle
@@ -61,7 +62,6 @@ class Scene:
             "precision": "fp32", "seed": 3, "output_dir": "run",
         }
         (root / "recipe.yaml").write_text(yaml.safe_dump(mapping))
-        self.killed = self._kill()
 
     def folder(self, *, killed: bool = False) -> Path:
         """A new working directory, whose ``run`` is the killed one's copy if asked for."""
@@ -107,7 +107,9 @@ class Scene:
         return os.environ | {"PYTHONPATH": str(self.code), "OMP_NUM_THREADS": "1",
                              "CUDA_VISIBLE_DEVICES": ""}
 
-    def _kill(self) -> Path:
+    @functools.cached_property
+    def killed(self) -> Path:
+        """A run folder that SIGKILL left in the middle of its second round."""
         folder = self.folder()
         process, deadline = self.start(folder), time.monotonic() + SECONDS
         saved = folder / "run" / "checkpoints"
