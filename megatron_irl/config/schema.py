@@ -238,6 +238,10 @@ class ParallelConfig:
     """How long a rank may show no progress (a step, some decoded tokens, a pack of scores) before
     the run is ended, with the stacks of every rank in the log; saving and exporting have
     ``timeout_minutes``. 0: for ever."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """Before weights are read: refuse what cannot fit, when weights, gradients and optimizer state
+    alone are more than the device has, or only warn of it. Both also warn if the planner's
+    estimate of a new run on a known GPU is more than the device has, or nearly so."""
 
     @property
     def model_parallel_size(self) -> int:

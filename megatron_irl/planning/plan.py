@@ -24,7 +24,7 @@ from megatron_irl.planning.activations import (
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB, Machine
-from megatron_irl.planning.memory import StageMemory, stage_memory
+from megatron_irl.planning.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_irl.planning.time import RoundTime, round_time
 from megatron_irl.planning.workload import Lengths, Workload, workload_of
 
@@ -192,10 +192,12 @@ def _profile(
 
 def _files(setup: Setup, stages: tuple[StageMemory, ...], work: Workload) -> dict[str, float]:
     """Bytes on disk: a checkpoint, the exported folder, a round of the bank."""
-    per_parameter = 12.0 if setup.recipe.precision == "fp32" else 14.0
     elements = sum(stage.parameters for stage in stages) * setup.tp
     trained = sum(stage.trainable for stage in stages) * setup.tp
-    found = {"checkpoint": trained * per_parameter, "hf": elements * float(setup.element)}
+    found = {"checkpoint": trained * checkpoint_bytes(setup.recipe),
+             "hf": elements * float(setup.element)}
+    if setup.recipe.adapter.enabled:
+        found["adapter"] = trained * float(setup.element)
     if work.samples:
         lengths = work.lengths
         a_pair = 4 * (lengths.prompt.mean() + lengths.response.mean()) + 8 * lengths.sample.mean()

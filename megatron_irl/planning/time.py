@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_irl.flops import Tokens, attended, layer_parameters
 from megatron_irl.planning.layout import Setup
+from megatron_irl.planning.memory import checkpoint_share, offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
 
 PRODUCTS = 0.66  # of the peak: bf16 matrix products
@@ -18,11 +19,14 @@ ELEMENTWISE = 0.47  # of the memory's bandwidth: norms, activations, additions, 
 DECODE = 0.85  # likewise: weights and cache while decoding
 LINK = 0.75  # of the links' speed: collectives
 UPDATE_BYTES = (22.0, 40.0)  # of Adam, a parameter: on all of them, and on the rank's share
+HOST_UPDATE = 1e9  # parameters a second that Adam updates on the host; not measured
+HOST_LINK = 25e9  # bytes a second between device and host
 HOST_LAYER = 5.6e-3  # seconds of Python for a layer's forward and backward
 DECODE_LAYER = 50e-6  # seconds a layer and decode step beyond reading, and
 DECODE_REQUEST = 2.5e-6  # a request of it
 COLLECTIVE = 12e-6  # latency of an all-reduce in a decode step
 WRITER = 0.4e9  # bytes a second that one rank writes of a checkpoint
+HOST_COPY = 1e9  # likewise that it copies to host memory before that, into untouched pages
 FULL_SLOTS = 0.8  # how full the engine's places are on average
 
 
@@ -37,6 +41,7 @@ class RoundTime:
         bubble: Share of a step's time that stages wait for each other.
         decode_step: Seconds of one decode step at ``decode_batch`` requests.
         decode_tokens_per_second: Of all replicas.
+        checkpoint: Of one checkpoint: seconds that training waits, and that are behind it.
     """
 
     seconds: dict[str, float]
@@ -45,6 +50,7 @@ class RoundTime:
     bubble: float
     decode_step: float
     decode_tokens_per_second: float
+    checkpoint: tuple[float, float]
 
     @property
     def total(self) -> float:
@@ -74,11 +80,30 @@ def round_time(
     if work.samples:
         generation, decode, rate = _generation(setup, work, parameters)
         seconds = {"generation": generation, "reference": _reference(setup, work)} | seconds
-    state = 14.0 if setup.recipe.precision != "fp32" else 12.0
-    seconds["checkpoint"] = trained * state / WRITER
+    checkpoint = checkpoint_seconds(setup, trained)
+    saves = _saves(setup, sum(p.steps for p in work.phases), seconds["training"])
+    seconds["checkpoint"] = saves * checkpoint[0]
     microbatches = max((len(p.packs) for p in work.phases), default=1)
     idle = (setup.pp - 1) / setup.vpp
-    return RoundTime(seconds, steps, speeds, idle / (microbatches + idle), decode, rate)
+    bubble = idle / (microbatches + idle)
+    return RoundTime(seconds, steps, speeds, bubble, decode, rate, checkpoint)
+
+
+def checkpoint_seconds(setup: Setup, trained: int) -> tuple[float, float]:
+    """(seconds that training waits, seconds of writing behind it) of one checkpoint."""
+    share = checkpoint_share(setup, trained)
+    if setup.recipe.checkpoint.asynchronous:
+        return share / HOST_COPY, share / WRITER
+    return share / WRITER, 0.0
+
+
+def _saves(setup: Setup, steps: int, seconds: float) -> int:
+    """Checkpoints of a round: at its end, and those of ``interval`` and ``interval_minutes``."""
+    options = setup.recipe.checkpoint
+    within = (steps - 1) // options.interval if options.interval else 0
+    if options.interval_minutes:
+        within += int(seconds / (60 * options.interval_minutes))
+    return 1 + max(0, within)
 
 
 def step_seconds(
@@ -179,7 +204,10 @@ def update_seconds(setup: Setup, trained: int) -> float:
     """Of Adam, and what goes with it: norms, zeroing, copies."""
     share = setup.dp if setup.shards_optimizer else 1
     everywhere, own = UPDATE_BYTES
-    return trained * (everywhere + own / share) / setup.machine.bandwidth
+    moved = offloaded_share(setup.recipe)  # to the host: gradients there, weights back
+    device = trained * (everywhere + own / share * (1 - moved)) / setup.machine.bandwidth
+    there = trained * moved / share
+    return device + there * (1 / HOST_UPDATE + 2 * setup.element / HOST_LINK)
 
 
 def _reference(setup: Setup, work: Workload) -> float:
