@@ -38,12 +38,15 @@ def test_replicas_hold_the_model_once_and_a_cache_of_all_layers():
 
 
 def test_replicas_are_faster_by_what_stages_wait():
-    """Four times as many requests at once, each step of which reads the weights four times as
-    often: the cache, and what a layer waits, are shared by none."""
+    """A step takes as long, as the same weights are read for it, and there are four at a time.
+
+    A little less: stages are taken to be as full as the fullest, and read the head. And 8 requests
+    fill 8 places once, where a queue of 32 leaves a fifth of them empty.
+    """
     stages, replicas = plan("stages").time, plan("replicas").time
-    assert replicas.decode_step == pytest.approx(stages.decode_step, rel=0.05)
-    assert stages.decode_tokens_per_second * 3.5 < replicas.decode_tokens_per_second
-    assert replicas.decode_tokens_per_second < 4.1 * stages.decode_tokens_per_second
+    assert 0.8 * stages.decode_step < replicas.decode_step < stages.decode_step
+    gain = replicas.decode_tokens_per_second / stages.decode_tokens_per_second
+    assert STAGES * 0.85 < gain < STAGES / 0.8 / 0.8
     assert replicas.seconds["training"] == stages.seconds["training"]
 
 
