@@ -1,40 +1,22 @@
-"""Speed beside plain transformers on this machine: the training step and generation, as ratios.
+"""Speed and memory of a round beside other trainers on this machine: ``make benchmark``.
 
-    python tools/benchmark.py [--model data/SmolLM2-135M-Instruct] [--precision fp32 bf16]
+    python tools/benchmark.py [--model data/SmolLM2-135M-Instruct] [--peer trl] [--precision fp32]
 
-Runs ``benchmark_training.py`` and ``benchmark_generation.py`` (equal and ragged prompts), each of
-which alternates the two sides in one process on the same weights, pairs and threads. A ratio above
-1 means that megatron_irl is faster. On a CPU without instructions for bf16 products, where both
-sides are many times slower than in fp32, bf16 is measured only if asked for.
+``megatron-irl benchmark`` on SmolLM2, with short prompts and responses: generation, reference pass
+and optimizer step, each side in a process of its own on the same pairs and threads. A ratio above 1
+means that megatron_irl is faster; a memory ratio below 1, that it takes less. On a CPU without
+instructions for bf16 products, where both sides are many times slower than in fp32, bf16 is
+measured only if asked for.
 """
 
 import argparse
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-TOOLS = Path(__file__).resolve().parent
-GOALS = {"training step": 1.2, "generation, 32 equal prompts": 1.0,
-         "generation, 32 ragged prompts": 1.3}
-
-
-def run(script: str, *arguments: object) -> list[dict[str, Any]]:
-    """The JSON lines a benchmark prints."""
-    command = [sys.executable, str(TOOLS / script), *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def measure(model: Path, precision: str, threads: int) -> list[tuple[str, float]]:
-    """(what, ratio) for one precision."""
-    common = ("--precision", precision, "--threads", threads)
-    training = run("benchmark_training.py", "--model", model, *common)
-    equal = run("benchmark_generation.py", "--hf", model, *common)
-    ragged = run("benchmark_generation.py", "--hf", model, "--ragged", *common)
-    return [(name, line["ratio"])
-            for name, (line,) in zip(GOALS, (training, equal, ragged), strict=True)]
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ["--lengths", "40-80,32-64", "--requests", "32", "--steps", "3", "--warmup", "1"]
 
 
 def main() -> int:
@@ -43,18 +25,22 @@ def main() -> int:
                         help="HF folder; made from the PyPI package where it is missing")
     parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"],
                         help="default: fp32, and bf16 where the CPU has instructions for it")
+    parser.add_argument("--peer", choices=["transformers", "trl"], default="transformers")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     from megatron_irl import hardware
 
     if not (options.model / "config.json").exists():
-        command = [sys.executable, str(TOOLS / "make_smollm2.py"), "--out", str(options.model)]
-        subprocess.run(command, check=True)
-    print(f"{'':32}{'precision':>10}{'ratio':>8}{'goal':>8}")
+        make = [sys.executable, str(ROOT / "tools" / "make_smollm2.py"), "--out"]
+        subprocess.run([*make, str(options.model)], check=True)
     both = hardware.has_fast_bf16()
     for precision in options.precision or (["fp32", "bf16"] if both else ["fp32"]):
-        for name, ratio in measure(options.model, precision, options.threads):
-            print(f"{name:32}{precision:>10}{ratio:8.2f}{GOALS[name]:8.1f}", flush=True)
+        print(precision, flush=True)
+        command = [sys.executable, "-m", "megatron_irl", "benchmark",
+                   str(ROOT / "benchmarks" / "pairs.yaml"), f"model.hf={options.model.resolve()}",
+                   *WORK, "--peer", options.peer, f"precision={precision}"]
+        subprocess.run(command, check=True,
+                       env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
     return 0
 
 

@@ -5,12 +5,14 @@
 Number sorting of ``examples/smollm2_irft``, one process, one recipe each: sft of the whole model,
 and of adapters at ten times its learning rate; then a round of irft by each from its own result,
 whose samples are drawn from merged weights and, once more, with the adapters applied. Prints a line
-of JSON a run, and a table. Peak memory is the process's resident set.
+of JSON a run, and a table. Peak memory is the process's resident set. Started again on the same
+``--out``, it goes on with the runs that are not finished.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +28,11 @@ COLUMNS = ("run", "peak_gib", "seconds_per_step", "checkpoint_mib", "sample_toke
 
 def measured(recipe: str, folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
     """Train a recipe in a process of its own, and what it took."""
+    kept = folder.with_suffix(".json")
+    if kept.exists():
+        print(kept.read_text(), flush=True)
+        return json.loads(kept.read_text())
+    shutil.rmtree(folder, ignore_errors=True)  # a part of a run is no measurement
     overrides = [f"{key}={value}" for key, value in (keys | {"output_dir": folder}).items()]
     process = subprocess.Popen(
         [sys.executable, "-m", "megatron_irl", "train", str(EXAMPLE / recipe), *overrides], cwd=ROOT
@@ -45,7 +52,8 @@ def measured(recipe: str, folder: Path, keys: dict[str, Any]) -> dict[str, Any]:
         "nll_before": before.get("nll"), "nll": after.get("nll"),
         "exact_match": after.get("greedy_exact_match"),
     }
-    print(json.dumps(found), flush=True)
+    kept.write_text(json.dumps(found))
+    print(kept.read_text(), flush=True)
     return found
 
 
@@ -60,8 +68,9 @@ def main() -> int:
     options = parser.parse_args()
     out = options.out.resolve()
     model, data = out / "SmolLM2-135M-Instruct", out / "data"
-    make = [sys.executable, str(ROOT / "tools" / "make_smollm2.py"), "--out", str(model)]
-    subprocess.run(make, check=True, cwd=ROOT)
+    if not (model / "config.json").exists():
+        make = [sys.executable, str(ROOT / "tools" / "make_smollm2.py"), "--out", str(model)]
+        subprocess.run(make, check=True, cwd=ROOT)
     if not (data / "eval.jsonl").exists():
         subprocess.run([sys.executable, str(EXAMPLE / "make_data.py"), "--out", str(data)],
                        check=True, cwd=ROOT)

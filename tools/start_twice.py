@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-CLOCKS = ("time/", "tokens_per_second")  # of a step's line, all that two runs may differ in
+# All of a step's line that two runs may differ in: clocks, and what is measured of the machine.
+CLOCKS = ("time/", "train/", "memory/", "checkpoint/", "tokens_per_second")
 
 
 def start(recipe: Path, folder: Path, overrides: list[str]) -> subprocess.Popen[str]:
@@ -26,7 +27,7 @@ def start(recipe: Path, folder: Path, overrides: list[str]) -> subprocess.Popen[
 
 
 def result(folder: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """What a run computed: its steps without clock readings, and its weights."""
+    """What a run computed: its steps without what the machine did to them, and its weights."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [{k: v for k, v in line.items() if not k.startswith(CLOCKS)} for line in lines]
     return steps, b"".join(p.read_bytes() for p in sorted((folder / "hf").glob("*.safetensors")))

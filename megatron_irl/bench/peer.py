@@ -1,5 +1,6 @@
-"""The same round as people write it without us: transformers, and trl's loss, on one device."""
+"""The same round as people write it without us, with transformers alone, on one device."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -11,42 +12,45 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_irl import hardware
 from megatron_irl.bench.phases import BETA, Case
-from megatron_irl.bench.work import random_pairs
-from megatron_irl.run.speed import memory_peaks
+from megatron_irl.bench.work import PhaseMemory, random_pairs
 from megatron_irl.types import Pair
 
 
 class Peer:
     """``generate``, padded reference passes, and padded pairwise steps with AdamW.
 
+    The loss as one writes it: logits of all positions, in fp32. In bf16 weights and AdamW's moments
+    are bf16 and nothing else, which takes less memory than ours and is less exact.
+
     Args:
-        kind: ``transformers`` takes the loss as one writes it, logits of all positions in fp32;
-            ``trl`` takes log-probabilities by trl's ``selective_log_softmax``, as its trainers do.
         random_weights: Of the folder's config.json; else the folder's.
     """
 
-    def __init__(self, kind: str, case: Case, *, random_weights: bool) -> None:
+    def __init__(self, case: Case, *, random_weights: bool) -> None:
+        self.case, self.memory = case, PhaseMemory()
+        self.dtype = torch.float32 if case.recipe.precision == "fp32" else torch.bfloat16
+        self.model: Any = self._load(self.dtype, random_weights=random_weights)
+        self.vocab_size = self.model.config.vocab_size
+
+    def _load(self, dtype: torch.dtype, *, random_weights: bool) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        self.case, self.kind = case, kind
-        dtype = torch.float32 if case.recipe.precision == "fp32" else torch.bfloat16
-        folder = Path(case.recipe.model.hf)
-        self.model: Any
+        folder = Path(self.case.recipe.model.hf)
         with torch.device(hardware.device()):
             if random_weights:
                 config = AutoConfig.from_pretrained(folder)
-                self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-            else:
-                self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self.vocab_size = self.model.config.vocab_size
-        lr = float(case.recipe.optimizer.get("lr", 5e-7))
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+                return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    @functools.cached_property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=learning_rate(self.case),
+                                 weight_decay=0.0, fused=True)
 
     def run(self, phase: str) -> dict[str, Any]:
         """As ``Bench.run``; saving has no counterpart."""
-        hardware.reset_peak_memory()
-        return {"phase": phase} | getattr(self, f"_{phase}")() | memory_peaks()
+        self.memory.begin()
+        return {"phase": phase} | getattr(self, f"_{phase}")() | self.memory.peaks()
 
     def _pairs(self, count: int, seed: int) -> list[Pair]:
         return random_pairs(self.vocab_size, count, self.case.prompt, self.case.response, seed=seed)
@@ -84,7 +88,7 @@ class Peer:
                     self._logps(pairs[start : start + size])
 
         seconds = self._median(score)
-        return {"seconds": seconds, "tokens_per_second": _tokens(pairs) / seconds}
+        return {"seconds": seconds, "tokens_per_second": tokens_of(pairs) / seconds}
 
     def _train(self) -> dict[str, Any]:
         batch = self.case.recipe.train.global_batch_size
@@ -92,18 +96,18 @@ class Peer:
         self.model.train()
 
         def step(seed: int) -> None:
-            pairs = sorted(self._pairs(batch, seed), key=lambda p: _tokens([p]))
-            self.optimizer.zero_grad()
+            pairs = by_length(self._pairs(batch, seed))
+            self._optimizer.zero_grad()
             for start in range(0, batch, size):
                 logps = self._logps(pairs[start : start + size])
                 ratios = logps + 50.0  # the cached reference
                 margins = BETA * (ratios[0::2] - ratios[1::2])
                 (-torch.nn.functional.logsigmoid(margins).sum() / batch).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            self.optimizer.step()
+            self._optimizer.step()
 
         seconds = self._median(step)
-        return {"seconds": seconds, "tokens_per_second": _tokens(self._pairs(batch, 0)) / seconds}
+        return {"seconds": seconds, "tokens_per_second": tokens_of(self._pairs(batch, 0)) / seconds}
 
     def _logps(self, pairs: list[Pair]) -> torch.Tensor:
         """[2 P] summed response log-probabilities, of a right-padded batch."""
@@ -114,12 +118,7 @@ class Peer:
         there = pad_sequence([torch.ones_like(r) for r in rows], batch_first=True).to(tokens.device)
         mask = pad_sequence(counted, batch_first=True).to(tokens.device)
         logits = self.model(input_ids=tokens, attention_mask=there).logits[:, :-1]
-        if self.kind == "trl":
-            from trl.trainer.utils import selective_log_softmax
-
-            logprobs = selective_log_softmax(logits, tokens[:, 1:])
-        else:
-            logprobs = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+        logprobs = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
         return (logprobs * mask[:, 1:]).sum(-1)
 
     def _median(self, work: Callable[[int], None]) -> float:
@@ -133,5 +132,15 @@ class Peer:
         return statistics.median(seconds[self.case.warmup :])
 
 
-def _tokens(pairs: list[Pair]) -> int:
+def by_length(pairs: list[Pair]) -> list[Pair]:
+    """Short ones first, so that little is padded in a microbatch."""
+    return sorted(pairs, key=lambda pair: tokens_of([pair]))
+
+
+def learning_rate(case: Case) -> float:
+    """Of the recipe."""
+    return float(case.recipe.optimizer.get("lr", 5e-7))
+
+
+def tokens_of(pairs: list[Pair]) -> int:
     return sum(2 * len(p.prompt_ids) + len(p.demo_ids) + len(p.sample_ids) for p in pairs)

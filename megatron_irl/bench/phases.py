@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from megatron_irl import hardware
-from megatron_irl.bench.work import Range, random_pairs
+from megatron_irl.bench.work import PhaseMemory, Range, random_pairs
 from megatron_irl.config import Recipe
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.objectives import irft_loss, sequence_logprobs
@@ -20,7 +20,7 @@ from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.run.inputs import Headers, Inputs
 from megatron_irl.run.opening import build_policy, build_trainer, open_generator
-from megatron_irl.run.speed import Speedometer, memory_peaks
+from megatron_irl.run.speed import Speedometer
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.batches import microbatches_for, work_of
 
@@ -65,6 +65,7 @@ class Bench:
         self, case: Case, headers: Headers, topology: Topology, *, random_weights: bool
     ) -> None:
         self.case, self.topology, self.arch = case, topology, headers.architecture
+        self.memory = PhaseMemory()
         known = cast(Inputs, _Known(case.recipe, headers))
         self.policy = build_policy(known, topology, weights=not random_weights)
         if random_weights:
@@ -77,9 +78,9 @@ class Bench:
 
     def run(self, phase: str) -> dict[str, Any]:
         """Medians of a phase: seconds, speeds, and the most memory it took (GiB)."""
-        hardware.reset_peak_memory()
+        self.memory.begin()
         found = getattr(self, f"_{phase}")()
-        return {"phase": phase} | found | memory_peaks()
+        return {"phase": phase} | found | self.memory.peaks()
 
     def _train(self) -> dict[str, Any]:
         case, rates = self.case, []
@@ -106,10 +107,10 @@ class Bench:
         return found
 
     def _generate(self) -> dict[str, Any]:
-        case, dp = self.case, self.topology.dp_size
+        case, ranks = self.case, self.policy.sampling_ranks()
         pairs = random_pairs(self.arch.vocab_size, case.requests, case.prompt, case.response,
                              seed=0)
-        mine = pairs[self.topology.dp_rank :: dp]
+        mine = pairs[ranks.dp_rank :: ranks.dp_size]
         new = case.response.high
 
         def sample(budget: int) -> Callable[[], Any]:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_irl import hardware
 from megatron_irl.errors import UserError
+from megatron_irl.run.speed import memory_peaks
 from megatron_irl.types import Pair
 
 
@@ -37,6 +39,28 @@ def parse_lengths(text: str) -> tuple[Range, Range]:
     if len(parts) != 2:
         raise UserError(f"--lengths {text} is not PROMPT,RESPONSE, as in 256-512,256-512.")
     return Range.parse(parts[0]), Range.parse(parts[1])
+
+
+class PhaseMemory:
+    """Peaks of memory phase by phase; begun before the model is there."""
+
+    def __init__(self) -> None:
+        hardware.reset_peak_process_memory()
+        self._before = hardware.process_memory()
+
+    def begin(self) -> None:
+        """A phase begins."""
+        hardware.reset_peak_memory()
+        hardware.reset_peak_process_memory()
+
+    def peaks(self) -> dict[str, float]:
+        """Of the phase, GiB. On a CPU ``memory/peak_added`` is what the process has had beyond its
+        libraries, as a GPU's ``memory/peak_allocated`` counts none either.
+        """
+        found = memory_peaks()
+        if (whole := found.get("memory/peak_process")) is not None:
+            found["memory/peak_added"] = whole - self._before / 2**30
+        return found
 
 
 def random_pairs(

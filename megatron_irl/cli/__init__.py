@@ -107,7 +107,7 @@ def _add_benchmark(commands: Any) -> None:
     bench.add_argument("--warmup", type=int, default=2, help="repeats before them")
     bench.add_argument("--sweep", metavar="KEY=A,B,C", help="time it for each value of a key")
     bench.add_argument("--peer", choices=("transformers", "trl"), help="time the same work in "
-                       "transformers, with its own loss or trl's")
+                       "transformers alone, or by trl's DPOTrainer")
     bench.add_argument("--baseline", type=_path, help="warn of what is over 10%% slower than in "
                        "this file, such as benchmarks/h100.json")
     bench.add_argument("--plot", type=_path, metavar="FILE", help="draw tokens a second")
@@ -236,10 +236,11 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
             from megatron_irl.parallel.topology import initialize, shutdown
             from megatron_irl.run.inputs import read_inputs
             from megatron_irl.run.loop import train
+            from megatron_irl.run.prediction import check_memory
             from megatron_irl.run.time_limit import TimeLimit
 
             was_finished = _was_finished(recipe)
-            inputs = None if was_finished else read_inputs(recipe)
+            inputs = None if was_finished else read_inputs(recipe, check=check_memory)
             if inputs is not None and int(os.environ.get("RANK", "0")) == 0:
                 for note in inputs.notes:
                     _say(note)
@@ -250,7 +251,7 @@ def _train_rank(recipe: Recipe, argv: list[str]) -> None:
                 _say(f"{recipe.output_dir} is finished; nothing to do.")
             shutdown()
             return
-        inputs = inputs or read_inputs(recipe)
+        inputs = inputs or read_inputs(recipe, check=check_memory)
         if topology.is_main:
             limit = TimeLimit(recipe.checkpoint.stop_before)
             stop.time_is_up = limit.is_near

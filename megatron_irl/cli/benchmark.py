@@ -20,7 +20,7 @@ from megatron_irl.run.inputs import Headers, read_headers
 
 COLUMNS = ("tokens_per_second", "seconds", "prefill_seconds", "decode_step_seconds",
            "train/tflops", "train/mfu", "bandwidth_utilisation", "memory/peak_allocated",
-           "memory/peak_process", "ratio")
+           "memory/peak_process", "memory/peak_added", "ratio", "memory_ratio")
 
 
 def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
@@ -46,7 +46,7 @@ def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
     topology = initialize(recipe.parallel, seed=recipe.seed)
     timed: Bench | Peer
     if options.role == "peer":
-        timed = Peer(options.peer, case, random_weights=options.random_weights)
+        timed = _peer(options.peer)(case, random_weights=options.random_weights)
     else:
         timed = Bench(case, headers, topology, random_weights=options.random_weights)
     results = []
@@ -63,6 +63,17 @@ def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
         _finish(options, results)
     shutdown()
     return 0
+
+
+def _peer(name: str) -> type[Peer]:
+    if name == "transformers":
+        return Peer
+    try:
+        from megatron_irl.bench.trl_peer import TrlPeer
+    except ImportError as error:
+        raise UserError(f"--peer trl needs trl and datasets ({error}). Install them, or give "
+                        "--peer transformers.") from error
+    return TrlPeer
 
 
 def case_name(case: Case, headers: Headers, phase: str) -> str:
@@ -104,7 +115,7 @@ def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
     other = {result["phase"]: result for result in theirs}
     shared = [result for result in ours if result["phase"] in other]
     memory = "memory/peak_allocated" if "memory/peak_allocated" in ours[0] else (
-        "memory/peak_process")
+        "memory/peak_added")
     for result in shared:
         their = other[result["phase"]]
         result |= {"peer_seconds": their["seconds"], "peer_memory": their[memory],

@@ -149,6 +149,10 @@ class GenerationConfig:
     share_prompts: bool = False
     """Samples of one prompt share the whole cache blocks of it (256 tokens on CUDA), computed
     once."""
+    pipeline: Literal["auto", "stages", "replicas"] = "auto"
+    """How the stages of a pipeline generate: ``stages`` decode in turn, ``replicas`` sample each by
+    itself, on a copy of the other stages' weights that lives as long as the cache. ``auto`` takes
+    replicas where the memory of every rank allows it."""
     offload_optimizer: bool = False
     """Move gradient buffers and optimizer state to host memory while generating, so that a larger
     cache fits."""
@@ -238,6 +242,10 @@ class ParallelConfig:
     """How long a rank may show no progress (a step, some decoded tokens, a pack of scores) before
     the run is ended, with the stacks of every rank in the log; saving and exporting have
     ``timeout_minutes``. 0: for ever."""
+    memory_check: Literal["refuse", "warn", "off"] = "refuse"
+    """Before weights are read: refuse what cannot fit, when weights, gradients and optimizer state
+    alone are more than the device has, or only warn of it. Both also warn if the planner's
+    estimate of a new run on a known GPU is more than the device has, or nearly so."""
 
     @property
     def model_parallel_size(self) -> int:

@@ -71,7 +71,8 @@ class CheckpointReader:
         if self.holds_adapters:
             raise UserError(
                 f"the checkpoint {self.checkpoint} holds adapters, and not the model below them. "
-                "Give the run's hf/ folder, where they are merged, or adapter/ with its base."
+                "tools/convert_megatron_to_hf.py merges them, without --reward; or give the run's "
+                "hf/ folder, where they are, or adapter/ with its base."
             )
         for row in rows(arch):
             entry, chunk = self._locate(row, arch)

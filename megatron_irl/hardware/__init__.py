@@ -5,9 +5,13 @@ must be imported before the first ``megatron.core`` import (every room above doe
 ``MEGATRON_IRL_PLATFORM=cpu`` forces the CPU on a machine with a GPU.
 """
 
+import contextlib
+import ctypes
+import gc
 import os
 import resource
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -82,6 +86,20 @@ def total_memory() -> int:
     return torch.cuda.mem_get_info()[1] if IS_CUDA else 0
 
 
+def free_memory() -> int:
+    """Bytes that this process can still take: of its device, on CPU its share of the machine's."""
+    if IS_CUDA:
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    try:
+        with open("/proc/meminfo") as lines:
+            (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError):  # not Linux: all there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    return 1024 * int(free) // ranks
+
+
 def foreign_memory() -> int:
     """Bytes of the device that are neither free nor this process's tensors; 0 on CPU."""
     if not IS_CUDA:
@@ -107,14 +125,45 @@ def peak_reserved_memory() -> int:
     return torch.cuda.max_memory_reserved() if IS_CUDA else 0
 
 
+def device_memory(local_rank: int = 0, ranks: int = 1) -> int:
+    """Bytes of a rank's device, before one is selected; on CPU a rank's share of the host's memory.
+
+    Args:
+        ranks: Of this machine.
+    """
+    if IS_CUDA:
+        return torch.cuda.get_device_properties(local_rank).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+
+
 def device_name() -> str:
     """What the driver calls the device; empty on CPU."""
     return torch.cuda.get_device_name() if IS_CUDA else ""
 
 
 def peak_process_memory() -> int:
-    """Most bytes of host memory that this process has had."""
+    """Most bytes of host memory that this process has had, since ``reset_peak_process_memory``."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def process_memory() -> int:
+    """Bytes of host memory that this process has now."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def reset_peak_process_memory() -> None:
+    """Begin a new phase, whose ``peak_process_memory`` is its own; what is freed is given back.
+
+    Without effect where the kernel has no such switch. It resets what a parent process is told of
+    this one too, so a run does not do it, only a benchmark.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def reset_peak_memory() -> None:

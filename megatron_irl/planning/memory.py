@@ -1,8 +1,10 @@
 """Bytes of a rank by term and phase, for every pipeline stage."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_irl.config import Recipe
 from megatron_irl.flops import Tokens
 from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb
 from megatron_irl.planning.activations import PerToken
@@ -10,6 +12,7 @@ from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.workload import PhaseWork, Workload
 from megatron_irl.train.host_optimizer import grad_buffer_fields
+from megatron_irl.train.optimizer import shards_optimizer
 
 # Outside of torch's allocator: the CUDA context, cuBLAS and NCCL. What the allocator cannot use
 # because its blocks are in pieces is a share of what it holds.
@@ -52,18 +55,23 @@ class StageMemory:
     @property
     def needed(self) -> float:
         """What the device must have."""
-        return self.peak * (1 + PIECES) + self.reserve
+        return self.with_reserve(self.peak)
+
+    def with_reserve(self, tensors: float) -> float:
+        """What the device must have for so many bytes of tensors."""
+        return tensors * (1 + PIECES) + self.reserve
 
 
 def stage_memory(
     setup: Setup, stage: int, parameters: dict[str, tuple[int, int, bool]], activations: PerToken,
-    work: Workload, *, worst: bool = False,
+    work: Workload, *, worst: bool = False, whole: float = 0.0,
 ) -> StageMemory:
     """Memory of a rank of one stage.
 
     Args:
         parameters: As ``parameters_of_stage`` counts them.
         worst: With the longest packs that the limits of the data allow instead of those drawn.
+        whole: Bytes of the weights of all stages.
     """
     elements = sum(n for n, _, _ in parameters.values())
     trained = sum(n for n, _, is_trained in parameters.values() if is_trained)
@@ -71,7 +79,7 @@ def stage_memory(
     if setup.recipe.precision == "fp8":
         layers = sum(n for name, (n, _, _) in parameters.items() if _is_matrix(name))
         terms["fp8 weights"] = 2.0 * layers  # by rows and by columns, cast once a step
-    terms |= _training_state(setup, trained)
+    terms |= training_state(setup.recipe, trained, setup.dp)
     terms |= _activations(setup, stage, activations, work, worst=worst)
     held = tuple(n for n in terms if n not in ("activations", "logits", "backward"))
     parts = {"training": tuple(terms)}
@@ -81,6 +89,9 @@ def stage_memory(
         if setup.recipe.generation.offload_optimizer:
             kept = tuple(n for n in held if n not in ("gradients", "optimizer"))
         parts["generation"] = (*kept, "KV cache", "graphs", "prefill")
+        if setup.replicas:
+            terms["other stages' weights"] = whole - terms["weights"]
+            parts["generation"] += ("other stages' weights",)
         terms["reference pass"] = PACK_TOKENS * activations.forward
         parts["reference"] = (*held, "reference pass")
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
@@ -95,23 +106,52 @@ def _is_matrix(name: str) -> bool:
     return "linear_" in name and name.endswith("weight") and "layer_norm" not in name
 
 
-def _training_state(setup: Setup, trained: int) -> dict[str, float]:
-    """Megatron's gradient buffer, and what Adam keeps: moments, and a float32 copy of bf16."""
-    options = setup.recipe.optimizer
-    ddp = grad_buffer_fields(setup.recipe) | setup.recipe.ddp
-    grad = 4 if ddp.get("grad_reduce_in_fp32", True) else setup.element
-    moments = {"sgd": 1, "lion": 1}.get(options.get("optimizer", "adam"), 2)
-    state = 4.0 * moments + (0 if setup.recipe.precision == "fp32" else 4)
-    share = setup.dp if setup.shards_optimizer else 1
+def element_size(recipe: Recipe) -> int:
+    """Bytes of a weight or an activation."""
+    return 4 if recipe.precision == "fp32" else 2
+
+
+def training_state(recipe: Recipe, trained: int, dp: int) -> dict[str, float]:
+    """Megatron's gradient buffer, and what Adam keeps on the device: moments, and a float32 copy of
+    bf16.
+
+    Args:
+        trained: Elements of this rank.
+        dp: Data-parallel size.
+    """
+    ddp = grad_buffer_fields(recipe) | recipe.ddp
+    grad = 4 if ddp.get("grad_reduce_in_fp32", True) else element_size(recipe)
+    share = dp if shards_optimizer(recipe) else 1
     return {
         "gradients": float(trained * grad),
-        "optimizer": trained * state / share * (1 - _offloaded(setup)),
+        "optimizer": trained * optimizer_bytes(recipe) / share * (1 - offloaded_share(recipe)),
     }
 
 
-def _offloaded(setup: Setup) -> float:
+def optimizer_bytes(recipe: Recipe) -> float:
+    """Of the optimizer, a parameter."""
+    options = recipe.optimizer
+    if options.get("use_precision_aware_optimizer") and not offloaded_share(recipe):
+        size = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+        main, *moments = (size.get(str(options.get(key, "fp32")), 4) for key in (
+            "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"))
+        # Of a float32 copy Megatron keeps the half that the bf16 weight does not have.
+        return sum(moments) + (2 if main == 4 and recipe.precision != "fp32" else main)
+    moments = {"sgd": 1, "lion": 1}.get(options.get("optimizer", "adam"), 2)
+    return 4.0 * moments + (0 if recipe.precision == "fp32" else 4)
+
+
+def checkpoint_bytes(recipe: Recipe) -> float:
+    """Of a checkpoint, a parameter: the weight, and the optimizer's float32 copy and moments.
+
+    In fp32 the copy is the weight itself, and stored all the same.
+    """
+    return element_size(recipe) + optimizer_bytes(recipe) + (4 if recipe.precision == "fp32" else 0)
+
+
+def offloaded_share(recipe: Recipe) -> float:
     """Share of the optimizer that Megatron keeps and computes on the host."""
-    options: dict[str, Any] = setup.recipe.optimizer
+    options: dict[str, Any] = recipe.optimizer
     if not options.get("optimizer_cpu_offload"):
         return 0.0
     return float(options.get("optimizer_offload_fraction", 1.0))
@@ -178,8 +218,11 @@ def head_memory(setup: Setup, pack: Tokens) -> tuple[float, float]:
 def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
     options = setup.recipe.generation
     longest = setup.recipe.data.max_prompt_length + (options.max_new_tokens or 0)
+    config = copy.copy(setup.config)
+    if setup.replicas:
+        config.pipeline_model_parallel_size = 1
     cache = cache_gb(
-        setup.config, max_sequence_length=longest, max_requests=options.max_requests,
+        config, max_sequence_length=longest, max_requests=options.max_requests,
         block_tokens=CUDA_BLOCK_TOKENS, kv_cache_gb=options.kv_cache_gb,
     )
     ffn = setup.config.ffn_hidden_size // setup.tp
@@ -196,15 +239,22 @@ def _reserve(setup: Setup) -> float:
     return CONTEXT + PER_GROUP * groups
 
 
+def checkpoint_share(setup: Setup, trained: int) -> float:
+    """Bytes of a checkpoint that a rank writes: replicas divide weights and optimizer."""
+    return trained * checkpoint_bytes(setup.recipe) / setup.dp
+
+
 def _host(setup: Setup, trained: int, terms: dict[str, float]) -> dict[str, float]:
-    """Of one rank: the optimizer gathered for a checkpoint, and what is offloaded."""
+    """Of one rank: the copy of a checkpoint while it is written, and what is offloaded."""
     state = 8.0 + (0 if setup.recipe.precision == "fp32" else 4)
-    found = {"optimizer gathered to save (first replica)": trained * state}
+    found = {}
+    if setup.recipe.checkpoint.asynchronous:
+        found["checkpoint being written"] = checkpoint_share(setup, trained)
     if setup.recipe.generation.offload_optimizer:
         found["optimizer while generating"] = terms["gradients"] + terms["optimizer"]
     if setup.recipe.adapter.enabled and setup.recipe.adapter.generation == "merged":
         found["base weights while sampling"] = terms["weights"]
-    if share := _offloaded(setup):
+    if share := offloaded_share(setup.recipe):
         dp = setup.dp if setup.shards_optimizer else 1
         found["offloaded optimizer"] = trained * (state + 4) / dp * share
     return found

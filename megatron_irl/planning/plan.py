@@ -11,6 +11,7 @@ from megatron_irl.config import Recipe
 from megatron_irl.config.schema import AdapterConfig
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
+from megatron_irl.generation.residency import SPARE
 from megatron_irl.model.build import build_config
 from megatron_irl.model.specs import VARIABLE
 from megatron_irl.parallel.topology import Topology
@@ -24,7 +25,7 @@ from megatron_irl.planning.activations import (
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB, Machine
-from megatron_irl.planning.memory import StageMemory, stage_memory
+from megatron_irl.planning.memory import StageMemory, checkpoint_bytes, stage_memory
 from megatron_irl.planning.time import RoundTime, round_time
 from megatron_irl.planning.workload import Lengths, Workload, workload_of
 
@@ -96,15 +97,42 @@ def make_plan(
     algorithm = algorithm_of(recipe)
     work = work or workload_of(recipe, algorithm, lengths, data_parallel_size)
     known = parameters or stage_parameters(setup, algorithm)
-    profile = activations_of(setup)
-    stages, worst = (tuple(
-        stage_memory(setup, stage, known[stage], profile, work, worst=is_worst)
-        for stage in range(setup.pp)
-    ) for is_worst in (False, True))
+    setup, (stages, worst) = _memory(setup, known, work)
     fullest = max(stages, key=lambda stage: stage.parameters)
     adapter = fullest.trainable if fullest.trainable < 0.5 * fullest.parameters else None
-    time = round_time(setup, work, parameters=fullest.parameters, adapter=adapter)
+    time = round_time(
+        setup, work, parameters=fullest.parameters, adapter=adapter,
+        whole=sum(stage.parameters for stage in stages),
+    )
     return Plan(setup, work, stages, worst, time, _files(setup, stages, work))
+
+
+def _memory(
+    setup: Setup, parameters: Mapping[int, Any], work: Workload
+) -> tuple[Setup, list[tuple[StageMemory, ...]]]:
+    """Memory by stage of drawn and of longest packs, and how stages generate for it."""
+    profile = activations_of(setup)
+    whole = float(sum(n * size for stage in range(setup.pp)
+                      for n, size, _ in parameters[stage].values()))
+
+    def of(setup: Setup) -> list[tuple[StageMemory, ...]]:
+        return [tuple(
+            stage_memory(
+                setup, stage, parameters[stage], profile, work, worst=is_worst, whole=whole)
+            for stage in range(setup.pp)
+        ) for is_worst in (False, True)]
+
+    adapter, asked = setup.recipe.adapter, setup.recipe.generation.pipeline
+    applied = adapter.enabled and adapter.generation == "applied"
+    if setup.pp == 1 or asked == "stages" or applied or not work.samples:
+        return setup, of(setup)
+    replicas = replace(setup, replicas=True)
+    found, room = of(replicas), setup.machine.memory * (1 - SPARE)
+    if asked == "auto" and any(
+        stage.with_reserve(stage.phases["generation"]) > room for stage in found[0]
+    ):
+        return setup, of(setup)
+    return replicas, found
 
 
 def setup_of(recipe: Recipe, arch: Architecture, machine: Machine, dp: int) -> Setup:
@@ -192,10 +220,12 @@ def _profile(
 
 def _files(setup: Setup, stages: tuple[StageMemory, ...], work: Workload) -> dict[str, float]:
     """Bytes on disk: a checkpoint, the exported folder, a round of the bank."""
-    per_parameter = 12.0 if setup.recipe.precision == "fp32" else 14.0
     elements = sum(stage.parameters for stage in stages) * setup.tp
     trained = sum(stage.trainable for stage in stages) * setup.tp
-    found = {"checkpoint": trained * per_parameter, "hf": elements * float(setup.element)}
+    found = {"checkpoint": trained * checkpoint_bytes(setup.recipe),
+             "hf": elements * float(setup.element)}
+    if setup.recipe.adapter.enabled:
+        found["adapter"] = trained * float(setup.element)
     if work.samples:
         lengths = work.lengths
         a_pair = 4 * (lengths.prompt.mean() + lengths.response.mean()) + 8 * lengths.sample.mean()

@@ -36,9 +36,15 @@ def plan_lines(plan: Plan) -> list[str]:
             f"{phase.name} steps: {time.step[phase.name]:.3g} s of {len(phase.packs)} "
             f"microbatches a rank with {tokens:,} tokens, {speed:,.0f} tokens/s a rank"
         )
+    stall, behind = time.checkpoint
+    lines.append(f"a checkpoint stops training for {format_seconds(stall)}" + (
+        f" and is written in {format_seconds(behind)} behind it" if behind else ""))
     if setup.pp > 1:
         lines.append(f"pipeline bubble: {time.bubble:.0%} of a step")
     if work.samples:
+        if setup.pp > 1:
+            lines.append("stages generate " + ("as replicas, on all layers each" if setup.replicas
+                                               else "in turn") + " (generation.pipeline)")
         lines.append(
             f"generation: {time.decode_tokens_per_second:,.0f} tokens/s over all ranks, "
             f"{1e3 * time.decode_step:.1f} ms a decode step, {time.generation_share:.0%} of a round"
@@ -103,6 +109,8 @@ def plan_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
         "worst": [s.needed for s in plan.worst], "files": plan.files,
         "seconds": time.seconds, "step_seconds": time.step,
         "tokens_per_second": time.tokens_per_second, "bubble": time.bubble,
+        "checkpoint_stall_seconds": time.checkpoint[0],
+        "checkpoint_background_seconds": time.checkpoint[1],
         "decode_step_seconds": time.decode_step,
         "generation_tokens_per_second": time.decode_tokens_per_second,
         "generation_share": time.generation_share,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_irl.flops import Tokens, attended, layer_parameters
 from megatron_irl.planning.layout import Setup
+from megatron_irl.planning.memory import checkpoint_share, offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
 
 PRODUCTS = 0.66  # of the peak: bf16 matrix products
@@ -18,11 +19,14 @@ ELEMENTWISE = 0.47  # of the memory's bandwidth: norms, activations, additions, 
 DECODE = 0.85  # likewise: weights and cache while decoding
 LINK = 0.75  # of the links' speed: collectives
 UPDATE_BYTES = (22.0, 40.0)  # of Adam, a parameter: on all of them, and on the rank's share
+HOST_UPDATE = 1e9  # parameters a second that Adam updates on the host; not measured
+HOST_LINK = 25e9  # bytes a second between device and host
 HOST_LAYER = 5.6e-3  # seconds of Python for a layer's forward and backward
 DECODE_LAYER = 50e-6  # seconds a layer and decode step beyond reading, and
 DECODE_REQUEST = 2.5e-6  # a request of it
 COLLECTIVE = 12e-6  # latency of an all-reduce in a decode step
 WRITER = 0.4e9  # bytes a second that one rank writes of a checkpoint
+HOST_COPY = 1e9  # likewise that it copies to host memory before that, into untouched pages
 FULL_SLOTS = 0.8  # how full the engine's places are on average
 
 
@@ -37,6 +41,7 @@ class RoundTime:
         bubble: Share of a step's time that stages wait for each other.
         decode_step: Seconds of one decode step at ``decode_batch`` requests.
         decode_tokens_per_second: Of all replicas.
+        checkpoint: Of one checkpoint: seconds that training waits, and that are behind it.
     """
 
     seconds: dict[str, float]
@@ -45,6 +50,7 @@ class RoundTime:
     bubble: float
     decode_step: float
     decode_tokens_per_second: float
+    checkpoint: tuple[float, float]
 
     @property
     def total(self) -> float:
@@ -56,12 +62,14 @@ class RoundTime:
 
 
 def round_time(
-    setup: Setup, work: Workload, *, parameters: int, adapter: int | None = None
+    setup: Setup, work: Workload, *, parameters: int, adapter: int | None = None,
+    whole: int | None = None,
 ) -> RoundTime:
     """Of one round.
 
     Args:
         parameters: Of the fullest rank.
+        whole: Of all stages together, where those generate as replicas.
         adapter: Trained parameters of the fullest rank where an adapter is trained alone.
     """
     trained = parameters if adapter is None else adapter
@@ -72,13 +80,33 @@ def round_time(
     seconds = {"training": sum(steps[p.name] * p.steps for p in work.phases)}
     decode, rate = 0.0, 0.0
     if work.samples:
-        generation, decode, rate = _generation(setup, work, parameters)
+        held = whole if setup.replicas and whole else parameters
+        generation, decode, rate = _generation(setup, work, held, sent=held - parameters)
         seconds = {"generation": generation, "reference": _reference(setup, work)} | seconds
-    state = 14.0 if setup.recipe.precision != "fp32" else 12.0
-    seconds["checkpoint"] = trained * state / WRITER
+    checkpoint = checkpoint_seconds(setup, trained)
+    saves = _saves(setup, sum(p.steps for p in work.phases), seconds["training"])
+    seconds["checkpoint"] = saves * checkpoint[0]
     microbatches = max((len(p.packs) for p in work.phases), default=1)
     idle = (setup.pp - 1) / setup.vpp
-    return RoundTime(seconds, steps, speeds, idle / (microbatches + idle), decode, rate)
+    bubble = idle / (microbatches + idle)
+    return RoundTime(seconds, steps, speeds, bubble, decode, rate, checkpoint)
+
+
+def checkpoint_seconds(setup: Setup, trained: int) -> tuple[float, float]:
+    """(seconds that training waits, seconds of writing behind it) of one checkpoint."""
+    share = checkpoint_share(setup, trained)
+    if setup.recipe.checkpoint.asynchronous:
+        return share / HOST_COPY, share / WRITER
+    return share / WRITER, 0.0
+
+
+def _saves(setup: Setup, steps: int, seconds: float) -> int:
+    """Checkpoints of a round: at its end, and those of ``interval`` and ``interval_minutes``."""
+    options = setup.recipe.checkpoint
+    within = (steps - 1) // options.interval if options.interval else 0
+    if options.interval_minutes:
+        within += int(seconds / (60 * options.interval_minutes))
+    return 1 + max(0, within)
 
 
 def step_seconds(
@@ -179,7 +207,10 @@ def update_seconds(setup: Setup, trained: int) -> float:
     """Of Adam, and what goes with it: norms, zeroing, copies."""
     share = setup.dp if setup.shards_optimizer else 1
     everywhere, own = UPDATE_BYTES
-    return trained * (everywhere + own / share) / setup.machine.bandwidth
+    moved = offloaded_share(setup.recipe)  # to the host: gradients there, weights back
+    device = trained * (everywhere + own / share * (1 - moved)) / setup.machine.bandwidth
+    there = trained * moved / share
+    return device + there * (1 / HOST_UPDATE + 2 * setup.element / HOST_LINK)
 
 
 def _reference(setup: Setup, work: Workload) -> float:
@@ -195,11 +226,18 @@ def _reference(setup: Setup, work: Workload) -> float:
     return (packs + setup.pp - 1) * microbatch_seconds(setup, pack, backward=False)
 
 
-def _generation(setup: Setup, work: Workload, parameters: int) -> tuple[float, float, float]:
-    """(seconds, seconds a decode step, tokens a second over all replicas) of a round's samples."""
+def _generation(
+    setup: Setup, work: Workload, parameters: int, *, sent: int
+) -> tuple[float, float, float]:
+    """(seconds, seconds a decode step, tokens a second over all replicas) of a round's samples.
+
+    Args:
+        parameters: Of a rank while it generates, and
+        sent: how many of them come from other stages.
+    """
     lengths, options = work.lengths, setup.recipe.generation
     prompt, new = float(lengths.prompt.mean()), float(lengths.sample.mean())
-    per_replica = work.samples / setup.dp
+    per_replica = work.samples / setup.generators
     batch = min(options.max_requests, max(1.0, per_replica))
     step = decode_seconds(setup, round(batch), prompt + new / 2, parameters)
     prefill = Tokens.of([(round(prompt), 0)])
@@ -210,22 +248,24 @@ def _generation(setup: Setup, work: Workload, parameters: int) -> tuple[float, f
     prefills = per_replica * max(forward, products * 1.25) * setup.pp
     full = FULL_SLOTS if per_replica > batch else 1.0
     seconds = prefills + per_replica * new / (batch * full) * step
+    seconds += sent * setup.element / (LINK * _bandwidth(setup, setup.world_size))
     return seconds, step, work.samples * new / seconds if seconds else 0.0
 
 
 def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
-    """Of one decode step of one replica through CUDA graphs: all stages in turn.
+    """Of one decode step of one replica through CUDA graphs: all stages in turn, if it has some.
 
     Args:
         context: Tokens in the cache of a request.
         parameters: Of a rank.
     """
-    arch = setup.arch
-    cache = 2.0 * setup.layers * arch.dims["kv"] / setup.tp * context * batch * setup.element
+    arch, stages = setup.arch, 1 if setup.replicas else setup.pp
+    here = setup.layers * setup.pp // stages
+    cache = 2.0 * here * arch.dims["kv"] / setup.tp * context * batch * setup.element
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
-    read = (parameters - embedding * (setup.pp == 1)) * setup.element + cache
+    read = (parameters - embedding * (stages == 1)) * setup.element + cache
     reading = read / (DECODE * setup.machine.bandwidth)
     products = 2.0 * parameters * batch / (PRODUCTS * setup.machine.bf16)
-    layers = setup.layers * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
-    return setup.pp * (max(reading, products) + layers) + DECODE_REQUEST * batch
+    layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
+    return stages * (max(reading, products) + layers) + DECODE_REQUEST * batch

@@ -65,8 +65,16 @@ _COMMON_CHARTS = (
     Curves("Learning rate", "", (("lr", "learning rate", OTHER),)),
     Curves("Utilisation", "share of BF16's peak", (("train/mfu", "MFU", OTHER),),
            note="Of the model's own FLOPs: response rows only, nothing padded."),
+    Curves("Arithmetic", "TFLOP/s a device", (
+        ("train/tflops", "counted", OTHER), ("train/tflops_padded", "as padded", SAMPLE)),
+           note="As padded: what a trainer would show that pads every sequence and computes the "
+                "head on all tokens."),
     Curves("Training speed", "tokens/s", (("tokens_per_second", "tokens/s", OTHER),),
            note="Optimizer steps only, prompts included."),
+    Curves("Peak memory", "GiB a device", (
+        ("memory/peak_allocated", "tensors", DEMO), ("memory/peak_reserved", "allocator", SAMPLE),
+        ("memory/peak_process", "process", OTHER)),
+           note="The main rank's; on a CPU the most that its process has had."),
 )
 STEP_CHARTS = (
     Curves("Loss", "per pair (irft) or token (sft)", (

@@ -3,6 +3,7 @@
 The order here is the order in which errors surface.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ class Inputs:
 
 
 def read_inputs(
-    recipe: Recipe, *, check_hardware: bool = True, keeps_tokens: bool = True
+    recipe: Recipe, *, check_hardware: bool = True, keeps_tokens: bool = True,
+    check: Callable[["Headers", Recipe], None] | None = None,
 ) -> Inputs:
     """Read and check recipe, model folder, data and output folder; needs no process group.
 
@@ -79,11 +81,14 @@ def read_inputs(
         check_hardware: Otherwise the recipe may ask for what this machine does not have.
         keeps_tokens: Keep token ids in the output folder, for the other ranks and the next start.
             Otherwise nothing is written.
+        check: Called before the data are read, which may take long.
 
     Raises:
         UserError: Anything that is wrong with the user's input.
     """
     headers = read_headers(recipe, check_hardware=check_hardware)
+    if check is not None:
+        check(headers, recipe)
     hf_dir, folder, arch = Path(recipe.model.hf), headers.folder, headers.architecture
     algorithm = headers.algorithm
     validate_hf_folder(hf_dir, arch)

@@ -24,7 +24,7 @@ from megatron_irl.run.inputs import Inputs, generation_length
 from megatron_irl.run.prediction import Prediction
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.run import Run
-from megatron_irl.run.speed import Speedometer
+from megatron_irl.run.speed import Speedometer, known_machine
 from megatron_irl.run.state import RunState
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.storage.lease import Lease
@@ -51,6 +51,8 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     recipe, folder = inputs.recipe, inputs.folder
     console = Console(enabled=topology.is_main)
     checkpointer, resume = open_checkpoints(inputs, topology, lease, console)
+    # Made while weights are read, so that a warning comes before they are all there.
+    prediction = predict(inputs, topology, console) if resume is None else None
     policy = build_policy(inputs, topology, weights=resume is None or bool(inputs.adapter))
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}
@@ -82,17 +84,16 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
         evaluator=evaluator, folder=folder, checkpointer=checkpointer, state=state, clock=clock,
         recorder=recorder, console=console, sampling=sampling,
         companions=export_companions(inputs, topology),
-        speedometer=(speed := Speedometer(inputs.architecture, topology, policy.chunks)),
-        prediction=predict(inputs, topology, speed) if state.step == 0 else None,
+        speedometer=Speedometer(inputs.architecture, topology, policy.chunks),
+        prediction=prediction,
     )
 
 
-def predict(inputs: Inputs, topology: Topology, speed: Speedometer) -> Prediction | None:
+def predict(inputs: Inputs, topology: Topology, console: Console) -> Prediction | None:
     """Have the planner say what the run should take, if this is the main rank of known GPUs."""
-    if speed.machine is None or not topology.is_main:
+    if not topology.is_main or (machine := known_machine()) is None:
         return None
-    return Prediction(inputs.folder.path / "recipe.yaml", speed.machine.name, topology.world_size,
-                      inputs.data)
+    return Prediction(inputs.recipe, machine.name, topology.world_size, inputs.data, console.warn)
 
 
 def open_generator(policy: Policy, recipe: Recipe) -> None:
@@ -102,6 +103,7 @@ def open_generator(policy: Policy, recipe: Recipe) -> None:
         max_sequence_length=generation_length(recipe), max_requests=options.max_requests,
         kv_cache_gb=options.kv_cache_gb, cuda_graphs=options.cuda_graphs,
         keep_cache=options.keep_cache, share_prompts=options.share_prompts,
+        pipeline=options.pipeline,
     )
 
 

@@ -27,7 +27,7 @@ class Speedometer:
     def __init__(self, arch: Architecture, topology: Topology, chunks: Sequence[Any]) -> None:
         self._arch, self._replicas = arch, topology.dp_size
         self._ranks = topology.tp_size * topology.pp_size  # of a replica
-        self.machine: Machine | None = machine_of_device(hardware.device_name())
+        self.machine = known_machine()
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         trained = sum(p.numel() for p in parameters if p.requires_grad)
         # An adapter is some percent of a model. (What a phase freezes keeps ``requires_grad``.)
@@ -70,6 +70,11 @@ class Speedometer:
         weights += self._arch.dims["hidden"] * self._arch.vocab_size
         read = 2.0 * weights * rate / self._replicas / max_requests / self._ranks
         return {"bandwidth_utilisation": read / self.machine.bandwidth}
+
+
+def known_machine() -> Machine | None:
+    """This process's device, if its peak is known."""
+    return machine_of_device(hardware.device_name())
 
 
 def memory_peaks() -> dict[str, float]:

@@ -22,6 +22,29 @@ def command(arguments: list[str]) -> tuple[int, str]:
         recorder.write_report = report
 
 
+def command_killed(arguments: list[str], steps: int) -> None:
+    """A command that is killed on every rank after so many optimizer steps."""
+    from megatron_irl.parallel.topology import shutdown
+    from megatron_irl.run import loop
+
+    original, left = loop.optimizer_step, [steps]
+
+    def step(*given: Any) -> None:
+        original(*given)
+        left[0] -= 1
+        if not left[0]:
+            raise TimeoutError("killed")
+
+    loop.optimizer_step = step
+    try:
+        with contextlib.suppress(TimeoutError):
+            command(arguments)
+            raise AssertionError("the command ended by itself")
+    finally:
+        loop.optimizer_step = original
+        shutdown()
+
+
 def states_saved(arguments: list[str]) -> list[dict[str, Any]]:
     """The run states that this rank hands to its checkpoints, in order."""
     import copy

@@ -3,18 +3,28 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_irl.config import load_recipe
+from megatron_irl.convert.hf_config import architecture
+from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.planning.machines import MACHINES
+from megatron_irl.planning.plan import make_plan
+from megatron_irl.planning.workload import Lengths
 from megatron_irl.policy.policy import Policy
+from tests.cli import jobs
 from tests.cli.harness import deterministic, read_jsonl, refused, run, write_jsonl, write_recipe
 from tests.cli.test_resume import Killed, kill_after
+from tests.convert.jobs import tool as tool_job
 from tests.convert.tiny import make_tiny_llama
 
+ROOT = Path(__file__).parents[2]
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 MERGES = {"adapter.merge_each_round": "true", "algorithm.reset_optimizer": "round"}
 
@@ -58,6 +68,24 @@ def references(out, round_index):
     return {p.ordinal: p.ref_demo_logp or 0.0 for p in bank.read_round(round_index)}
 
 
+def check_checkpoint_size(out):
+    """What is stored is what the planner says: adapters and their Adam, and none of the base."""
+    recipe = load_recipe(out / "recipe.yaml", check_files=False)
+    arch = architecture(json.loads(open(f"{recipe.model.hf}/config.json").read()))
+    plan = make_plan(recipe, arch, MACHINES["h100"], Lengths.equal(8, 4, 16, ""),
+                     data_parallel_size=1)
+    folder = max((out / "checkpoints").glob("step_*"))
+    stored = read_metadata(folder).state_dict_metadata.values()
+    tensors = [entry for entry in stored if hasattr(entry, "size")]
+    held = sum(e.size.numel() * e.properties.dtype.itemsize for e in tensors)
+    assert held == pytest.approx(plan.files["checkpoint"], abs=100 * len(tensors))
+    matrices = load_file(out / "adapter" / "adapter_model.safetensors")
+    rounds = 2 if recipe.adapter.merge_each_round else 1  # side by side
+    assert rounds * plan.files["adapter"] == sum(4 * t.numel() for t in matrices.values())
+    on_disk = sum(path.stat().st_size for path in folder.glob("*.distcp"))
+    assert held < on_disk < held + 4096 * len(tensors)  # each tensor is a small archive
+
+
 @pytest.mark.parametrize("merges", [False, True], ids=["keep", "merge"])
 @pytest.mark.parametrize("reference", ["round_start", "initial"])
 def test_irft(recipe, model, tmp_path, monkeypatch, no_report, merges, reference):
@@ -86,13 +114,18 @@ def test_irft(recipe, model, tmp_path, monkeypatch, no_report, merges, reference
     config = json.loads((out / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == (8 if merges else 4)
     assert config["lora_alpha"] == (16 if merges else 8)
+    check_checkpoint_size(out)
     started = json.loads((out / "run.json").read_text())["start"]["model.hf"]
     assert json.loads((out / "adapter" / "base.json").read_text())["digest"] == started
 
 
-@pytest.mark.parametrize("merges", [False, True], ids=["keep", "merge"])
-def test_killed_in_a_round_and_resumed(recipe, tmp_path, monkeypatch, no_report, merges):
-    changes = {"checkpoint.interval": 1, "algorithm.rounds": 3} | (MERGES if merges else {})
+@pytest.mark.parametrize(("merges", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.5)],
+                         ids=["keep", "merge", "dropout"])
+def test_killed_in_a_round_and_resumed(
+    recipe, tmp_path, monkeypatch, no_report, merges, dropout
+):
+    changes = {"checkpoint.interval": 1, "algorithm.rounds": 3, "adapter.dropout": dropout}
+    changes |= MERGES if merges else {}
     whole = train(recipe, tmp_path / "whole", **changes)
     broken, target = tmp_path / "broken", "megatron_irl.run.loop.optimizer_step"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -100,9 +133,34 @@ def test_killed_in_a_round_and_resumed(recipe, tmp_path, monkeypatch, no_report,
         train(recipe, broken, **changes)
     train(recipe, broken, **changes)
     assert deterministic(broken) == deterministic(whole)
+    if dropout:  # in training, and nowhere else: later rounds are sampled and scored without
+        rounds = read_jsonl(whole / "rounds.jsonl")
+        assert max(one["mismatch"]["max_abs"] for one in rounds) < 1e-4
+        plain = train(recipe, tmp_path / "plain", **changes | {"adapter.dropout": 0})
+        assert losses(plain)[0] == pytest.approx(losses(whole)[0])  # B is nothing yet
+        assert losses(plain)[1] != pytest.approx(losses(whole)[1], rel=1e-4)
     for file in ("hf/model.safetensors", "adapter/adapter_model.safetensors"):
         one, other = load_file(whole / file), load_file(broken / file)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_killed_under_tp2_and_resumed_under_dp2(recipe, tmp_path, pool):
+    """In the middle of a round; the losses go on as they would have."""
+    def command(out, **parallel):
+        return ["train", str(recipe), f"output_dir={out}", "checkpoint.interval=1",
+                *(f"parallel.{name}={size}" for name, size in parallel.items())]
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    tp2 = {"tensor_model_parallel_size": 2}
+    for code, errors in pool.run(2, jobs.command, arguments=command(whole, **tp2)):
+        assert code == 0, errors
+    pool.run(2, jobs.command_killed, arguments=command(broken, **tp2), steps=3)
+    assert 2 <= len(losses(broken)) <= 3  # of four, the round's second one is open
+    for code, errors in pool.run(2, jobs.command, arguments=command(broken, data_parallel_size=2)):
+        assert code == 0, errors
+    assert np.abs(np.array(losses(broken)) - losses(whole)).max() < 1e-4
+    one, other = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (whole, broken))
+    assert max((one[name] - other[name]).abs().max() for name in one) < 1e-3
 
 
 @pytest.mark.parametrize("algorithm", ["sft", "spin", "rft"])
@@ -182,11 +240,71 @@ def test_wrong_input(recipe, model, tmp_path):
     wrong(path, *plain, named=("adapter_config.json",))
 
 
+def greedy(folder, prompts, out):
+    result = run("generate", "--model", folder, "--prompts", prompts, "--out", out, "--temperature",
+                 0, "--max-new-tokens", 6, "--precision", "fp32")
+    assert result.code == 0, result.err
+    return read_jsonl(out)
+
+
+def assert_same_answers(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert a["token_ids"] == b["token_ids"]
+        np.testing.assert_allclose(a["logprobs"], b["logprobs"], atol=1e-3)
+
+
+def check_conversion(pool, run_folder, out):
+    tool = str(ROOT / "tools" / "convert_megatron_to_hf.py")
+    arguments = ["--checkpoint", str(run_folder), "--out", str(out)]
+    ((code, errors),) = pool.run(1, tool_job, path=tool, arguments=arguments)
+    assert code == 0, errors
+    ((code, errors),) = pool.run(1, tool_job, path=tool, arguments=arguments)
+    assert code == 2 and "exists" in errors
+    checkpoint = max((run_folder / "checkpoints").glob("step_*"))
+    away = shutil.copytree(checkpoint, out.with_name("away") / "x" / checkpoint.name)
+    ((code, errors),) = pool.run(1, tool_job, path=tool, arguments=[
+        "--checkpoint", str(away), "--out", str(out.with_name("none"))])
+    assert code == 2 and "recipe.yaml" in errors and not out.with_name("none").exists()
+
+
+def assert_same_matrices(made, expected):
+    (one, other) = (load_file(next(f.glob("*.safetensors"))) for f in (made, expected))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not (expected / "tokenizer.json").exists() or (made / "tokenizer.json").is_file()
+
+
+def test_generates_with_an_adapter_that_peft_trained(model, tmp_path):
+    """Greedy answers are transformers' and peft's own."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.dist.test_lora import make_adapter
+
+    adapter = make_adapter(model, tmp_path / "adapter", ["q_proj", "up_proj", "lm_head"])
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [
+        {"prompt": f"{a}+4"} for a in range(4)])
+    ours = greedy(adapter, prompts, tmp_path / "out.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), adapter).eval()
+    for line in ours:
+        ids = list(tokenizer(line["prompt"])["input_ids"])  # plain text, no turn of a chat
+        for token in line["token_ids"]:
+            with torch.no_grad():
+                logits = theirs(torch.tensor([ids])).logits[0, -1]
+            assert token == int(logits.argmax())
+            ids.append(token)
+    base = greedy(model, prompts, tmp_path / "base.jsonl")
+    assert [a["logprobs"] for a in base] != [a["logprobs"] for a in ours]
+
+
 @pytest.mark.parametrize("merges", [False, True], ids=["keep", "merge"])
 def test_score_and_generate_take_adapters(
-    recipe, model, tmp_path, monkeypatch, no_report, merges
+    recipe, model, tmp_path, monkeypatch, no_report, merges, pool
 ):
-    """The run's checkpoint, its hf/ and its adapter/ say the same."""
+    """The run's checkpoint, its hf/ and its adapter/ say the same, and so does what the tool makes
+    of the checkpoint."""
     changes = {"checkpoint.interval": 1, "algorithm.rounds": 3} | (MERGES if merges else {})
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -196,18 +314,25 @@ def test_score_and_generate_take_adapters(
         {"prompt": f"{a}+3", "responses": [str(a + 3), "no"]} for a in range(3)
     ])
     score = ("score", "--pairs", pairs, "--beta", 1, "--precision", "fp32")
-    found = {}
+    found, answers = {}, {}
     for name in ("checkpoint", "hf", "adapter"):
         folder = out if name == "checkpoint" else out / name
         reference = () if name == "checkpoint" else ("--reference", model)
         result = run(*score, "--model", folder, "--out", tmp_path / name, *reference)
         assert result.code == 0, result.err
         found[name] = np.array([line["rewards"] for line in read_jsonl(tmp_path / name)])
+        answers[name] = greedy(folder, pairs, tmp_path / f"{name}_answers")
         if name == "checkpoint":
+            check_conversion(pool, out, tmp_path / "converted")
             train(recipe, out, **changes)  # to its end
     assert np.abs(found["hf"]).max() > 0.1
     assert np.abs(found["checkpoint"] - found["hf"]).max() < 1e-3
     assert np.abs(found["adapter"] - found["hf"]).max() < 1e-3
+    for one in (out / "hf", out / "adapter"):
+        made = tmp_path / "converted" / ("" if one.name == "hf" else "adapter")
+        assert_same_matrices(made, one)
+    assert_same_answers(answers["checkpoint"], answers["hf"])
+    assert_same_answers(answers["adapter"], answers["hf"])
     # An adapter as the reference: of itself, every reward is nothing.
     result = run(*score, "--model", out / "hf", "--reference", out / "adapter",
                  "--out", tmp_path / "self")

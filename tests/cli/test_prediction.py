@@ -1,10 +1,54 @@
-"""A run on a known GPU says what was planned and what was measured, and what was off."""
+"""A run refuses what cannot fit, warns of what hardly does, and says what was off afterwards."""
 
 import pytest
 
+from megatron_irl import hardware
 from megatron_irl.planning.machines import MACHINES
-from megatron_irl.run.prediction import compared
-from tests.cli.harness import run
+from megatron_irl.run.prediction import compared, shortages
+from tests.cli.harness import refused, run
+
+
+def test_what_cannot_fit_is_refused_before_the_data_are_read(
+    recipe, tmp_path, monkeypatch, no_report
+):
+    """Weights, gradients and Adam are 16 bytes a parameter in fp32, of which a tiny model has some
+    thousands; the folder is left alone. Known before there are data."""
+    from transformers import AutoModelForCausalLM
+
+    from megatron_irl.config import load_recipe
+
+    hf = load_recipe(recipe).model.hf
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(hf).parameters())
+    monkeypatch.setattr(hardware, "device_memory", lambda *_: 16 * parameters - 1)
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text("not read")
+    said = refused("train", recipe, f"data.train={nothing}", named=(
+        "cannot fit", "weights", "gradients", "optimizer", "optimizer_cpu_offload=true",
+        "parallel.memory_check=warn"))
+    assert not (tmp_path / "run").exists(), said
+    refused("train", recipe, "parallel.memory_check=perhaps", named=("memory_check=perhaps",))
+    result = run("train", recipe, "parallel.memory_check=warn", "evaluation.interval=never",
+                 "algorithm.rounds=1")
+    assert result.code == 0 and "WARNING: this cannot fit" in result.err, result.err
+    monkeypatch.setattr(hardware, "device_memory", lambda *_: 16 * parameters)
+    assert run("train", recipe, f"output_dir={tmp_path / 'fits'}", "evaluation.interval=never",
+               "algorithm.rounds=1").code == 0
+
+
+def test_what_hardly_fits_is_warned_of():
+    stage = {"stage": 0, "needed": 78 * 2**30, "terms": {"weights": 15 * 2**30,
+             "optimizer": 40 * 2**30, "gradients": 20 * 2**30, "graphs": 2**30}}
+    plan = {"fits": True, "always_fits": True, "gpu_memory": 79 * 2**30, "verdict": "fits: 78",
+            "stages": [stage, stage | {"needed": 2**30}],
+            "layouts": [{"overrides": ["parallel.tensor_model_parallel_size=2"]}]}
+    (said,) = shortages(plan)
+    assert "78.0 of 79.0 GiB" in said and "optimizer 40.0, gradients 20.0, weights 15.0" in said
+    assert shortages(plan | {"gpu_memory": 100 * 2**30}) == []
+    assert "but not packs" in shortages(plan | {
+        "gpu_memory": 100 * 2**30, "always_fits": False, "verdict": "fits, but not packs"})[0]
+    (said,) = shortages(plan | {"fits": False, "verdict": "does not fit: 90 of 79 GiB"})
+    assert "does not fit: 90" in said and "parallel.tensor_model_parallel_size=2" in said
+    assert "No layout" in shortages(plan | {"fits": False, "layouts": []})[0]
 
 
 @pytest.mark.slow

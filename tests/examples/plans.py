@@ -1,6 +1,7 @@
 """What the cluster recipes are planned for, and the lines that their READMEs have of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ PLANS = [
     Planned("pythia_irft/recipe.yaml", "pythia-1.4b", 8, 80, 80),
     Planned("pythia_rft/recipe.yaml", "pythia-1.4b", 8, 80, 80),
     Planned("llama_8b/one_gpu.yaml", "llama-3.1-8b", 1, 400, 400),
+    Planned("llama_8b/one_gpu_full.yaml", "llama-3.1-8b", 1, 400, 400),
     Planned("llama_8b/recipe.yaml", "llama-3.1-8b", 8, 400, 400),
     Planned("qwen_32b/recipe.yaml", "qwen2.5-32b", 16, 400, 400),
     Planned("llama_70b/recipe.yaml", "llama-3.1-70b", 64, 400, 400),
@@ -40,9 +42,9 @@ PLANS = [
 ]
 
 
-def planned(one: Planned) -> Plan:
+def planned(one: Planned, overrides: Sequence[str] = ()) -> Plan:
     """On H100s."""
-    recipe = load_recipe(ROOT / "examples" / one.path, [], check_files=False)
+    recipe = load_recipe(ROOT / "examples" / one.path, list(overrides), check_files=False)
     dp = check_layout(recipe, one.gpus)
     lengths = Lengths.equal(one.prompt, one.response, 50_000, "as given")
     return make_plan(resolve(recipe, lengths.records), shape(one.model), MACHINES["h100"], lengths,

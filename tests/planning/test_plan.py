@@ -12,7 +12,8 @@ from megatron_irl.algorithms.base import algorithm_of
 from megatron_irl.config import load_recipe, padded_vocab_size, resolve
 from megatron_irl.families.table import EMBEDDING, HEAD, row_groups
 from megatron_irl.families.tensors import Replicated
-from megatron_irl.planning.machines import MACHINES
+from megatron_irl.planning.certain import stage_elements
+from megatron_irl.planning.machines import GIB, MACHINES
 from megatron_irl.planning.plan import setup_of, stage_parameters
 from tests.cli.harness import refused, run
 from tests.examples.plans import PLANS, planned
@@ -63,6 +64,8 @@ def test_parameters_are_exact(one, layout):
     for stage, parameters in built.items():
         model = {name: n for name, (n, _, _) in parameters.items() if "lora" not in name}
         assert sum(model.values()) == expected(recipe, arch, stage, has_reward_head=head)
+        assert stage_elements(arch, recipe.parallel, stage) == sum(model.values()) - (
+            arch.dims["hidden"] if head and stage == setup.pp - 1 else 0)
         trained = {name for name, (_, _, is_trained) in parameters.items() if is_trained}
         assert trained == (parameters.keys() - model.keys() or parameters.keys())
 
@@ -75,6 +78,34 @@ def test_adapters_are_exact():
                 (4096, 14336), (14336, 4096)]
     assert plan.fullest.trainable == 32 * sum(64 * (i + o) for i, o in matrices)
     assert plan.fullest.terms["gradients"] == 4 * plan.fullest.trainable
+    # On disk bf16 matrices, float32 copies and two moments, as ``tests/cli/test_lora.py`` finds it.
+    assert plan.files["checkpoint"] == 14 * plan.fullest.trainable < 2.2 * GIB
+    assert plan.files["adapter"] == 2 * plan.fullest.trainable < GIB / 3
+
+
+def test_checkpoints_in_the_background_cost_host_memory_and_not_time():
+    """A copy of 14 bytes a parameter, divided by replicas; written at once it takes none."""
+    one = next(one for one in PLANS if one.path == "llama_8b/recipe.yaml")
+    behind, waited = (planned(one, [f"checkpoint.asynchronous={word}"])
+                      for word in ("true", "false"))
+    stage = behind.fullest
+    assert stage.host["checkpoint being written"] == 14 * stage.parameters / 4
+    assert "checkpoint being written" not in waited.fullest.host
+    stall, written = behind.time.checkpoint
+    assert 0 < stall < written and waited.time.checkpoint == (written, 0.0)
+    assert behind.time.seconds["checkpoint"] == stall  # none but the round's own in its time
+    often = planned(one, ["checkpoint.interval=32"])
+    assert often.time.seconds["checkpoint"] == pytest.approx(4 * stall)
+
+
+def test_the_optimizer_on_the_host_fits_a_host_of_128_gb():
+    """All weights of 8 B on one GPU: 16 bytes a parameter of four fifths of them."""
+    plan = planned(next(one for one in PLANS if one.path == "llama_8b/one_gpu_full.yaml"))
+    host = plan.fullest.host
+    assert host["offloaded optimizer"] == pytest.approx(0.8 * 16 * plan.fullest.parameters)
+    assert 90e9 < sum(host.values()) < 110e9  # of 128, with what Python and its libraries take
+    faster = plan.time.step["irft"] - 0.8 * plan.fullest.parameters / 1e9
+    assert 0 < faster < plan.time.step["irft"], "the host's updates are in the step"
 
 
 def plan(*arguments, capsys):

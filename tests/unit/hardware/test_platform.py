@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
+from examples.smollm2_irft.compare import pick_ranks
 from megatron_irl import hardware
 from megatron_irl.errors import UserError
-from examples.smollm2_irft.compare import pick_ranks
 
 
 @pytest.fixture

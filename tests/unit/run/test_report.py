@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_irl.errors import UserError
+from megatron_irl.run.charts import step_charts
 from megatron_irl.run.report import evaluation_rows, render_report, write_report
 from megatron_irl.run.runlog import RunLog
 
@@ -102,6 +103,21 @@ def test_a_run_in_its_third_round(tmp_path):
         assert text in seen.text, text
     assert page.count("<svg") == 15  # 8 over steps, 5 of evaluations, mismatch, time
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_speed_and_memory_are_drawn_where_steps_say_them():
+    """On a GPU its share of the peak too; on a CPU the process's memory."""
+    gpu = [line | {"train/tflops": 400.0, "train/tflops_padded": 500.0, "train/mfu": 0.4,
+                   "memory/peak_allocated": 60.0, "memory/peak_reserved": 70.0}
+           for line in METRICS]
+    cpu = [line | {"train/tflops": 0.1, "memory/peak_process": 1.5} for line in METRICS]
+    titles = [[chart.title for chart in step_charts(lines, ln2_line=False)]
+              for lines in (gpu, cpu, METRICS)]
+    shown = [set(found) & {"Utilisation", "Arithmetic", "Peak memory"} for found in titles]
+    assert shown == [{"Utilisation", "Arithmetic", "Peak memory"}, {"Arithmetic", "Peak memory"},
+                     set()]
+    memory = step_charts(gpu, ln2_line=False)[titles[0].index("Peak memory")].svg
+    assert "tensors" in memory and "allocator" in memory and "process" not in memory
 
 
 def test_nothing_is_requested_and_texts_are_escaped(page):
