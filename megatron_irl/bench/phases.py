@@ -107,10 +107,10 @@ class Bench:
         return found
 
     def _generate(self) -> dict[str, Any]:
-        case, dp = self.case, self.topology.dp_size
+        case, ranks = self.case, self.policy.sampling_ranks()
         pairs = random_pairs(self.arch.vocab_size, case.requests, case.prompt, case.response,
                              seed=0)
-        mine = pairs[self.topology.dp_rank :: dp]
+        mine = pairs[ranks.dp_rank :: ranks.dp_size]
         new = case.response.high
 
         def sample(budget: int) -> Callable[[], Any]:

@@ -20,6 +20,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.stop_texts import StopTexts
 from megatron_irl.parallel.main_rank import on_main
+from megatron_irl.policy.pairs import ranks
 from megatron_irl.storage.commit import json_line
 from megatron_irl.storage.partial import PartialJsonl
 from megatron_irl.types import Sample
@@ -114,9 +115,8 @@ def _generate_rest(
     how many samples a prompt has changes any, and a resumed command may have another layout.
     Collective over every rank.
     """
-    topology, each = model.topology, options.num_samples
-    count = len(prompts) * each
-    progress = Console(enabled=topology.is_main)
+    progress, each = Console(enabled=model.topology.is_main), options.num_samples
+    topology, count = ranks(model.policy, progress), len(prompts) * each
     # How many are there from an earlier start; a refusal reaches every rank.
     start = on_main(lambda: partial.begin() if partial is not None else 0, topology)
     if start:

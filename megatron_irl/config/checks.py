@@ -160,6 +160,10 @@ def _check_precision(recipe: Recipe) -> None:
 
 def _check_adapter(recipe: Recipe) -> None:
     adapter, default = recipe.adapter, AdapterConfig()
+    if adapter.generation != "merged" and recipe.generation.pipeline == "replicas":
+        raise UserError(f"generation.pipeline=replicas conflicts with adapter.generation="
+                        f"{adapter.generation}; a copy of the weights has no adapters. Set "
+                        "adapter.generation to merged, or generation.pipeline to auto or stages.")
     check_range("adapter.dropout", adapter.dropout, "[0, 1)", 0 <= adapter.dropout < 1)
     if adapter.alpha is not None:
         check_range("adapter.alpha", adapter.alpha, "(0, inf)", adapter.alpha > 0)

@@ -19,6 +19,7 @@ NOT_THE_EXPERIMENT = (
     "generation.max_requests",
     "generation.kv_cache_gb", "generation.cuda_graphs", "generation.keep_cache",
     "generation.share_prompts", "adapter.generation", "generation.offload_optimizer",
+    "generation.pipeline",
 )
 
 

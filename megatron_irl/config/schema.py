@@ -149,6 +149,10 @@ class GenerationConfig:
     share_prompts: bool = False
     """Samples of one prompt share the whole cache blocks of it (256 tokens on CUDA), computed
     once."""
+    pipeline: Literal["auto", "stages", "replicas"] = "auto"
+    """How the stages of a pipeline generate: ``stages`` decode in turn, ``replicas`` sample each by
+    itself, on a copy of the other stages' weights that lives as long as the cache. ``auto`` takes
+    replicas where the memory of every rank allows it."""
     offload_optimizer: bool = False
     """Move gradient buffers and optimizer state to host memory while generating, so that a larger
     cache fits."""

@@ -12,6 +12,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.evaluation.texts import continuations, rolling
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.stop_texts import StopTexts
+from megatron_irl.policy.pairs import ranks
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import Sequences
 from megatron_irl.types import Sample
@@ -95,7 +96,7 @@ class TextModel:
             return []
         sampling = self._sampling(max_new_tokens, temperature, top_p, top_k, until)
         self.policy.open_generator(max_sequence_length=max(map(len, kept)) + max_new_tokens)
-        size, texts = PART * self.policy.topology.dp_size, list[str]()
+        size, texts = PART * ranks(self.policy, self.console).dp_size, list[str]()
         with self.console.generation(len(range(len(kept))[self._share])) as advance:
             for start in range(0, len(kept), size):
                 part = kept[start : start + size]
@@ -114,7 +115,8 @@ class TextModel:
 
     @property
     def _share(self) -> slice:
-        return slice(self.policy.topology.dp_rank, None, self.policy.topology.dp_size)
+        topology = self.policy.sampling_ranks()
+        return slice(topology.dp_rank, None, topology.dp_size)
 
     def _sampling(
         self, max_new_tokens: int, temperature: float, top_p: float, top_k: int,

@@ -18,12 +18,19 @@ class Residency:
 
     Args:
         keep: ``auto`` decides by memory, and frees until a phase of training has been measured.
+
+    Attributes:
+        cache_bytes, weight_bytes: What is held for generation: cache and graphs, and weights
+            beside the trained ones.
+        peak_train: Most bytes at once of the phase of training that needed most of its own.
+        peak_generation: Most bytes at once of the last phase of generation.
     """
 
     def __init__(self, keep: KeepCache, topology: Topology) -> None:
         self._keep, self._topology = keep, topology
-        self._resident = 0  # bytes held by cache and graphs during the phase that is measured
-        self.cache_bytes = 0
+        # Bytes that stay for generation now, and that stayed in the phase of ``peak_train``.
+        self._staying = self._resident = 0
+        self.cache_bytes = self.weight_bytes = 0
         self.peak_train: int | None = None
         self.peak_generation = 0
         self._between, self._stays, self._updated = False, False, False
@@ -31,7 +38,9 @@ class Residency:
     def begin_generation(self) -> None:
         """Generation starts; if the model was updated since the last phase, that was training."""
         if self._updated:
-            self.peak_train = max(hardware.peak_memory(), self.peak_train or 0)
+            peak = hardware.peak_memory()
+            if self.peak_train is None or peak - self._staying > self.peak_train - self._resident:
+                self.peak_train, self._resident = peak, self._staying
         if self._between:
             hardware.reset_peak_memory()
         self._between = self._updated = False
@@ -50,7 +59,7 @@ class Residency:
             return self._stays
         self.peak_generation = hardware.peak_memory()
         self._stays = self._decide()
-        self._resident = self.cache_bytes if self._stays else 0
+        self._staying = self.cache_bytes + self.weight_bytes if self._stays else 0
         hardware.reset_peak_memory()
         self._between = True
         return self._stays
@@ -64,7 +73,8 @@ class Residency:
         if self.peak_train is None:
             return False
         training = self.peak_train - self._resident
-        return training + self.cache_bytes + foreign + SPARE * total <= total
+        stays = self.cache_bytes + self.weight_bytes
+        return training + stays + foreign + SPARE * total <= total
 
     def _decide(self) -> bool:
         if self._keep != "auto" or not hardware.IS_CUDA:

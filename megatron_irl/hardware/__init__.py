@@ -86,6 +86,20 @@ def total_memory() -> int:
     return torch.cuda.mem_get_info()[1] if IS_CUDA else 0
 
 
+def free_memory() -> int:
+    """Bytes that this process can still take: of its device, on CPU its share of the machine's."""
+    if IS_CUDA:
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
+    try:
+        with open("/proc/meminfo") as lines:
+            (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
+    except (OSError, ValueError):  # not Linux: all there is
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
+    return 1024 * int(free) // ranks
+
+
 def foreign_memory() -> int:
     """Bytes of the device that are neither free nor this process's tensors; 0 on CPU."""
     if not IS_CUDA:

@@ -1,5 +1,6 @@
 """Who this rank is: the only reader of Megatron's ``parallel_state``."""
 
+import copy
 import datetime
 import os
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ class Topology:
         groups: Megatron's own collection, as its modules want it.
         tp_group, pp_group, dp_group: Tensor, pipeline and data parallel groups. ``dp_group``
             includes the context-parallel ranks, because they share weights.
+        stages_group: Of all replicas and stages the ranks with this tensor-parallel rank; None
+            without a pipeline.
         vpp_size: Model chunks a rank holds (virtual pipeline stages), 1 without interleaving.
         stop: What this rank has been asked; see ``agreement``.
         heart: Its signs of progress; see ``watchdog``.
@@ -43,6 +46,7 @@ class Topology:
     pp_group: Any
     dp_group: Any
     groups: ProcessGroupCollection
+    stages_group: Any = None
     stop: StopRequest = field(default_factory=StopRequest)
     heart: Heartbeat = field(default_factory=Heartbeat)
 
@@ -131,6 +135,9 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         use_cudagraphable_rng=hardware.IS_CUDA,  # generation's CUDA graphs ask for it
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    stages_group = None
+    if groups.pp.size() > 1:
+        stages_group = _stages_group(groups, parallel.timeout_minutes)
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -145,6 +152,37 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         pp_group=groups.pp,
         dp_group=groups.dp_cp,
         groups=groups,
+        stages_group=stages_group,
+    )
+
+
+def _stages_group(groups: ProcessGroupCollection, timeout_minutes: float) -> Any:
+    mine, tp_size = None, groups.tp.size()
+    for tp_rank in range(tp_size):  # every rank makes all of them, in this order
+        group = dist.new_group(
+            # In Megatron's order of ranks the tensor-parallel ones are neighbours.
+            list(range(tp_rank, dist.get_world_size(), tp_size)),
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+        )
+        if tp_rank == groups.tp.rank():
+            mine = group
+    return mine
+
+
+def without_pipeline(topology: Topology) -> Topology:
+    """The ranks as they are where each holds all layers: stages are replicas too. No collectives.
+
+    Args:
+        topology: With a pipeline, and a context-parallel size of 1.
+    """
+    assert topology.groups.cp.size() == 1, "its group stands for a pipeline of one stage below"
+    alone, groups = topology.groups.cp, copy.copy(topology.groups)
+    groups.pp = groups.embd = groups.pos_embd = alone
+    groups.mp, groups.dp, groups.dp_cp = groups.tp, topology.stages_group, topology.stages_group
+    return replace(
+        topology, pp_rank=0, pp_size=1, vpp_size=1, pp_group=alone, groups=groups,
+        dp_rank=topology.stages_group.rank(), dp_size=topology.stages_group.size(),
+        dp_group=topology.stages_group, stages_group=None,
     )
 
 

@@ -17,6 +17,7 @@ class Setup:
         config: Megatron's TransformerConfig.
         dp: Data-parallel size.
         lean: Layers are Transformer Engine's, which keep less than the local ones.
+        replicas: The stages of a pipeline generate as replicas, on all layers each.
     """
 
     recipe: Recipe
@@ -25,6 +26,7 @@ class Setup:
     machine: Machine
     dp: int
     lean: bool
+    replicas: bool = False
 
     @property
     def tp(self) -> int:
@@ -41,6 +43,11 @@ class Setup:
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
+
+    @property
+    def generators(self) -> int:
+        """Replicas while generating."""
+        return self.dp * (self.pp if self.replicas else 1)
 
     @property
     def layers(self) -> int:

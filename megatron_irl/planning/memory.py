@@ -1,5 +1,6 @@
 """Bytes of a rank by term and phase, for every pipeline stage."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,18 +55,23 @@ class StageMemory:
     @property
     def needed(self) -> float:
         """What the device must have."""
-        return self.peak * (1 + PIECES) + self.reserve
+        return self.with_reserve(self.peak)
+
+    def with_reserve(self, tensors: float) -> float:
+        """What the device must have for so many bytes of tensors."""
+        return tensors * (1 + PIECES) + self.reserve
 
 
 def stage_memory(
     setup: Setup, stage: int, parameters: dict[str, tuple[int, int, bool]], activations: PerToken,
-    work: Workload, *, worst: bool = False,
+    work: Workload, *, worst: bool = False, whole: float = 0.0,
 ) -> StageMemory:
     """Memory of a rank of one stage.
 
     Args:
         parameters: As ``parameters_of_stage`` counts them.
         worst: With the longest packs that the limits of the data allow instead of those drawn.
+        whole: Bytes of the weights of all stages.
     """
     elements = sum(n for n, _, _ in parameters.values())
     trained = sum(n for n, _, is_trained in parameters.values() if is_trained)
@@ -83,6 +89,9 @@ def stage_memory(
         if setup.recipe.generation.offload_optimizer:
             kept = tuple(n for n in held if n not in ("gradients", "optimizer"))
         parts["generation"] = (*kept, "KV cache", "graphs", "prefill")
+        if setup.replicas:
+            terms["other stages' weights"] = whole - terms["weights"]
+            parts["generation"] += ("other stages' weights",)
         terms["reference pass"] = PACK_TOKENS * activations.forward
         parts["reference"] = (*held, "reference pass")
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
@@ -209,8 +218,11 @@ def head_memory(setup: Setup, pack: Tokens) -> tuple[float, float]:
 def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
     options = setup.recipe.generation
     longest = setup.recipe.data.max_prompt_length + (options.max_new_tokens or 0)
+    config = copy.copy(setup.config)
+    if setup.replicas:
+        config.pipeline_model_parallel_size = 1
     cache = cache_gb(
-        setup.config, max_sequence_length=longest, max_requests=options.max_requests,
+        config, max_sequence_length=longest, max_requests=options.max_requests,
         block_tokens=CUDA_BLOCK_TOKENS, kv_cache_gb=options.kv_cache_gb,
     )
     ffn = setup.config.ffn_hidden_size // setup.tp

@@ -11,6 +11,7 @@ from megatron_irl.config import Recipe
 from megatron_irl.config.schema import AdapterConfig
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
+from megatron_irl.generation.residency import SPARE
 from megatron_irl.model.build import build_config
 from megatron_irl.model.specs import VARIABLE
 from megatron_irl.parallel.topology import Topology
@@ -96,15 +97,42 @@ def make_plan(
     algorithm = algorithm_of(recipe)
     work = work or workload_of(recipe, algorithm, lengths, data_parallel_size)
     known = parameters or stage_parameters(setup, algorithm)
-    profile = activations_of(setup)
-    stages, worst = (tuple(
-        stage_memory(setup, stage, known[stage], profile, work, worst=is_worst)
-        for stage in range(setup.pp)
-    ) for is_worst in (False, True))
+    setup, (stages, worst) = _memory(setup, known, work)
     fullest = max(stages, key=lambda stage: stage.parameters)
     adapter = fullest.trainable if fullest.trainable < 0.5 * fullest.parameters else None
-    time = round_time(setup, work, parameters=fullest.parameters, adapter=adapter)
+    time = round_time(
+        setup, work, parameters=fullest.parameters, adapter=adapter,
+        whole=sum(stage.parameters for stage in stages),
+    )
     return Plan(setup, work, stages, worst, time, _files(setup, stages, work))
+
+
+def _memory(
+    setup: Setup, parameters: Mapping[int, Any], work: Workload
+) -> tuple[Setup, list[tuple[StageMemory, ...]]]:
+    """Memory by stage of drawn and of longest packs, and how stages generate for it."""
+    profile = activations_of(setup)
+    whole = float(sum(n * size for stage in range(setup.pp)
+                      for n, size, _ in parameters[stage].values()))
+
+    def of(setup: Setup) -> list[tuple[StageMemory, ...]]:
+        return [tuple(
+            stage_memory(
+                setup, stage, parameters[stage], profile, work, worst=is_worst, whole=whole)
+            for stage in range(setup.pp)
+        ) for is_worst in (False, True)]
+
+    adapter, asked = setup.recipe.adapter, setup.recipe.generation.pipeline
+    applied = adapter.enabled and adapter.generation == "applied"
+    if setup.pp == 1 or asked == "stages" or applied or not work.samples:
+        return setup, of(setup)
+    replicas = replace(setup, replicas=True)
+    found, room = of(replicas), setup.machine.memory * (1 - SPARE)
+    if asked == "auto" and any(
+        stage.with_reserve(stage.phases["generation"]) > room for stage in found[0]
+    ):
+        return setup, of(setup)
+    return replicas, found
 
 
 def setup_of(recipe: Recipe, arch: Architecture, machine: Machine, dp: int) -> Setup:

@@ -42,6 +42,9 @@ def plan_lines(plan: Plan) -> list[str]:
     if setup.pp > 1:
         lines.append(f"pipeline bubble: {time.bubble:.0%} of a step")
     if work.samples:
+        if setup.pp > 1:
+            lines.append("stages generate " + ("as replicas, on all layers each" if setup.replicas
+                                               else "in turn") + " (generation.pipeline)")
         lines.append(
             f"generation: {time.decode_tokens_per_second:,.0f} tokens/s over all ranks, "
             f"{1e3 * time.decode_step:.1f} ms a decode step, {time.generation_share:.0%} of a round"

@@ -62,12 +62,14 @@ class RoundTime:
 
 
 def round_time(
-    setup: Setup, work: Workload, *, parameters: int, adapter: int | None = None
+    setup: Setup, work: Workload, *, parameters: int, adapter: int | None = None,
+    whole: int | None = None,
 ) -> RoundTime:
     """Of one round.
 
     Args:
         parameters: Of the fullest rank.
+        whole: Of all stages together, where those generate as replicas.
         adapter: Trained parameters of the fullest rank where an adapter is trained alone.
     """
     trained = parameters if adapter is None else adapter
@@ -78,7 +80,8 @@ def round_time(
     seconds = {"training": sum(steps[p.name] * p.steps for p in work.phases)}
     decode, rate = 0.0, 0.0
     if work.samples:
-        generation, decode, rate = _generation(setup, work, parameters)
+        held = whole if setup.replicas and whole else parameters
+        generation, decode, rate = _generation(setup, work, held, sent=held - parameters)
         seconds = {"generation": generation, "reference": _reference(setup, work)} | seconds
     checkpoint = checkpoint_seconds(setup, trained)
     saves = _saves(setup, sum(p.steps for p in work.phases), seconds["training"])
@@ -223,11 +226,18 @@ def _reference(setup: Setup, work: Workload) -> float:
     return (packs + setup.pp - 1) * microbatch_seconds(setup, pack, backward=False)
 
 
-def _generation(setup: Setup, work: Workload, parameters: int) -> tuple[float, float, float]:
-    """(seconds, seconds a decode step, tokens a second over all replicas) of a round's samples."""
+def _generation(
+    setup: Setup, work: Workload, parameters: int, *, sent: int
+) -> tuple[float, float, float]:
+    """(seconds, seconds a decode step, tokens a second over all replicas) of a round's samples.
+
+    Args:
+        parameters: Of a rank while it generates, and
+        sent: how many of them come from other stages.
+    """
     lengths, options = work.lengths, setup.recipe.generation
     prompt, new = float(lengths.prompt.mean()), float(lengths.sample.mean())
-    per_replica = work.samples / setup.dp
+    per_replica = work.samples / setup.generators
     batch = min(options.max_requests, max(1.0, per_replica))
     step = decode_seconds(setup, round(batch), prompt + new / 2, parameters)
     prefill = Tokens.of([(round(prompt), 0)])
@@ -238,22 +248,24 @@ def _generation(setup: Setup, work: Workload, parameters: int) -> tuple[float, f
     prefills = per_replica * max(forward, products * 1.25) * setup.pp
     full = FULL_SLOTS if per_replica > batch else 1.0
     seconds = prefills + per_replica * new / (batch * full) * step
+    seconds += sent * setup.element / (LINK * _bandwidth(setup, setup.world_size))
     return seconds, step, work.samples * new / seconds if seconds else 0.0
 
 
 def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
-    """Of one decode step of one replica through CUDA graphs: all stages in turn.
+    """Of one decode step of one replica through CUDA graphs: all stages in turn, if it has some.
 
     Args:
         context: Tokens in the cache of a request.
         parameters: Of a rank.
     """
-    arch = setup.arch
-    cache = 2.0 * setup.layers * arch.dims["kv"] / setup.tp * context * batch * setup.element
+    arch, stages = setup.arch, 1 if setup.replicas else setup.pp
+    here = setup.layers * setup.pp // stages
+    cache = 2.0 * here * arch.dims["kv"] / setup.tp * context * batch * setup.element
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
-    read = (parameters - embedding * (setup.pp == 1)) * setup.element + cache
+    read = (parameters - embedding * (stages == 1)) * setup.element + cache
     reading = read / (DECODE * setup.machine.bandwidth)
     products = 2.0 * parameters * batch / (PRODUCTS * setup.machine.bf16)
-    layers = setup.layers * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
-    return setup.pp * (max(reading, products) + layers) + DECODE_REQUEST * batch
+    layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
+    return stages * (max(reading, products) + layers) + DECODE_REQUEST * batch

@@ -15,6 +15,7 @@ from megatron_irl.generation.interface import SamplingConfig, request_key
 from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.parallel.reduce import gather_over_data_parallel, largest_over_world
+from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.interruptible import Interruptible
 from megatron_irl.policy.policy import Policy
 from megatron_irl.storage.shared_bank import SharedBank
@@ -47,7 +48,7 @@ def sample_pairs(
 
     Collectives: every rank must call.
     """
-    topology, count = policy.topology, len(demonstrations)
+    topology, count = ranks(policy, console), len(demonstrations)
     if scheme > 1:  # every replica has parts of its own to write
         part_size = min(part_size, max(1, -(-count // topology.dp_size)))
     bounds = [(i, min(i + part_size, count)) for i in range(0, count, part_size)]
@@ -61,7 +62,7 @@ def sample_pairs(
                                      console)
         else:
             seed = round_seed(sampling.seed, round_index, stream)
-            tokens = _sample_share(policy, bank, round_index, parts, left,
+            tokens = _sample_share(policy, topology, bank, round_index, parts, left,
                                    replace(sampling, seed=seed), console)
         policy.release_cache()  # optimisation wants its memory
         bank.finish_round(round_index)  # a barrier too: every rank reads the pairs next
@@ -71,6 +72,15 @@ def sample_pairs(
         "tokens_per_second": tokens / seconds if tokens else 0.0,
         **largest_over_world(policy.generation_costs(), topology),
     }
+
+
+def ranks(policy: Policy, console: Console) -> Topology:
+    """``Policy.sampling_ranks``, and a line about them if that is news. Collective likewise."""
+    topology = policy.sampling_ranks()
+    assert policy.generator is not None
+    if note := policy.generator.take_note():
+        console.note(note)
+    return topology
 
 
 def round_seed(seed: int, round_index: int, stream: int) -> int:
@@ -151,7 +161,7 @@ def _sample_by_part(
 
 
 def _sample_share(
-    policy: Policy, bank: SharedBank, round_index: int, parts: Parts,
+    policy: Policy, topology: Topology, bank: SharedBank, round_index: int, parts: Parts,
     left: Sequence[int], sampling: SamplingConfig, console: Console,
 ) -> int:
     """Sample this replica's parts as one queue, and commit each part as it is complete.
@@ -159,7 +169,6 @@ def _sample_share(
     All samples of a prompt stand in one part and so are drawn by one replica. Returns the tokens
     that all replicas sampled.
     """
-    topology = policy.topology
     # ``left`` is rank 0's list on every rank, so no part is drawn twice and none forgotten.
     mine = {number: parts[number] for number in left[topology.dp_rank :: topology.dp_size]}
     keys = parts.keys()  # of all: a prompt may also stand in a part that another replica draws
@@ -220,7 +229,8 @@ def generate(
     policy: Policy, prompts: Sequence[np.ndarray], sampling: SamplingConfig, console: Console
 ) -> list[Sample]:
     """``Policy.generate`` with its progress shown. Collective over every rank."""
-    share = range(len(prompts))[policy.topology.dp_rank :: policy.topology.dp_size]
+    topology = ranks(policy, console)
+    share = range(len(prompts))[topology.dp_rank :: topology.dp_size]
     with console.generation(len(share)) as advance:
 
         def look(finished: int, tokens: int) -> None:

@@ -15,10 +15,10 @@ from megatron_irl.data.packing import alignment
 from megatron_irl.generation.borrow import complete_gather
 from megatron_irl.generation.interface import Ends, Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
-from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import wrap_data_parallel
 from megatron_irl.parallel.reduce import gather_in_turn
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.pipeline_sampling import PolicyGenerator
 from megatron_irl.policy.schedule import PipelineSchedule
 from megatron_irl.policy.scoring import (
     OnProgress,
@@ -79,7 +79,7 @@ class Policy:
         self.rows_at_once = rows_at_once
         self.adapters, self.samples_merged = adapters, samples_merged
         self.schedule = PipelineSchedule(self.chunks, topology, rows_at_once=rows_at_once)
-        self.generator: MegatronGenerator | None = None
+        self.generator: PolicyGenerator | None = None
 
     def for_training(self, ddp_config: DistributedDataParallelConfig) -> "Policy":
         """The same weights over Megatron's DDP, which owns the gradient buffers.
@@ -259,29 +259,33 @@ class Policy:
 
     # --- generation
 
-    def open_generator(
-        self, *, max_sequence_length: int, max_requests: int = 64,
-        kv_cache_gb: float | None = None, **options: Any,
-    ) -> None:
-        """Make ready to generate; the cache itself is allocated by the first ``generate``.
+    def open_generator(self, **options: Any) -> None:
+        """Make ready to generate, with what ``PolicyGenerator`` and ``MegatronGenerator`` take.
 
-        Args: as ``MegatronGenerator``. Collectives: none.
+        Memory is taken by the first ``generate``. Collectives: none.
         """
-        self.generator = MegatronGenerator(
-            self.chunks, self.topology, max_sequence_length=max_sequence_length,
-            vocab_size=self.architecture.vocab_size, max_requests=max_requests,
-            kv_cache_gb=kv_cache_gb, **options,
+        self.generator = PolicyGenerator(
+            self.chunks, self.topology, self.architecture,
+            vocab_size=self.architecture.vocab_size,
+            unmerged=self.adapters is not None and not self.samples_merged, **options,
         )
+
+    def sampling_ranks(self) -> Topology:
+        """This rank's place as generation has it, until ``release_cache``.
+
+        ``topology``, or one where the stages of a pipeline are replicas too. Collective: all ranks.
+        """
+        assert self.generator is not None, "open_generator comes first"
+        return self.generator.ranks()
 
     def generate_share(
         self, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
         on_progress: OnGenerated | None = None, *, keys: Sequence[int],
         on_finished: Finished | None = None,
     ) -> list[Sample]:
-        """A response to every prompt of this replica; see ``Generator.generate``.
+        """A response to every prompt of this replica, by ``sampling_ranks``.
 
-        Collectives: the ranks of a replica with equal arguments, and every replica, with what is
-        its own or nothing.
+        Collectives: every rank calls, those of a replica with equal arguments, maybe with nothing.
         """
         assert self.generator is not None, "open_generator comes first"
         with self._ready_to_sample():
@@ -294,7 +298,7 @@ class Policy:
         on_progress: OnGenerated | None = None, *, keys: Sequence[int] | None = None,
         on_finished: Finished | None = None, ends: Ends | None = None,
     ) -> list[Sample]:
-        """A response to every prompt, split over data parallelism; all samples on every rank.
+        """A response to every prompt, split over the replicas; all samples on every rank.
 
         Args:
             prompts: int32 token ids, the same list on every rank.
@@ -307,7 +311,7 @@ class Policy:
         Collectives: every rank must call.
         """
         assert self.generator is not None, "open_generator comes first"
-        topology = self.topology
+        topology = self.sampling_ranks()
         # Dealt in turn: prompts are often sorted, by length or by source.
         share = slice(topology.dp_rank, None, topology.dp_size)
         keys = range(len(prompts)) if keys is None else keys
@@ -330,11 +334,7 @@ class Policy:
             self.generator.residency.note_update()
 
     def generation_costs(self) -> dict[str, Any]:
-        """What generation cost beside its time, on this rank; nothing on CPU.
-
-        ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
-        that tensors took in the last phase of generation and in the training before it.
-        """
+        """What generation cost beside its time, on this rank; see ``PolicyGenerator.costs``."""
         return {} if self.generator is None else self.generator.costs()
 
     def release_cache(self) -> None:

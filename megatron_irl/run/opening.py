@@ -103,6 +103,7 @@ def open_generator(policy: Policy, recipe: Recipe) -> None:
         max_sequence_length=generation_length(recipe), max_requests=options.max_requests,
         kv_cache_gb=options.kv_cache_gb, cuda_graphs=options.cuda_graphs,
         keep_cache=options.keep_cache, share_prompts=options.share_prompts,
+        pipeline=options.pipeline,
     )
 
 

@@ -1,4 +1,4 @@
-"""Ranks that hang are noticed: who, where, stacks in the log, then an end."""
+"""Ranks that hang are noticed: who, where, stacks in the log, then an end; and nothing stays."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_irl.cli.ranks import run_ranks
 from megatron_irl.errors import HUNG
 from tests.cli.harness import deterministic, write_recipe
+from tests.cli.test_ranks import assert_same_run
 from tests.cli.test_two_starts import ours
 
 ROOT = Path(__file__).parents[2]
@@ -59,3 +60,35 @@ def test_every_living_rank_shows_its_stack(tmp_path, monkeypatch):
     (note,) = (tmp_path / "hangs").glob("*.txt")
     assert "no progress for" in note.read_text() and "in training" in note.read_text()
     assert ours(tmp_path) == []
+
+
+def test_a_killed_torchrun_leaves_nothing(sections, finished, tmp_path):
+    """Its ranks end with it, while a checkpoint is written too, and the run goes on."""
+    sections["checkpoint"] = {"interval": 1}
+    recipe = write_recipe(tmp_path / "r.yaml", **sections)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "-m", "megatron_irl", "train", str(recipe)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "log", "wb") as log:
+        agent = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=log,
+                                 start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "run").glob("checkpoints/.step_*.partial")):
+            assert agent.poll() is None and time.monotonic() < deadline, (
+                (tmp_path / "log").read_text())
+            time.sleep(0.002)
+        assert len(ours(tmp_path)) >= 3
+        agent.kill()
+        agent.wait()
+        deadline = time.monotonic() + 10
+        while ours(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert ours(tmp_path) == []
+    finally:
+        for pid in ours(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+    again = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE,
+                           text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(tmp_path / "run", finished)

@@ -102,6 +102,10 @@ def recipe(name: str, output_dir: str) -> dict[str, Any]:
     for key, value in CASES[case][1].items():
         mapping[key] = mapping.get(key, {}) | value if isinstance(value, dict) else value
     mapping["parallel"] = LAYOUTS[layout]
+    if layout == "pp2" and "generation" in mapping:
+        # As it was recorded. Replicas draw the same samples; fewer requests share a step, so the
+        # last bits of the engine's log-probabilities are others.
+        mapping["generation"] = mapping["generation"] | {"pipeline": "stages"}
     mapping["output_dir"] = output_dir
     return mapping
 

@@ -1,6 +1,7 @@
 """What the ranks of a GPU test run; importable by name."""
 
 import inspect
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import megatron_irl.hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_ddp_config
+from megatron_irl.policy.pipeline_sampling import PolicyGenerator
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import microbatches_for
 from megatron_irl.train.optimizer import build_megatron_optimizer
@@ -85,13 +87,16 @@ def rounds_with_graphs(
     """
     policy = build_policy(hf, layout, "bf16")
     prompts = [prompt for prompt, _ in random_sequences(seed, 16, vocab)]
-    options: dict[str, Any] = {"max_sequence_length": 64, "vocab_size": vocab, "max_requests": 16}
-    captured = MegatronGenerator(
-        policy.chunks, policy.topology, cuda_graphs="auto", keep_cache="true", **options
+    options: dict[str, Any] = {
+        "max_sequence_length": 64, "vocab_size": vocab, "max_requests": 16, "pipeline": "replicas",
+    }
+    captured, eager = (
+        PolicyGenerator(policy.chunks, policy.topology, policy.architecture, cuda_graphs=graphs,
+                        keep_cache="true", **options)
+        for graphs in ("auto", "off")
     )
-    eager = MegatronGenerator(policy.chunks, policy.topology, cuda_graphs="off", **options)
     outputs: tuple[list[Any], list[Any]] = ([], [])
-    with captured, eager:
+    with closing(captured), closing(eager):
         for number in range(rounds):
             sampling = SamplingConfig(max_new_tokens=budget, eos_id=EOS, seed=seed + number)
             for generator, out in zip((captured, eager), outputs, strict=True):

@@ -94,8 +94,8 @@ def test_engine_equals_trainer_in_bf16(gpu_pool, hf, name):
 @NEEDS_FLASH_ATTENTION
 @pytest.mark.skipif(not jobs.has_graphs(), reason="this engine captures no CUDA graphs")
 @pytest.mark.parametrize(("world_size", "layout"), [
-    (1, {}), (2, {"tensor_model_parallel_size": 2}),
-], ids=["one", "tp2"])
+    (1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2}),
+], ids=["one", "tp2", "pp2 as replicas"])
 def test_graphs_change_no_sample(gpu_pool, hf, world_size, layout):
     """Three rounds; a graph reads weights by address, so it must see those of its round."""
     for captured, eager, graphs in gpu_pool.run(

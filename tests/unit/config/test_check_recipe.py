@@ -48,6 +48,8 @@ def test_edges_that_are_allowed(changes: dict):
     ({"generation.top_p": 1.1}, ["generation.top_p=1.1", "(0, 1]"]),
     ({"generation.kv_cache_gb": 0}, ["generation.kv_cache_gb=0.0"]),
     ({"generation.max_new_tokens": 0}, ["generation.max_new_tokens=0"]),
+    ({"generation.pipeline": "replicas", "adapter.rank": 4, "adapter.generation": "applied"},
+     ["generation.pipeline=replicas", "adapter.generation=applied", "auto or stages"]),
     ({"data.max_prompt_length": 0}, ["data.max_prompt_length=0"]),
     ({"train.micro_batch_size": -1}, ["train.micro_batch_size=-1"]),
     ({"train.global_batch_size": 0}, ["train.global_batch_size=0"]),

@@ -60,6 +60,6 @@ def test_differences_are_named():
 @pytest.mark.parametrize("override", [
     "output_dir=p", "logging.interval=5", "parallel.timeout_minutes=7", "checkpoint.keep=9",
     "data.train=./d.jsonl", "model.hf=./m", "generation.keep_cache=true",
-    "generation.offload_optimizer=true"])
+    "generation.offload_optimizer=true", "generation.pipeline=stages"])
 def test_how_it_is_run_is_no_difference(override):
     assert differences(load("irft"), load("irft", override)) == []

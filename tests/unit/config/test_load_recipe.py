@@ -97,6 +97,7 @@ def test_a_name_with_glob_characters_is_taken_literally(recipe_path: Path):
     ("generation.cuda_graphs=true", "generation.cuda_graphs=True is not one of auto, off"),
     ("generation.cuda_graphs=2.5", "is not one of auto, off"),
     ("generation.keep_cache=maybe", "is not one of auto, true, false"),
+    ("generation.pipeline=both", "is not one of auto, stages, replicas"),
     ("data.train=data/z*.jsonl", "data.train=data/z*.jsonl matches no file"),
     ("data.eval=models", "data.eval=models is a folder without data files"),
     ("data.train=[data/a.jsonl, data/*.jsonl]", "data.train names data/a.jsonl twice"),
