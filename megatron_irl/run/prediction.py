@@ -89,10 +89,11 @@ class Prediction:
         said, _ = self._process.communicate()
         self._folder.cleanup()
         try:
-            self._plan = json.loads(said.splitlines()[-1])
+            plan = json.loads(said.splitlines()[-1])
         except (ValueError, IndexError):
             return
-        for text in shortages(self._plan):
+        self._plan = plan
+        for text in shortages(plan):
             self._warn(text)
 
 
