@@ -153,14 +153,24 @@ def _end_of_last_line(descriptor: int) -> int:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
     # What follows the last newline is empty, or a line the writer was killed in. A power cut can
     # leave the last line as long as it was, with other bytes.
-    complete = path.read_bytes().split(b"\n")[:-1]
+    complete = _content(path).split(b"\n")[:-1]
     while complete and _parsed(complete[-1]) is None:
         complete.pop()
     return [_parse(path, number, line) for number, line in enumerate(complete, 1) if line.strip()]
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a log, none where there is no such file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}. Move it away, then start the "
+                        "run again on the same folder; what a checkpoint kept of it is put back."
+                        ) from error
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -187,7 +197,7 @@ def _level(
     path: Path, key: str, wanted: range, kept: Iterable[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Rewrite a log to the wanted lines, those of ``kept`` where it lacks them; returns them."""
-    before = path.read_bytes() if path.exists() else b""
+    before = _content(path)
     records = [record for record in map(_parsed, before.split(b"\n")) if record is not None]
     # Later ones win. What the checkpoint kept is of the very steps that led to it; a line of the
     # log may have been damaged since, and of steps that it has not kept the last doing counts.

@@ -196,3 +196,12 @@ def test_nothing_is_logged_past_the_fence(tmp_path):
         with pytest.raises(UserError, match="another run's"):
             write()
     assert (log.metrics_path.read_bytes(), log.rounds_path.read_bytes()) == before
+
+
+def test_a_folder_in_the_place_of_a_log_is_named(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics_path.mkdir()
+    for act in (lambda: log.level(3, 0), log.read_metrics,
+                lambda: log.log_metrics({"step": 1, "round": 0})):
+        with pytest.raises(UserError, match="metrics.jsonl.*directory"):
+            act()
