@@ -43,6 +43,9 @@ def test_a_killed_run_is_finished_as_the_release_would_have(archive, pool, tmp_p
     train(pool, 1, folder / "recipe.yaml")
 
     found = compare(expected["trajectory"], read_trajectory(folder / RUN), exact=exact)
-    assert found.differences == []
+    # A request that was decoded alone had other last bits in the release; see generation/skinny.py.
+    # Losses and weights, which rft makes of them, are compared as they are.
+    expected_bits = "other logps of the samples"
+    assert [line for line in found.differences if not line.endswith(expected_bits)] == []
     # Clock readings and all: these steps were not done again.
     assert (folder / RUN / "metrics.jsonl").read_bytes().splitlines()[:saved] == kept
