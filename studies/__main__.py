@@ -2,9 +2,13 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+# A thread a point, before torch is loaded: more of them than cores wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from megatron_irl.errors import UserError
 from studies.report import picture, table

@@ -18,6 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# A thread a run, before torch is loaded: more of them than cores wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from studies.page import write_page  # noqa: E402
 from studies.points import answers  # noqa: E402
@@ -34,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1),
                         help="runs at a time, of one thread each")
     options = parser.parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded by a run
     started = time.perf_counter()
     out = options.out.resolve()
     study = read_study(options.study)
