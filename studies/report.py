@@ -37,7 +37,7 @@ def _cells(
         for metric in ("greedy", "sampled"):
             found = paired_difference([s[metric] for s in seeds], [s[metric] for s in sft["seeds"]])
             versus += [f"{100 * found.mean:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]",
-                       f"{found.p:.4f}"]
+                       "< 0.0001" if found.p < 1e-4 else f"{found.p:.4f}"]
     areas = [s["auc"] for s in seeds if s.get("auc") is not None]
     auc = f"{np.mean(areas):.3f}" if areas else ""
     seconds = f"{np.mean([s['seconds'] for s in seeds]):.0f}"
