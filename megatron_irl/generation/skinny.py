@@ -66,7 +66,8 @@ def _either(usual: Callable[..., Tensor], *, copies: bool) -> Callable[..., Tens
         out_NM = (weight @ (rows_MK if rows > 1 else rows_MK.repeat(2, 1)).t())[:, :rows]
         if bias is not None:
             out_NM += bias[:, None]
-        out_MN = out_NM.t().contiguous() if copies else out_NM.t()
+        # A column of two is strided, and what is elementwise takes another path for strides.
+        out_MN = out_NM.t().contiguous() if copies or rows == 1 else out_NM.t()
         return out_MN.unflatten(0, input.shape[:-1])
 
     return product

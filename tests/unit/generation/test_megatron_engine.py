@@ -24,6 +24,8 @@ from tests.convert.tiny import make_tiny_llama
 
 EOS = 1
 SAMPLED = SamplingConfig(max_new_tokens=12, seed=3, eos_id=EOS)
+# MKL's products for AVX2 depend on the number of rows.
+EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +117,8 @@ def test_batching_and_cache_size_do_not_change_samples(make, prompts, options):
     got = make(**options).generate(prompts, SAMPLED)
     assert ids(got) == ids(expected)
     for a, b in zip(got, expected, strict=True):
-        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+        # A killed run goes on with other company in its steps: it must not show in any bit.
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=0 if EXACT else 1e-5)
 
 
 @pytest.mark.parametrize("burst", [1, 7])

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -150,6 +151,30 @@ def test_windows_hide_what_lies_before(window, total, softcap):
         torch.testing.assert_close(mixed[part], expected, atol=1e-5, rtol=1e-5)
         expected = paged.expected(row, decode[row], window, softcap)
         torch.testing.assert_close(single[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [64, 256])
+def test_a_request_gets_the_same_bits_alone_and_in_any_company(block):
+    keys = [3, 17, 64, 33, 150, 1, 90, 16]
+    queries = [1, 17, 1, 33, 150, 1, 40, 1]
+    paged, q = Paged(keys, block, 60), torch.randn(sum(queries), HEADS, SIZE)
+    starts = np.cumsum([0, *queries])
+
+    def attended(rows):
+        cu_q, cu_k = (
+            torch.tensor([0, *(sizes[row] for row in rows)]).cumsum(0).int()
+            for sizes in (queries, keys)
+        )
+        part = torch.cat([q[starts[row] : starts[row + 1]] for row in rows])
+        out = flash_attn_varlen_func(
+            part, paged.k_cache, paged.v_cache, cu_q, cu_k, 0, 0, block_table=paged.table[rows]
+        )
+        return dict(zip(rows, out.split([queries[row] for row in rows]), strict=True))
+
+    alone = {row: attended([row])[row] for row in range(len(keys))}
+    for company in (range(8), [0, 1], [5, 4], [3, 2, 7], [6, 4, 0]):
+        for row, out in attended(list(company)).items():
+            assert torch.equal(out, alone[row]), f"request {row} among {list(company)}"
 
 
 def test_attention_sinks_are_refused():

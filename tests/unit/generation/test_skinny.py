@@ -23,6 +23,7 @@ def test_one_row_alone_and_among_others(inner, outer, copies):
     pairs = torch.cat([of(rows_MBK[[i, 0]])[:1] for i in range(8)])
     alone = torch.cat([of(rows_MBK[i : i + 1]) for i in range(8)])
     assert torch.equal(alone, pairs)
-    assert alone.shape == (8, 1, outer) and of(rows_MBK[:1]).is_contiguous() == copies
+    assert alone.shape == (8, 1, outer) and of(rows_MBK[:1]).is_contiguous()
+    assert of(rows_MBK[:2]).is_contiguous() == copies
     expected = rows_MBK[:8].double() @ weight.t().double() + bias.double()
     assert torch.allclose(alone.double(), expected, atol=1e-3)
