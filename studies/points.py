@@ -10,21 +10,22 @@ import random
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_irl.storage.commit import write_file, write_jsonl_atomically
+from studies.answers import SAMPLES, generated, shares, taken
 from studies.commands import command, logged
 from studies.methods import recipe_of
 from studies.model import make_model
 from studies.rewards import reward_auc
 from studies.tasks import TASKS, Example, make_examples
 
-SAMPLES = 8  # of each held-out prompt, at temperature 1
-REWARDED = ("irft", "rft")  # methods that learn a reward
+REWARDED = ("spin", "irft", "rft")  # methods that learn a reward
+MEASURING = ("temperature",)  # settings that change what is sampled, and not what is trained
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,28 @@ class Point:
         """The folder's name."""
         return f"{self.method}-{digest(asdict(self))}"
 
+    @property
+    def trained(self) -> "list[Point]":
+        """Whose runs it measures: its own, as a rule; of ``best_of`` what draws and what judges."""
+        if self.method == "start":
+            return []
+        if self.method == "best_of":
+            return [self.part("draws"), self.part("judge")]
+        kept = {k: v for k, v in self.settings.items() if k not in MEASURING}
+        return [replace(self, settings=kept)]
+
+    @property
+    def needs(self) -> "list[Point]":
+        """Points that are trained before it, since others measure or use their runs as well."""
+        shared = [part for part in self.trained if part != self]
+        has_reward = self.method == "filtered" and "kind" in self.settings["reward"]
+        return [*shared, self.part("reward")] if has_reward else shared
+
+    def part(self, key: str) -> "Point":
+        """The point that a setting describes: a method's settings with its ``kind``."""
+        settings = dict(self.settings[key])
+        return replace(self, method=settings.pop("kind"), settings=settings)
+
 
 def digest(mapping: Mapping[str, Any]) -> str:
     """Ten hex digits of a mapping's contents."""
@@ -79,6 +102,20 @@ def run_point(point: Point, out: Path, *, split: str) -> dict[str, Any]:
     return measured
 
 
+def train_point(point: Point, out: Path, home: Path | None = None) -> Path:
+    """Train it if need be; returns the HF folder of the result.
+
+    Args:
+        point: One that trains itself.
+        home: Where its run goes; none: the point's folder.
+    """
+    folder = home or out / "points" / point.name
+    with logged(folder / "log.txt"):
+        data = _data(point, out)
+        start = _start(point, data, out)
+        return _train(point, start, _demonstrations(point, start, data, out), folder, out)
+
+
 def answers(point: Point, out: Path) -> dict[str, str]:
     """The greedy answers of a point that has been measured on the test split, by prompt."""
     lines = (out / "points" / point.name / "test" / "greedy.jsonl").read_text().splitlines()
@@ -92,11 +129,15 @@ def _run_and_measure(point: Point, out: Path, folder: Path, split: str) -> dict[
     prompts = data / f"{split}.jsonl"
     if point.method == "start":
         return _measure(point, start, prompts, folder / split) | {"seconds": 0.0}
-    hf = _train(point, start, demonstrations, folder)
-    measured = _measure(point, hf, prompts, folder / split)
-    measured["seconds"] = json.loads((folder / "seconds.json").read_text())["seconds"]
+    homes = [out / "points" / part.name for part in point.trained]
+    hf, *_ = [_train(part, start, demonstrations, home, out)
+              for part, home in zip(point.trained, homes, strict=True)]
+    judge = homes[-1] / "run" if point.method == "best_of" else None
+    measured = _measure(point, hf, prompts, folder / split, judge)
+    measured["seconds"] = sum(
+        json.loads((home / "seconds.json").read_text())["seconds"] for home in homes)
     if point.method in REWARDED:
-        measured["auc"] = reward_auc(folder / "run", start, demonstrations, folder)
+        measured["auc"] = reward_auc(homes[0] / "run", start, demonstrations, homes[0])
     return measured
 
 
@@ -157,15 +198,20 @@ def _demonstrations(point: Point, start: Path, data: Path, out: Path) -> Path:
     return mixed
 
 
-def _train(point: Point, start: Path, demonstrations: Path, folder: Path) -> Path:
+def _train(point: Point, start: Path, demonstrations: Path, folder: Path, out: Path) -> Path:
     """The HF folder of the method's result; ``filtered`` is sft on what a reward of rft prefers."""
     if point.method != "filtered":
         return _run(point.method, point.settings, start, demonstrations, folder / "run", point.seed)
     kept = folder / "kept.jsonl"
     if not kept.exists():
-        _run("rft", point.settings["reward"], start, demonstrations, folder / "reward", point.seed)
-        command("filter", folder / "reward", "--out", kept, "--top-quantile",
-                point.settings["keep"])
+        if point.needs:
+            home = out / "points" / point.needs[0].name
+            _train(point.needs[0], start, demonstrations, home, out)
+            reward = home / "run"
+        else:
+            reward = folder / "reward"
+            _run("rft", point.settings["reward"], start, demonstrations, reward, point.seed)
+        command("filter", reward, "--out", kept, "--top-quantile", point.settings["keep"])
     return _run("sft", point.settings, start, kept, folder / "run", point.seed)
 
 
@@ -183,31 +229,28 @@ def _run(
                       seed=seed),
             sort_keys=False,
         ))
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         command("train", recipe)
-        write_file(done, json.dumps({"seconds": time.perf_counter() - began}).encode())
+        write_file(done, json.dumps({
+            "seconds": time.perf_counter() - began,
+            "processor_seconds": time.process_time() - worked}).encode())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return folder / "hf"
 
 
-def _measure(point: Point, hf: Path, prompts: Path, folder: Path) -> dict[str, Any]:
+def _measure(
+    point: Point, hf: Path, prompts: Path, folder: Path, judge: Path | None = None
+) -> dict[str, Any]:
+    """Greedy answers and samples of ``hf``; ``judge`` is the run whose reward takes the samples."""
     is_right = TASKS[point.task["name"]].is_right
-    folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    for name, options in (
-        ("greedy", ("--temperature", 0)),
-        ("sampled", ("--num-samples", SAMPLES, "--seed", point.seed,
-                     "--temperature", point.settings.get("temperature", 1.0))),
-    ):
-        out = folder / f"{name}.jsonl"
-        if not out.exists():
-            command("generate", "--model", hf, "--prompts", prompts, "--out", out,
-                    "--max-new-tokens", 12, *options)
-        answers: dict[str, list[str]] = {}
-        for line in map(json.loads, out.read_text().splitlines()):
-            answers.setdefault(line["prompt"].removesuffix("="), []).append(line["response"])
-        rights = {p: [is_right(p, a) for a in texts] for p, texts in answers.items()}
-        found[name] = [sum(values) / len(values) for values in rights.values()]
-        if name == "sampled":
-            found["distinct"] = [len(set(texts)) / len(texts) for texts in answers.values()]
-    return found
+    greedy = generated(hf, prompts, folder / "greedy.jsonl", temperature=0.0)
+    n = point.settings["n"] if judge else 1
+    sampled = generated(
+        hf, prompts, folder / "sampled.jsonl", samples=SAMPLES * n, seed=point.seed,
+        temperature=point.settings.get("temperature", 1.0))
+    if judge:
+        sampled = taken(sampled, judge, folder, n)
+    return {
+        "greedy": shares(greedy, is_right), "sampled": shares(sampled, is_right),
+        "distinct": [len(set(texts)) / len(texts) for texts in sampled.values()],
+    }
