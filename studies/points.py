@@ -64,8 +64,8 @@ def run_point(point: Point, out: Path, *, split: str) -> dict[str, Any]:
 
     Returns:
         ``greedy`` (0 or 1 a prompt), ``sampled`` (share of right samples a prompt), ``distinct``
-        (different samples a prompt, as a share), ``seconds`` of training, and ``auc`` of the
-        reward over the demonstrations where there is one; see ``reward_auc``.
+        (different samples a prompt, as a share), ``seconds`` of training, and in a test
+        ``auc`` of the reward over the demonstrations where there is one; see ``reward_auc``.
     """
     folder = out / "points" / point.name
     result = folder / f"{split}.json"
@@ -94,7 +94,7 @@ def _run_and_measure(point: Point, out: Path, folder: Path, split: str) -> dict[
     hf = _train(point, start, demonstrations, folder)
     measured = _measure(point, hf, prompts, folder / split)
     measured["seconds"] = json.loads((folder / "seconds.json").read_text())["seconds"]
-    if point.method in REWARDED:
+    if point.method in REWARDED and split == "test":  # no setting is chosen by it
         measured["auc"] = reward_auc(folder / "run", start, demonstrations, folder,
                                      material_of(point.task["name"]).score)
     return measured

@@ -1,18 +1,22 @@
 """Questions with an instruction, drafts that a program edits, and who judges the answers."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_irl.errors import UserError
+from megatron_irl.storage.commit import write_jsonl_atomically
 from studies import instructions
+from studies.by_instruction import shares
 from studies.drafts import Questions
 from studies.instructions import INSTRUCTIONS, follows, instruction_of
 from studies.material import Letters, material_of
 from studies.model import pretrained
 from studies.points import Point
 from studies.questions import FORMS, TOPICS, draw_questions
+from studies.study import read_study
 
 DRAFTS = {  # what the edits make of them, by hand
     "quotation": ('He said "no", twice. ', "\"He said 'no', twice.\""),
@@ -127,3 +131,21 @@ def test_a_model_that_is_not_there(tmp_path):
         pretrained(str(tmp_path / "none"))
     (tmp_path / "config.json").write_text("{}")
     assert pretrained(str(tmp_path)) == tmp_path.resolve()
+
+
+def test_shares_by_instruction(tmp_path, plain_checkers):
+    study = read_study(Path(__file__).parents[3] / "studies" / "smollm2.yaml")
+    settings = {m.name: m.trials()[0] for m in study.methods}
+    results = {"levels": {"": {name: {"settings": s} for name, s in settings.items()}}}
+    lines = [{"prompt": [{"role": "user", "content": i.text}]} for i in INSTRUCTIONS.values()]
+    for method in study.methods:
+        for seed in study.seeds:
+            point = study.point("", method, settings[method.name], seed)
+            for kind, answer in (("greedy", "no, no"), ("sampled", '"yes"')):
+                folder = tmp_path / "points" / point.name / "test"
+                write_jsonl_atomically(folder / f"{kind}.jsonl",
+                                       [line | {"response": answer} for line in lines])
+    found = shares(study, results, tmp_path)
+    assert len(found) == len(settings) * 2 * len(INSTRUCTIONS)
+    for (_, kind, name), share in found.items():
+        assert share == (name == "lowercase" if kind == "greedy" else 1.0)
