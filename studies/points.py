@@ -6,7 +6,6 @@ studies, and a study that is stopped goes on where it was.
 
 import hashlib
 import json
-import random
 import shutil
 import time
 from collections.abc import Mapping
@@ -17,12 +16,12 @@ from typing import Any
 import yaml
 
 from megatron_irl.storage.commit import write_file, write_jsonl_atomically
-from studies.answers import SAMPLES, generated, shares, taken
+from studies.answers import generated, shares, taken
 from studies.commands import command, logged
+from studies.material import material_of
 from studies.methods import recipe_of
-from studies.model import make_model
+from studies.model import make_model, pretrained
 from studies.rewards import reward_auc
-from studies.tasks import TASKS, Example, make_examples
 
 REWARDED = ("spin", "irft", "rft")  # methods that learn a reward
 MEASURING = ("temperature",)  # settings that change what is sampled, and not what is trained
@@ -34,8 +33,8 @@ class Point:
 
     Attributes:
         task: ``name`` and the sizes that ``make_examples`` takes; ``unedited``, the share of the
-            demonstrations whose answers are the starting model's own samples.
-        model: ``hidden`` and ``layers``.
+            demonstrations whose answers are the starting model's own samples, as they were.
+        model: ``hidden`` and ``layers``, or ``hf``, the folder of a pretrained one.
         start: Settings of the SFT run that all methods start from, on the demonstrations, or on
             ``before`` other examples, of which the share ``habit`` is answered by habit, of
             ``lengths``.
@@ -89,8 +88,8 @@ def run_point(point: Point, out: Path, *, split: str) -> dict[str, Any]:
 
     Returns:
         ``greedy`` (0 or 1 a prompt), ``sampled`` (share of right samples a prompt), ``distinct``
-        (different samples a prompt, as a share), ``seconds`` of training, and ``auc`` of the
-        reward over the demonstrations where there is one; see ``reward_auc``.
+        (different samples a prompt, as a share), ``seconds`` of training, and in a test
+        ``auc`` of the reward over the demonstrations where there is one; see ``reward_auc``.
     """
     folder = out / "points" / point.name
     result = folder / f"{split}.json"
@@ -118,8 +117,9 @@ def train_point(point: Point, out: Path, home: Path | None = None) -> Path:
 
 def answers(point: Point, out: Path) -> dict[str, str]:
     """The greedy answers of a point that has been measured on the test split, by prompt."""
-    lines = (out / "points" / point.name / "test" / "greedy.jsonl").read_text().splitlines()
-    return {line["prompt"].removesuffix("="): line["response"] for line in map(json.loads, lines)}
+    key = material_of(point.task["name"]).key
+    lines = _lines(out / "points" / point.name / "test" / "greedy.jsonl")
+    return {key(line): line["response"] for line in lines}
 
 
 def _run_and_measure(point: Point, out: Path, folder: Path, split: str) -> dict[str, Any]:
@@ -136,8 +136,9 @@ def _run_and_measure(point: Point, out: Path, folder: Path, split: str) -> dict[
     measured = _measure(point, hf, prompts, folder / split, judge)
     measured["seconds"] = sum(
         json.loads((home / "seconds.json").read_text())["seconds"] for home in homes)
-    if point.method in REWARDED:
-        measured["auc"] = reward_auc(homes[0] / "run", start, demonstrations, homes[0])
+    if point.method in REWARDED and split == "test":  # no setting is chosen by it
+        measured["auc"] = reward_auc(homes[0] / "run", start, demonstrations, homes[0],
+                                     material_of(point.task["name"]).score)
     return measured
 
 
@@ -148,19 +149,16 @@ def _data(point: Point, out: Path) -> Path:
     folder = out / "data" / digest({"task": {"name": point.task["name"]} | sizes,
                                     "seed": point.seed})
     if not (folder / "test.jsonl").exists():
-        splits = make_examples(TASKS[point.task["name"]], point.seed, **sizes)
+        splits = material_of(point.task["name"]).splits(point.seed, sizes)
         for split in sorted(splits, key="test".__eq__):  # test last: it says that all are there
-            write_jsonl_atomically(folder / f"{split}.jsonl", map(_record, splits[split]))
+            write_jsonl_atomically(folder / f"{split}.jsonl", splits[split])
     return folder
 
 
-def _record(example: Example) -> dict[str, Any]:
-    return {"prompt": example.prompt + "=", "response": example.answer,
-            "is_right": example.is_right}  # for the measurement; training does not read it
-
-
 def _start(point: Point, data: Path, out: Path) -> Path:
-    """The model that all methods start from: a little SFT on a random one."""
+    """The model that all methods start from: a pretrained one, or a little SFT on a random one."""
+    if "hf" in point.model:
+        return pretrained(point.model["hf"])
     model = out / "models" / digest(point.model)
     make_model(model, **point.model)
     own = "before" in point.start
@@ -170,38 +168,34 @@ def _start(point: Point, data: Path, out: Path) -> Path:
     if not point.start["steps"]:
         return model
     demonstrations = data / ("before.jsonl" if own else "train.jsonl")
-    return _run("sft", point.start, model, demonstrations, folder, point.seed)
+    return _run("sft", point.start, model, demonstrations, folder, point)
 
 
 def _demonstrations(point: Point, start: Path, data: Path, out: Path) -> Path:
     """The file of demonstrations; those that nobody edited are samples of ``start``."""
-    share = point.task.get("unedited", 0.0)
-    if not share:
+    material = material_of(point.task["name"])
+    if not material.needs_drafts(point.task):
         return data / "train.jsonl"
-    folder = out / "data" / digest({"start": start.parent.name, "task": point.task,
-                                    "seed": point.seed})
+    made_by = point.model["hf"] if "hf" in point.model else start.parent.name
+    folder = out / "data" / digest({"start": made_by, "task": point.task, "seed": point.seed})
     drafts, mixed = folder / "drafts.jsonl", folder / "train.jsonl"
     if not mixed.exists():
         folder.mkdir(parents=True, exist_ok=True)
         command("generate", "--model", start, "--prompts", data / "train.jsonl", "--out", drafts,
-                "--max-new-tokens", 12, "--seed", point.seed)
-        records = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
-        answers = {line["prompt"]: line["response"]
-                   for line in map(json.loads, drafts.read_text().splitlines())}
-        rng, task = random.Random(point.seed), TASKS[point.task["name"]]
-        for place in rng.sample(range(len(records)), round(share * len(records))):
-            prompt = records[place]["prompt"]
-            word, answer = prompt.removesuffix("="), answers[prompt]
-            if answer:  # an empty one is no demonstration
-                records[place] = _record(Example(word, answer, task.is_right(word, answer)))
-        write_jsonl_atomically(mixed, records)
+                *material.generate, "--seed", point.seed)
+        write_jsonl_atomically(mixed, material.demonstrations(
+            _lines(data / "train.jsonl"), _lines(drafts), point.task, point.seed))
     return mixed
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _train(point: Point, start: Path, demonstrations: Path, folder: Path, out: Path) -> Path:
     """The HF folder of the method's result; ``filtered`` is sft on what a reward of rft prefers."""
     if point.method != "filtered":
-        return _run(point.method, point.settings, start, demonstrations, folder / "run", point.seed)
+        return _run(point.method, point.settings, start, demonstrations, folder / "run", point)
     kept = folder / "kept.jsonl"
     if not kept.exists():
         if point.needs:
@@ -210,27 +204,27 @@ def _train(point: Point, start: Path, demonstrations: Path, folder: Path, out: P
             reward = home / "run"
         else:
             reward = folder / "reward"
-            _run("rft", point.settings["reward"], start, demonstrations, reward, point.seed)
+            _run("rft", point.settings["reward"], start, demonstrations, reward, point)
         command("filter", reward, "--out", kept, "--top-quantile", point.settings["keep"])
-    return _run("sft", point.settings, start, kept, folder / "run", point.seed)
+    return _run("sft", point.settings, start, kept, folder / "run", point)
 
 
 def _run(
     method: str, settings: Mapping[str, Any], start: Path, demonstrations: Path, folder: Path,
-    seed: int,
+    point: Point,
 ) -> Path:
     """The HF folder of a finished run; the run's own files go, but for its log."""
     done = folder.parent / "seconds.json" if folder.name == "run" else folder / "seconds.json"
     if not done.exists():
-        recipe = folder.with_name(folder.name + ".yaml")
-        recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(yaml.safe_dump(
-            recipe_of(method, settings, start=start, demonstrations=demonstrations, out=folder,
-                      seed=seed),
-            sort_keys=False,
-        ))
+        recipe = recipe_of(method, settings, start=start, demonstrations=demonstrations,
+                           out=folder, seed=point.seed)
+        for key, value in material_of(point.task["name"]).recipe.items():
+            recipe[key] = recipe[key] | value if isinstance(value, Mapping) else value
+        path = folder.with_name(folder.name + ".yaml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
         began, worked = time.perf_counter(), time.process_time()
-        command("train", recipe)
+        command("train", path)
         write_file(done, json.dumps({
             "seconds": time.perf_counter() - began,
             "processor_seconds": time.process_time() - worked}).encode())
@@ -242,15 +236,15 @@ def _measure(
     point: Point, hf: Path, prompts: Path, folder: Path, judge: Path | None = None
 ) -> dict[str, Any]:
     """Greedy answers and samples of ``hf``; ``judge`` is the run whose reward takes the samples."""
-    is_right = TASKS[point.task["name"]].is_right
-    greedy = generated(hf, prompts, folder / "greedy.jsonl", temperature=0.0)
+    material = material_of(point.task["name"])
+    greedy = generated(material, hf, prompts, folder / "greedy.jsonl", "--temperature", 0)
     n = point.settings["n"] if judge else 1
     sampled = generated(
-        hf, prompts, folder / "sampled.jsonl", samples=SAMPLES * n, seed=point.seed,
-        temperature=point.settings.get("temperature", 1.0))
+        material, hf, prompts, folder / "sampled.jsonl", "--num-samples", material.samples * n,
+        "--seed", point.seed, "--temperature", point.settings.get("temperature", 1.0))
     if judge:
-        sampled = taken(sampled, judge, folder, n)
+        sampled = taken(material, folder / "sampled.jsonl", judge, n)
     return {
-        "greedy": shares(greedy, is_right), "sampled": shares(sampled, is_right),
+        "greedy": shares(material, greedy), "sampled": shares(material, sampled),
         "distinct": [len(set(texts)) / len(texts) for texts in sampled.values()],
     }

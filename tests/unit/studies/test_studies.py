@@ -13,6 +13,7 @@ from megatron_irl.config import recipe_from_mapping, resolve
 from megatron_irl.errors import UserError
 from studies.answers import best_of, shares
 from studies.cost import equal_steps
+from studies.material import Letters
 from studies.methods import ALGORITHMS, recipe_of
 from studies.points import Point
 from studies.report import table
@@ -174,7 +175,7 @@ def test_points_that_differ_in_what_is_sampled_share_a_training():
 def test_best_of_every_n_by_hand():
     assert best_of(["a", "b", "c", "d"], [0.0, 1.0, 2.0, 2.0], 2) == ["b", "c"]
     assert best_of(["a", "b"], [0.0, 1.0], 1) == ["a", "b"]
-    assert shares({"x": ["x", "y"], "y": ["y"]}, str.__eq__) == [0.5, 1.0]
+    assert shares(Letters("mirror"), {"ab": ["ba", "ab"], "bc": ["cb"]}) == [0.5, 1.0]
 
 
 def test_steps_that_take_as_long_by_hand():
