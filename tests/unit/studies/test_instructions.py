@@ -134,7 +134,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 
 def test_shares_by_instruction(tmp_path, plain_checkers):
-    study = read_study(Path(__file__).parents[3] / "studies" / "smollm2.yaml")
+    study = read_study(Path(__file__).parents[3] / "studies" / "pretrained" / "smollm2.yaml")
     settings = {m.name: m.trials()[0] for m in study.methods}
     results = {"levels": {"": {name: {"settings": s} for name, s in settings.items()}}}
     lines = [{"prompt": [{"role": "user", "content": i.text}]} for i in INSTRUCTIONS.values()]

@@ -23,7 +23,7 @@ from studies.study import read_study, shared_trainings, starts_of
 from studies.tasks import TASKS, is_chain, is_subsequence, make_examples
 from studies.why import training_signs, why_table
 
-STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
+STUDIES = sorted((Path(__file__).parents[3] / "studies").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", TASKS)
