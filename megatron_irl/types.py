@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-HeadChoice = Literal["logprobs", "rewards", "both", "choices"]
+HeadChoice = Literal["logprobs", "rewards", "both", "choices", "smoothed"]
 """Which heads of the last stage run; decides what an objective is given. ``choices``, of evaluation
-only, are log-probabilities beside whether each token is the likeliest one."""
+only, are log-probabilities beside whether each token is the likeliest one; ``smoothed`` are
+log-probabilities beside their mean over the vocabulary."""
 Reduction = Literal["mean", "max"]
 
 

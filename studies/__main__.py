@@ -1,4 +1,4 @@
-"""``python -m studies run FILE... --out DIR [--jobs N]`` and ``python -m studies report DIR``."""
+"""``python -m studies run FILE... --out DIR [--jobs N]``, ``report DIR`` and ``cost FILE``."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from megatron_irl.errors import UserError
+from studies.cost import cost_table
 from studies.report import picture, table
 from studies.study import read_study, run_study
 from studies.why import why_table
@@ -26,9 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run.add_argument("--jobs", type=int, default=1, help="points at a time")
     report = commands.add_parser("report", help="tables and pictures of finished studies")
     report.add_argument("out", type=Path)
+    cost = commands.add_parser("cost", help="processor seconds of each method's training")
+    cost.add_argument("study", type=Path)
+    cost.add_argument("--out", type=Path, default=Path("runs/study"))
+    cost.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(argv)
     out = options.out.resolve()
     try:
+        if options.command == "cost":
+            print(cost_table(read_study(options.study), out, options.repeats))
+            return 0
         if options.command == "run":
             for path in options.studies:
                 run_study(read_study(path), out, options.jobs)

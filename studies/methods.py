@@ -1,10 +1,14 @@
 """The recipes of the methods that a study compares, as plain mappings.
 
 Common settings: ``lr``; ``batch``; ``steps`` on demonstrations, the same for all of a study.
-``irft`` and ``spin`` also read ``rounds`` (T; then K = steps / T), ``beta``, ``loss``, ``anchor``
-and ``reference``; ``rft`` reads ``rounds``, ``beta``, ``anchor``, ``head_lr``, ``policy_steps`` of
-each round and ``samples`` of each prompt; ``filtered`` is sft on the share ``keep`` of the
-demonstrations that the reward of an rft run with the settings ``reward`` likes best.
+``irft`` also reads ``rounds`` (T; then K = steps / T), ``beta``, ``loss``, ``anchor`` and
+``reference``; ``spin``, whose rounds are passes, ``rounds`` and not ``steps``; ``rft`` ``rounds``,
+``beta``, ``anchor``, ``head_lr``, ``policy_steps`` of each round and ``samples`` of each prompt;
+``smoothed`` is sft with ``smoothing`` of its targets; ``filtered`` is sft on the share ``keep`` of
+the demonstrations that the reward of an rft run with the settings ``reward`` likes best (where
+these have a ``kind``, the run is shared with other points).
+``best_of`` trains nothing of its own: the method in ``draws`` answers ``n`` times, and the reward
+of the one in ``judge`` takes the answer it likes best. Samples are drawn at ``temperature``.
 """
 
 from collections.abc import Mapping
@@ -48,6 +52,18 @@ def _dft(settings: Settings) -> dict[str, Any]:
     return recipe
 
 
+def _smoothed(settings: Settings) -> dict[str, Any]:
+    recipe = _sft(settings)
+    recipe["algorithm"]["label_smoothing"] = settings["smoothing"]
+    return recipe
+
+
+def _spin(settings: Settings) -> dict[str, Any]:
+    return {"algorithm": {
+        "name": "spin", "rounds": settings["rounds"], "beta": settings["beta"],
+        "nll_coefficient": settings.get("anchor", 0.0)}}
+
+
 def _irft(settings: Settings) -> dict[str, Any]:
     rounds = settings["rounds"]
     return {"algorithm": {
@@ -71,4 +87,5 @@ def _rft(settings: Settings) -> dict[str, Any]:
     }
 
 
-ALGORITHMS = {"sft": _sft, "filtered": _sft, "dft": _dft, "irft": _irft, "rft": _rft}
+ALGORITHMS = {"sft": _sft, "filtered": _sft, "dft": _dft, "smoothed": _smoothed, "spin": _spin,
+              "irft": _irft, "rft": _rft}

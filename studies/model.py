@@ -1,7 +1,8 @@
-"""A small Llama over letters, made from nothing."""
+"""What studies start from: a small Llama over letters, made from nothing, or a pretrained one."""
 
 from pathlib import Path
 
+from megatron_irl.errors import UserError
 from studies.tasks import LETTERS
 
 
@@ -27,3 +28,12 @@ def make_model(folder: Path, *, hidden: int, layers: int, seed: int = 0) -> None
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(folder)
+
+
+def pretrained(hf: str) -> Path:
+    """The folder of a pretrained model, which must be there."""
+    folder = Path(hf).resolve()
+    if not (folder / "config.json").exists():
+        raise UserError(f"model.hf {hf}: there is no model, seen from {Path.cwd()}. "
+                        f"SmolLM2 is made with: python tools/make_smollm2.py --out {hf}")
+    return folder

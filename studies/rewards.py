@@ -1,6 +1,7 @@
 """Whether a learned reward tells right demonstrations from wrong ones."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from megatron_irl.storage.commit import write_jsonl_atomically
 from studies.commands import command
 
 
-def reward_auc(run: Path, start: Path, demonstrations: Path, folder: Path) -> float | None:
+def reward_auc(
+    run: Path, start: Path, demonstrations: Path, folder: Path, options: Sequence[Any] = ()
+) -> float | None:
     """Area under the ROC curve of a run's reward over its own demonstrations, right over wrong.
 
     Args:
         run: With the ledger of rft, whose reward is explicit, or another, whose policy is asked
             against ``start``.
         folder: Where the rewards go.
+        options: Of ``megatron-irl score``.
 
     Returns:
         None if all demonstrations are of one kind.
@@ -31,12 +35,12 @@ def reward_auc(run: Path, start: Path, demonstrations: Path, folder: Path) -> fl
         rows = sorted(read_ledger(run / "ledger"), key=lambda row: row.ordinal)
         rewards = np.array([row.reward for row in rows])
     else:
-        rewards = _implicit(run, start, records, folder)
+        rewards = _implicit(run, start, records, folder, options)
     return area_under_curve(rewards[is_right], rewards[~is_right])
 
 
 def _implicit(
-    run: Path, start: Path, records: list[dict[str, Any]], folder: Path
+    run: Path, start: Path, records: list[dict[str, Any]], folder: Path, options: Sequence[Any]
 ) -> npt.NDArray[np.floating]:
     out = folder / "rewards.jsonl"
     if not out.exists():
@@ -44,7 +48,7 @@ def _implicit(
         write_jsonl_atomically(pairs, (
             {"prompt": r["prompt"], "responses": [r["response"]]} for r in records))
         command("score", "--model", run / "hf", "--reference", start, "--pairs", pairs,
-                "--out", out)
+                "--out", out, *options)
     return np.array([json.loads(line)["rewards"][0] for line in out.read_text().splitlines()])
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from megatron_irl.errors import UserError
 from megatron_irl.storage.commit import write_file
-from studies.points import Point, run_point
+from studies.points import Point, run_point, train_point
 from studies.why import training_signs
 
 KEYS = {"name", "hypothesis", "task", "model", "start", "common", "methods", "metric", "seeds",
@@ -103,7 +103,8 @@ def run_study(study: Study, out: Path, jobs: int) -> dict[str, Any]:
                                "metric": study.metric, "levels": {}}
     for (level, method, seed), measured in zip(wanted, tested, strict=True):
         settings = chosen[level, method.name]
-        folder = out / "points" / study.point(level, method, settings, seed).name
+        point = study.point(level, method, settings, seed)
+        folder = out / "points" / (point.trained or [point])[0].name
         entry = results["levels"].setdefault(level, {}).setdefault(method.name, {
             "settings": settings, "trials": len(method.trials()),
             "validation": best.get((level, method.name)), "seeds": []})
@@ -121,6 +122,8 @@ def _run_all(points: Sequence[tuple[Point, str]], out: Path, jobs: int) -> list[
         for first in starts_of(points):  # no two of a stage write the same folder
             for future in [pool.submit(run_point, p, out, split=s) for p, s in first]:
                 future.result()
+        for future in [pool.submit(train_point, p, out) for p in shared_trainings(points)]:
+            future.result()
         futures = {pool.submit(run_point, p, out, split=s): p for p, s in points}
         for future in as_completed(futures):
             tell(futures[future], future.result())
@@ -143,6 +146,11 @@ class Progress:
               f"samples {100 * np.mean(measured['sampled']):.1f} % right; "
               f"{left / 60:.0f} min left", file=sys.stderr, flush=True)
         return measured
+
+
+def shared_trainings(points: Sequence[tuple[Point, str]]) -> list[Point]:
+    """What is trained for other points than itself: before them, so that no two do it at once."""
+    return list({part.name: part for point, _ in points for part in point.needs}.values())
 
 
 def starts_of(points: Sequence[tuple[Point, str]]) -> list[list[tuple[Point, str]]]:

@@ -1,7 +1,8 @@
 """irft: demonstration against the policy's own sample, under the implicit reward.
 
 r = beta * log(pi / pi_ref), arXiv 2405.17888, Algorithm 1. A round samples, caches log pi_ref of
-demonstrations and samples, and takes ``steps_per_round`` steps on h(beta * g).
+demonstrations and samples, and takes ``steps_per_round`` steps on h(beta * g), anchored to the
+demonstrations' likelihood unless the recipe says ``nll_coefficient: 0``, which is the paper's.
 """
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Irft(Algorithm):
 
     name = "irft"
     options = PairOptions
+    default_anchor = 0.3
 
     def check(self, recipe: Recipe) -> None:
         """Refuse what only a pass over the data can mean."""

@@ -27,6 +27,7 @@ class AlgorithmRules:
         draws_samples: Whether rounds begin with the policy's own samples.
         reward: What evaluation, the guard and ``score`` take for the reward.
         default_reference: ``algorithm.reference`` where the recipe gives none.
+        default_anchor: ``algorithm.nll_coefficient`` likewise.
         preferences: Dotted key of the preference files it trains on, in a section of its own.
     """
 
@@ -38,6 +39,7 @@ class AlgorithmRules:
     draws_samples: ClassVar[bool] = True
     reward: ClassVar[RewardKind] = "implicit"
     default_reference: ClassVar[ReferenceName] = "round_start"
+    default_anchor: ClassVar[float] = 0.0
     preferences: ClassVar[str | None] = None
 
     def check(self, recipe: Recipe) -> None:
@@ -65,11 +67,12 @@ class AlgorithmRules:
         steps, prompts = self.round_size(recipe, num_demonstrations)
         algorithm = replace(recipe.algorithm, steps_per_round=steps)
         if self.draws_samples:
-            beta = algorithm.beta
+            beta, anchor = algorithm.beta, algorithm.nll_coefficient
             algorithm = replace(
                 algorithm, prompts_per_round=prompts,
                 beta=beta * algorithm.rounds if len(beta) == 1 else beta,
                 reference=algorithm.reference or self.default_reference,
+                nll_coefficient=self.default_anchor if anchor is None else anchor,
             )
         return replace(recipe, algorithm=algorithm)
 

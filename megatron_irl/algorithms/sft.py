@@ -5,6 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from megatron_irl.algorithms.base import Algorithm, Phase, Work
+from megatron_irl.config.bounds import check_range
 from megatron_irl.config.schema import Recipe
 from megatron_irl.errors import UserError
 
@@ -24,6 +25,9 @@ class SftOptions:
 
     token_weight: Literal["one", "probability"] = "one"
     """``probability``: each token counts by what the policy gives it (dynamic fine-tuning)."""
+    label_smoothing: float = 0.0
+    """Share of every target that is spread evenly over the vocabulary, in [0, 1). The loss is then
+    torch's ``cross_entropy(..., label_smoothing=...)`` over response tokens."""
 
 
 class Sft(Algorithm):
@@ -45,6 +49,12 @@ class Sft(Algorithm):
             raise UserError("data.eval_preferences conflicts with algorithm.name=sft; sft learns "
                             "no reward. Remove data.eval_preferences, or set algorithm.name to "
                             "irft, spin or rft.")
+        smoothing, weight = recipe.algorithm.label_smoothing, recipe.algorithm.token_weight
+        check_range("algorithm.label_smoothing", smoothing, "[0, 1)", 0 <= smoothing < 1)
+        if smoothing and weight != "one":
+            raise UserError(f"algorithm.label_smoothing={smoothing} conflicts with "
+                            f"algorithm.token_weight={weight}; smoothed targets have no one "
+                            "probability to weigh a token by. Remove one of them.")
 
     def phases(self, recipe: Recipe) -> list[Phase]:
         """One phase."""
@@ -62,9 +72,14 @@ class Sft(Algorithm):
 
 def _imitate(round: "Round", step: int) -> Work:
     del step
-    by_probability = round.recipe.algorithm.token_weight == "probability"
+    options = round.recipe.algorithm
+    demonstrations = round.data.demonstrations
+    if options.label_smoothing:
+        smoothed = partial(smoothed_objective, smoothing=options.label_smoothing)
+        return Work(demonstrations, smoothed, heads="smoothed", outlasts_round=True)
+    by_probability = options.token_weight == "probability"
     objective = partial(likelihood_objective, by_probability=by_probability)
-    return Work(round.data.demonstrations, objective, outlasts_round=True)
+    return Work(demonstrations, objective, outlasts_round=True)
 
 
 def likelihood_objective(
@@ -75,3 +90,19 @@ def likelihood_objective(
 
     logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
     return sft_loss(logprobs_R, logps_S, by_probability=by_probability)
+
+
+def smoothed_objective(
+    outputs_R2: "Tensor", batch: "PackedBatch", *, smoothing: float
+) -> "LossOutput":
+    """The same with smoothed targets.
+
+    Args:
+        outputs_R2: [R, 2] nats, of each response token and the mean over the vocabulary.
+        smoothing: ``algorithm.label_smoothing``.
+    """
+    from megatron_irl.objectives import sequence_logprobs, sft_loss
+
+    logprobs_R, mean_R = outputs_R2.unbind(-1)
+    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
+    return sft_loss(logprobs_R, logps_S, mean_R=mean_R, smoothing=smoothing)

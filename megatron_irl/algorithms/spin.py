@@ -19,6 +19,7 @@ class Spin(Irft):
     """A round is a pass over the data."""
 
     name = "spin"
+    default_anchor = 0.0
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a reference that is not the pass's opponent."""

@@ -25,10 +25,10 @@ def check_at_least_one(recipe: Recipe, paths: Iterable[str]) -> None:
 
 
 def check_not_negative(recipe: Recipe, paths: Iterable[str]) -> None:
-    """Raise UserError for the first key that is below 0."""
+    """Raise UserError for the first key that is given and below 0."""
     for path in paths:
         value = value_at(recipe, path)
-        if value < 0:
+        if value is not None and value < 0:
             raise UserError(f"{path}={value} is negative. Set {path} to 0 or more.")
 
 

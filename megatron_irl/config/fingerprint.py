@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from megatron_irl.config.former import FORMER
 from megatron_irl.config.renamed import BEFORE
 from megatron_irl.config.resolve import to_mapping
 from megatron_irl.config.schema import Recipe
@@ -27,13 +28,14 @@ def fingerprint(recipe: Recipe) -> str:
     """Name the experiment: 16 hex digits, equal when one run may continue the other.
 
     Only values that differ from their defaults count, so that a version with more keys gives a run
-    begun before it the same name. Left out are output folder, logging, checkpointing, evaluation,
-    layout and memory settings, so that a run resumes under another layout. Paths count as written.
-    Take it of the resolved recipe: one before and one after ``resolve`` differ.
+    begun before it the same name (of a default that was changed since, the former one). Left out
+    are output folder, logging, checkpointing, evaluation, layout and memory settings, so that a run
+    resumes under another layout. Paths count as written. Take it of the resolved recipe: one before
+    and one after ``resolve`` differ.
     """
     given = _flat(_non_defaults(recipe))
     values = {BEFORE.get(key, key): value for key, value in _experiment(recipe).items()
-              if key in given}
+              if key in given and not (key in FORMER and value == FORMER[key])}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -101,8 +101,10 @@ class AlgorithmConfig:
     """Reference policy: the weights at the start of each round (``round_start``), or those the run
     began with (``initial``); none: ``round_start``, for rft ``initial``. Under ``round_start`` the
     samples of rft come from the reference itself, and its KL penalty is zero."""
-    nll_coefficient: float = 0.0
-    """Weight of the anchor: mean per-token negative log-likelihood of the demonstration. For rft
+    nll_coefficient: float | None = None
+    """Weight of the anchor: mean per-token negative log-likelihood of the demonstration; none: 0.3
+    for irft, without which it lost to imitation (``docs/study.md``), else 0. The paper's loss has
+    none: 0. ``loss/margin`` is logged without it, ln 2 where the policy is its reference. For rft
     it is added to the reward steps, where the demonstrations pass by anyway."""
     length_normalize: bool = False
     """Divide each log-ratio by its length in tokens (not in the paper)."""

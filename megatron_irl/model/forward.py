@@ -47,7 +47,8 @@ class HeadProcessor:
     ) -> Tensor | HeadOutputs:
         """Returns float32 [R] log-probabilities in nats, float32 [S] rewards, or both.
 
-        For ``choices`` float32 [R, 2]: log-probabilities, and 1 where the token is the likeliest.
+        For ``choices`` float32 [R, 2]: log-probabilities, and 1 where the token is the likeliest;
+        for ``smoothed`` the same shape: log-probabilities, and their mean over the vocabulary.
         """
         batch, heads, head, softcap = context
         parallel = {
@@ -55,6 +56,9 @@ class HeadProcessor:
         }
         scored = {"softcap": softcap, **parallel}
         if heads == "logprobs":
+            return self._logprobs(hidden_states, output_layer, output_weight, batch, scored)
+        if heads == "smoothed":
+            scored["with_mean"] = True
             return self._logprobs(hidden_states, output_layer, output_weight, batch, scored)
         if heads == "choices":
             return self._choices(

@@ -27,6 +27,8 @@ ROWS = "vocabulary_rows"  # the attribute that mark_vocabulary_end sets
 class _BlockedLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target], block by block; backward recomputes all but one.
 
+    The second output is the mean over the vocabulary instead of the target, or None.
+
     What the last block needs for its gradient is kept (unless ``keep`` says that there will be
     none), so a batch that fits one block is never recomputed, and the memory peak stays one block
     either way.
@@ -36,11 +38,12 @@ class _BlockedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
         block_size: int, group: Any, softcap: float | None, make_block: Any, keep: bool,
-        low_Rr: Tensor | None, low_Vpr: Tensor | None,
-    ) -> Tensor:
+        low_Rr: Tensor | None, low_Vpr: Tensor | None, with_mean: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         # Tensor-parallel ranks have equal rows and so equally many blocks: the all-reduces inside
         # each pair up without a word. No rows, no block, no collective, on any of them.
         logprobs_R = torch.empty(hidden_RH.shape[0], dtype=torch.float32, device=hidden_RH.device)
+        mean_R = torch.empty_like(logprobs_R) if with_mean else None
         block = None
         keep = keep and make_block.keeps(softcap)
         for start in range(0, hidden_RH.shape[0], block_size):
@@ -48,19 +51,22 @@ class _BlockedLogprobs(torch.autograd.Function):
             block = None  # frees the previous block before the next is made
             block = make_block(
                 hidden_RH[rows], weight_VpH, targets_R[rows], vocab_start, group, softcap,
-                keep=keep, low=_rows_of(low_Rr, low_Vpr, rows),
+                keep=keep, low=_rows_of(low_Rr, low_Vpr, rows), with_mean=with_mean,
             )
             logprobs_R[rows] = block.logprobs_R
+            if mean_R is not None:
+                mean_R[rows] = block.mean_R
         ctx.save_for_backward(hidden_RH, weight_VpH, targets_R, low_Rr, low_Vpr)
         ctx.last_block = block if keep else None
         ctx.vocab_start, ctx.block_size, ctx.group, ctx.softcap, ctx.make_block = (
             vocab_start, block_size, group, softcap, make_block,
         )
-        return logprobs_R
+        ctx.with_mean = with_mean
+        return logprobs_R, mean_R
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_R,) = grads
+        grad_R, grad_mean_R = grads
         hidden_RH, weight_VpH, targets_R, low_Rr, low_Vpr = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight: Tensor | None = None
@@ -77,8 +83,10 @@ class _BlockedLogprobs(torch.autograd.Function):
                 block = ctx.make_block(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
                     ctx.softcap, keep=True, low=_rows_of(low_Rr, low_Vpr, rows),
+                    with_mean=ctx.with_mean,
                 )
-            grad_logits = block.gradient(grad_R[rows])
+            grad_logits = block.gradient(
+                grad_R[rows], grad_mean_R[rows] if ctx.with_mean else None)
             del block
             # Through this rank's slice of the vocabulary alone. The sum over the group is the
             # backward of what ``response_logprobs`` brought the rows here with.
@@ -93,7 +101,7 @@ class _BlockedLogprobs(torch.autograd.Function):
         if grad_weight is None and ctx.needs_input_grad[1]:  # no rows: DDP still waits for its hook
             grad_weight = torch.zeros_like(weight_VpH)
         nothing = (None,) * 7
-        return grad_hidden, grad_weight, *nothing, grad_low, grad_factor
+        return grad_hidden, grad_weight, *nothing, grad_low, grad_factor, None
 
 
 def _rows_of(low_Rr: Tensor | None, low_Vpr: Tensor | None, rows: slice) -> Low:
@@ -120,6 +128,7 @@ def response_logprobs(
     rows_at_once: int,
     softcap: float | None = None,
     adapter: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    with_mean: bool = False,
 ) -> Tensor:
     """Log-probabilities in nats of ``targets_R`` given the hidden states at ``rows_R``.
 
@@ -132,9 +141,11 @@ def response_logprobs(
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
         adapter: Of the output embedding: rows [R, H] → (low_Rr, low_Vpr), whose product is added
             to the logits. It sees to its own sums over the group.
+        with_mean: Ask for the mean log-probability of all tokens of the vocabulary too.
 
     Returns:
-        float32 [R], equal on every tensor-parallel rank.
+        float32 [R], equal on every tensor-parallel rank; ``with_mean`` [R, 2], of the targets and
+        of the mean.
 
     Gradient: to ``hidden_SBH`` and ``weight_VpH``; the gradient of the hidden states is summed
     over the tensor-parallel group (response rows only, or by reduce-scatter under sequence
@@ -152,10 +163,11 @@ def response_logprobs(
     )
     make_block, block_size = _blocks(weight_VpH, rows_at_once)
     keep = torch.is_grad_enabled()  # inside the function it always says no
-    return _BlockedLogprobs.apply(
+    logprobs_R, mean_R = _BlockedLogprobs.apply(
         hidden_RH, weight_VpH, targets_R, vocab_start, block_size, tp_group, softcap, make_block,
-        keep, low_Rr, low_Vpr,
+        keep, low_Rr, low_Vpr, with_mean,
     )
+    return logprobs_R if mean_R is None else torch.stack([logprobs_R, mean_R], dim=-1)
 
 
 def _blocks(weight_VpH: Tensor, rows_at_once: int) -> tuple[Any, int]:

@@ -22,12 +22,15 @@ class Block(Protocol):
 
     Attributes:
         logprobs_R: float32 [R], nats, equal on every tensor-parallel rank.
+        mean_R: float32 [R], nats: the mean log-probability of all tokens of the vocabulary, equal
+            on every rank; None unless asked for.
     """
 
     logprobs_R: Tensor
+    mean_R: Tensor | None
 
-    def gradient(self, grad_R: Tensor) -> Tensor:
-        """D sum(grad * logprobs) / d logits, [R, Vp] in the dtype of the weight.
+    def gradient(self, grad_R: Tensor, grad_mean_R: Tensor | None = None) -> Tensor:
+        """D sum(grad * logprobs + grad_mean * mean) / d logits, [R, Vp] in the weight's dtype.
 
         May be called once, and not at all if the block was made without ``keep``. No collective.
         """
@@ -51,6 +54,19 @@ def local_targets(targets_R: Tensor, vocab_start: int, num_columns: int) -> tupl
     return torch.where(inside, local, 0), inside
 
 
+def mean_over_vocabulary(sum_R: Tensor, logits: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """A slice's sums of logits [R] → their mean over the vocabulary, and 1 / its size, a scalar.
+
+    The last slice may be shorter than the others, so sizes are added up too. Collective.
+    """
+    size = sum_R.new_full((1,), logits.shape[1])
+    if group.size() > 1:
+        sums = torch.cat([sum_R, size])
+        dist.all_reduce(sums, group=group)
+        sum_R, size = sums[:-1], sums[-1:]
+    return sum_R / size, 1 / size
+
+
 class EagerBlock:
     """The softmax of one block in fp32, op by op.
 
@@ -61,13 +77,17 @@ class EagerBlock:
         softcap: c of c tanh(logit / c), applied before the softmax; None: no cap.
         keep: Whether ``gradient`` will be called.
         low: Of an adapter of the head.
+        with_mean: Whether ``mean_R`` is wanted.
     """
 
     def __init__(
         self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
         group: Any, softcap: float | None = None, *, keep: bool, low: Low = None,
+        with_mean: bool = False,
     ) -> None:
         self._dtype = weight_VpH.dtype
+        self.mean_R: Tensor | None = None
+        self._share: Tensor | float = 0.0  # of one token in the mean
         self._targets = local_targets(targets_R, vocab_start, weight_VpH.shape[0])
         self._probs: Tensor | None = None
         self._slope: Tensor | None = None  # of the soft cap
@@ -79,8 +99,13 @@ class EagerBlock:
             self._slope = 1 - logits.square() if keep else None
             logits = logits.mul_(softcap)
         target_logit = torch.where(inside, logits.gather(1, local[:, None])[:, 0], 0.0)
+        mean_logit: Tensor | None = None
+        if with_mean:
+            mean_logit, self._share = mean_over_vocabulary(logits.sum(dim=-1), logits, group)
         if group.size() == 1:  # rounds otherwise than below: TP 1 and 2 agree, but not bit for bit
             log_z = torch.logsumexp(logits, dim=-1)
+            if mean_logit is not None:
+                self.mean_R = mean_logit - log_z
             if keep:
                 self._probs = logits.sub_(log_z[:, None]).exp_()
             self.logprobs_R = target_logit - log_z
@@ -97,14 +122,20 @@ class EagerBlock:
         if keep:
             self._probs = exps.div_(normaliser[:, None])
         self.logprobs_R = target_logit - normaliser.log()
+        if mean_logit is not None:
+            self.mean_R = mean_logit - peak - normaliser.log()
 
-    def gradient(self, grad_R: Tensor) -> Tensor:
+    def gradient(self, grad_R: Tensor, grad_mean_R: Tensor | None = None) -> Tensor:
         """See ``Block``."""
         probs, self._probs = self._probs, None
         assert probs is not None
         local, inside = self._targets
-        # d logprob[target] / d logits = onehot(target) - softmax
-        grad_logits = probs.mul_(-grad_R[:, None])
+        # d logprob[target] / d logits = onehot(target) - softmax, d mean / d logits = 1/V - softmax
+        if grad_mean_R is None:
+            grad_logits = probs.mul_(-grad_R[:, None])
+        else:
+            grad_logits = probs.mul_(-(grad_R + grad_mean_R)[:, None])
+            grad_logits += (self._share * grad_mean_R)[:, None]
         index = torch.arange(local.shape[0], device=local.device)
         # A row whose target is another rank's adds 0 at column 0: no branch, and no wait for the
         # device, which selecting rows by a mask would be.
@@ -129,7 +160,10 @@ class FusedBlock:
     def __init__(
         self, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
         group: Any, softcap: float | None = None, *, keep: bool, low: Low = None,
+        with_mean: bool = False,
     ) -> None:
+        self.mean_R: Tensor | None = None
+        self._share: Tensor | float = 0.0
         self._targets, self._softcap = (
             local_targets(targets_R, vocab_start, weight_VpH.shape[0]), softcap,
         )
@@ -145,12 +179,20 @@ class FusedBlock:
         self._log_z = peak + normaliser.log()
         self._logits = logits if keep else None
         self.logprobs_R = target_logit - self._log_z
+        if with_mean:
+            sum_R = _sum_of_logits(logits, softcap)
+            mean_logit, self._share = mean_over_vocabulary(sum_R, logits, group)
+            self.mean_R = mean_logit - self._log_z
 
-    def gradient(self, grad_R: Tensor) -> Tensor:
+    def gradient(self, grad_R: Tensor, grad_mean_R: Tensor | None = None) -> Tensor:
         """See ``Block``."""
         logits, self._logits = self._logits, None
         assert logits is not None
-        _to_gradient(logits, self._log_z, grad_R, *self._targets, self._softcap)
+        if grad_mean_R is None:
+            _to_gradient(logits, self._log_z, grad_R, *self._targets, self._softcap)
+        else:
+            _to_gradient(logits, self._log_z, grad_R, *self._targets, self._softcap,
+                         grad_R + grad_mean_R, self._share * grad_mean_R)
         return logits
 
     @staticmethod
@@ -177,13 +219,23 @@ def _statistics(
 
 
 @hardware.compiled
+def _sum_of_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """Float32 [R]: the sum over this slice."""
+    values = logits.float()
+    if softcap is not None:
+        values = (values / softcap).tanh() * softcap
+    return values.sum(dim=-1)
+
+
+@hardware.compiled
 def _to_gradient(
     logits: Tensor, log_z: Tensor, grad: Tensor, local: Tensor, inside: Tensor,
-    softcap: float | None,
+    softcap: float | None, both: Tensor | None = None, share: Tensor | None = None,
 ) -> None:
     """Overwrite logits by (onehot(target) - softmax) * grad; rows without a target have no 1.
 
-    With a soft cap times its slope, 1 - tanh(logit / c)^2.
+    With a soft cap times its slope, 1 - tanh(logit / c)^2. Where the mean has a gradient too,
+    ``both`` is the sum of the two and ``share`` the part of the second that each token has.
     """
     values = logits.float()
     bend = (values / softcap).tanh() if softcap is not None else None
@@ -192,5 +244,8 @@ def _to_gradient(
     probs = (values - log_z[:, None]).exp()
     columns = torch.arange(logits.shape[1], device=logits.device)
     hit = (columns[None] == local[:, None]) & inside[:, None]
-    gradient = (hit.float() - probs) * grad[:, None]
+    if both is None or share is None:
+        gradient = (hit.float() - probs) * grad[:, None]
+    else:
+        gradient = hit.float() * grad[:, None] - probs * both[:, None] + share[:, None]
     logits.copy_(gradient if bend is None else gradient * (1 - bend * bend))

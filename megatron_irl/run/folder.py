@@ -20,6 +20,7 @@ from megatron_irl.config import (
     resolve,
     to_yaml,
 )
+from megatron_irl.config.former import keep_former
 from megatron_irl.data.token_store import is_token_store
 from megatron_irl.errors import UserError
 from megatron_irl.policy.provenance import date_of
@@ -77,7 +78,22 @@ class RunFolder:
         known = self._read()
         if not known.get("finished") or "demonstrations" not in known:
             return False
+        recipe, _ = self.as_begun(recipe)
         return known.get("fingerprint") == fingerprint(resolve(recipe, known["demonstrations"]))
+
+    def as_begun(self, recipe: Recipe) -> tuple[Recipe, list[str]]:
+        """The recipe with the defaults of the version that began the run, and what to say of them.
+
+        Args:
+            recipe: Not resolved; a new folder leaves it as it is.
+        """
+        if not self._read():
+            return recipe, []
+        try:
+            known = load_recipe(self.path / RECIPE, check_files=False)
+        except UserError:  # ``check`` says what is wrong with it, where that matters
+            return recipe, []
+        return keep_former(recipe, known)
 
     def check_place(self) -> None:
         """Raise UserError unless the folder can be written and is new, empty or a run's."""

@@ -108,7 +108,7 @@ class CollapseGuard:
             f"logp/demo fell from {first:.4g} to {last:.4g} nats per response while reward/margin "
             f"grew from {margin[0].mean():.3g} to {margin[1].mean():.3g} (first and last fifth of "
             f"{self._steps} steps): the margin grows by making samples unlikely, and the "
-            "demonstrations are being forgotten. Set algorithm.nll_coefficient above 0, fewer "
+            "demonstrations are being forgotten. Set algorithm.nll_coefficient higher, fewer "
             "algorithm.steps_per_round, or a lower optimizer.lr.")
 
     def _saturated(self) -> str | None:
@@ -134,7 +134,7 @@ class CollapseGuard:
         return (
             f"Samples are {sample:.1f} tokens long on average, demonstrations {demo:.1f} (ratio "
             f"{sample / demo:.2f} < {self.min_length_ratio}): responses have collapsed. Set "
-            "algorithm.nll_coefficient above 0 or a lower optimizer.lr, and check that the prompts "
+            "algorithm.nll_coefficient higher or optimizer.lr lower, and check that the prompts "
             "end with the assistant header.")
 
     def _repetitive(self, generation: Mapping[str, Any]) -> str | None:
@@ -144,7 +144,7 @@ class CollapseGuard:
         return (
             f"{share:.0%} of the samples' 4-grams repeat an earlier one, against {demo:.0%} in "
             "demonstrations: the policy loops. Set a larger algorithm.beta or a lower "
-            "optimizer.lr, or algorithm.nll_coefficient above 0.")
+            "optimizer.lr, or a higher algorithm.nll_coefficient.")
 
     def _truncated(self, generation: Mapping[str, Any]) -> str | None:
         samples, count = generation.get("samples"), generation.get("truncated")

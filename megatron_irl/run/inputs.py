@@ -87,6 +87,7 @@ def read_inputs(
         UserError: Anything that is wrong with the user's input.
     """
     headers = read_headers(recipe, check_hardware=check_hardware)
+    recipe, kept = headers.folder.as_begun(recipe)
     if check is not None:
         check(headers, recipe)
     hf_dir, folder, arch = Path(recipe.model.hf), headers.folder, headers.architecture
@@ -109,7 +110,7 @@ def read_inputs(
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
         headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
-        [*certificate_notes(hf_dir), *data.notes], tokens,
+        [*kept, *certificate_notes(hf_dir), *data.notes], tokens,
     )
 
 

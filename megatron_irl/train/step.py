@@ -44,8 +44,8 @@ from megatron.core.distributed import finalize_model_grads  # isort: skip
 from megatron.core.utils import get_model_config  # isort: skip
 
 Objective = Callable[[Any, PackedBatch], LossOutput]
-"""(what the heads say, the batch) → loss. Log-probabilities [R], rewards [S] or ``HeadOutputs``,
-according to the ``heads`` the step is asked to run."""
+"""(what the heads say, the batch) → loss. Log-probabilities [R], or [R, 2] with means, rewards [S]
+or ``HeadOutputs``, according to the ``heads`` the step is asked to run."""
 
 
 @dataclass(frozen=True)

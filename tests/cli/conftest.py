@@ -52,6 +52,10 @@ def small_recipe(model: Path, data: dict[str, Path], output_dir: Path) -> dict[s
     }
 
 
+# What the environment of ``finished`` says, and nothing of what the run writes may repeat.
+KEYS = {"WANDB_API_KEY": "5ec4e7" * 6 + "aaaa", "HF_TOKEN": "hf_VeryPrivateIndeed"}
+
+
 @pytest.fixture
 def sections(model, data, tmp_path) -> dict[str, Any]:
     """The small recipe as a mapping, to be changed by a test."""
@@ -70,8 +74,12 @@ def finished(model, data, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     mapping = small_recipe(model, data, root / "run")
     mapping["logging"] = {"tensorboard": True, "wandb": True, "wandb_mode": "offline"}
-    result = run("train", write_recipe(root / "recipe.yaml", **mapping))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, key in KEYS.items():
+            patch.setenv(name, key)
+        result = run("train", write_recipe(root / "recipe.yaml", **mapping))
     assert result.code == 0, result.err
+    (root / "output.txt").write_text(result.err)
     return root / "run"
 
 

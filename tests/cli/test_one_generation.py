@@ -10,7 +10,7 @@ from tests.cli.harness import deterministic, read_jsonl, run, write_recipe
 def test_irft_with_one_generation_per_pass_equals_spin(sections, tmp_path, no_report, rounds):
     resolved = {}
     for name in ("irft", "spin"):
-        algorithm = {"name": name, "rounds": rounds, "beta": 0.1}
+        algorithm = {"name": name, "rounds": rounds, "beta": 0.1, "nll_coefficient": 0.0}
         folder = tmp_path / name
         changed = sections | {"algorithm": algorithm, "output_dir": str(folder)}
         result = run("train", write_recipe(tmp_path / f"{name}.yaml", **changed))

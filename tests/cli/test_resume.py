@@ -92,7 +92,9 @@ def test_first_step_of_every_round_is_ln2(finished):
     lines = read_jsonl(finished / "metrics.jsonl")
     firsts = [line for line in lines if line["staleness"] == 0]
     assert len(firsts) == 2
-    assert all(abs(line["loss"] - math.log(2)) < 1e-5 for line in firsts)
+    assert all(abs(line["loss/margin"] - math.log(2)) < 1e-5 for line in firsts)
+    assert all(line["loss"] == pytest.approx(line["loss/margin"] + 0.3 * line["loss/nll"])
+               for line in lines), "irft is anchored unless the recipe says otherwise"
 
 
 def test_the_folder_says_what_the_run_computed_with(finished):

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.storage.lease import Lease
+from tests.cli.conftest import KEYS
 from tests.cli.harness import deterministic, read_jsonl, refused, run, snapshot, write_recipe
 from tests.cli.test_resume import Killed, kill_after, pairs_of, small
 
@@ -223,6 +224,15 @@ def test_a_run_folder_is_as_private_as_the_umask_says(finished):
         mode = path.stat().st_mode & 0o777
         assert mode & umask == 0, path
         assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_keys_of_trackers_are_in_nothing_that_a_run_writes(finished):
+    written = [finished.parent / "output.txt",
+               *(path for path in finished.rglob("*") if path.is_file())]
+    assert any("wandb" in path.parts for path in written) and len(written) > 20
+    for path in written:
+        for key in KEYS.values():
+            assert key.encode() not in path.read_bytes(), path
 
 
 def test_keys_in_a_command_are_not_kept():

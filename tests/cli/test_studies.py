@@ -37,18 +37,23 @@ def test_a_study_runs_and_goes_on(tmp_path, capsys):
 
 
 def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
+    common = {"steps": 2, "batch": 4, "lr": 1e-3}
     study = {
         "name": "drafts", "hypothesis": "none",
         "task": {"name": "mirror", "train": 12, "validation": 4, "test": 4, "unedited": 0.5},
         "model": {"hidden": 32, "layers": 1},
         "start": {"before": 64, "habit": 0.8, "steps": 20, "lr": 1e-2, "batch": 8},
-        "common": {"steps": 2, "batch": 4, "lr": 1e-3}, "seeds": [0], "trial_seed": 7,
+        "common": common, "seeds": [0], "trial_seed": 7,
         "methods": {
             "sft": {}, "irft": {"rounds": 1, "beta": 0.1},
             "rft": {"rounds": 1, "beta": 0.1, "head_lr": 1e-2, "policy_steps": 1, "samples": 2},
             "filtered": {"keep": 0.5, "reward": {
                 "steps": 2, "batch": 4, "lr": 1e-3, "rounds": 1, "beta": 0.1, "head_lr": 1e-2,
-                "policy_steps": 0}}},
+                "policy_steps": 0}},
+            "smoothed": {"smoothing": 0.2}, "spin": {"rounds": 1, "beta": 0.1},
+            "best": {"kind": "best_of", "n": 2,
+                     "draws": common | {"kind": "sft"},
+                     "judge": common | {"kind": "irft", "rounds": 1, "beta": 0.1}}},
     }
     path = tmp_path / "drafts.yaml"
     path.write_text(yaml.safe_dump(study))
@@ -74,4 +79,11 @@ def test_drafts_that_nobody_edited_are_samples_of_the_start(tmp_path, capsys):
     said, page = capsys.readouterr().out, (out / "report.html").read_text()
     assert "$ megatron-irl" not in said and "minutes" in said
     assert (out / "results.md").read_text().strip() in said
-    assert "data:image/png;base64," in page and page.count("<tr>") == 1 + 4 + 1 + 3
+    assert "data:image/png;base64," in page and page.count("<tr>") == 1 + 7 + 1 + 3
+    # What judges is irft's run, and what it took are answers that sft gave.
+    assert len(list(out.glob("points/irft-*"))) == 1
+    (rewards,) = out.glob("points/best_of-*/test/rewards.jsonl")
+    given = [json.loads(line) for line in
+             rewards.with_name("to_score.jsonl").read_text().splitlines()]
+    assert [len(line["responses"]) for line in given] == [2 * 8] * 4
+    assert len(rewards.read_text().splitlines()) == 4

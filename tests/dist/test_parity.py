@@ -139,14 +139,15 @@ def test_demonstrations_are_filled_by_tokens_too(pool, setting, name):
         np.testing.assert_allclose(rank, expected, rtol=1e-5, err_msg=f"seed {SEED}")
 
 
+@pytest.mark.parametrize("with_mean", [False, True])
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("name", ["one", "tp2"])
-def test_fused_blocks_equal_eager_ones(pool, setting, name, softcap):
+def test_fused_blocks_equal_eager_ones(pool, setting, name, softcap, with_mean):
     """What a GPU computes in one pass each way, against the softmax op by op."""
     world_size, layout = LAYOUTS.get(name, (1, {}))
     for rank in pool.run(
         world_size, logprob_jobs.both_blocks, hf=setting[False]["hf"], layout=layout, seed=SEED,
-        block_size=5, softcap=softcap,
+        block_size=5, softcap=softcap, with_mean=with_mean,
     ):
         for eager, fused in rank:
             np.testing.assert_allclose(fused, eager, rtol=2e-5, atol=2e-6, err_msg=f"seed {SEED}")

@@ -28,7 +28,8 @@ HELDOUT = {"data": {"eval": "eval.jsonl"}, "evaluation": {"interval": "end", "be
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "sft": (ALL, HELDOUT | {"algorithm": {"name": "sft", "rounds": 2, "steps_per_round": 3}}),
     "irft_sigmoid": ((*ALL, "tp2_sp"), HELDOUT | {
-        "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 3, "beta": [0.1, 0.3]},
+        "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 3, "beta": [0.1, 0.3],
+                      "nll_coefficient": 0.0},
         "generation": SAMPLING,
     }),
     "irft_hinge": (ALL, {
@@ -41,7 +42,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "irft_linear": (ALL, {
         "algorithm": {
             "name": "irft", "rounds": 2, "steps_per_round": 3, "loss": "linear", "beta": 0.1,
-            "reference": "initial", "length_normalize": True,
+            "reference": "initial", "length_normalize": True, "nll_coefficient": 0.0,
         },
         "generation": SAMPLING,
     }),
@@ -74,11 +75,13 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     }),
     "neox": (("one", "tp2"), {
         "model": {"hf": "neox"},
-        "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1},
+        "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1,
+                      "nll_coefficient": 0.0},
         "generation": SAMPLING,
     }),
     "bf16": (("one",), {
-        "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1},
+        "algorithm": {"name": "irft", "rounds": 2, "steps_per_round": 2, "beta": 0.1,
+                      "nll_coefficient": 0.0},
         "generation": SAMPLING,
         "precision": "bf16",
     }),

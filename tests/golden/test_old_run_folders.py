@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_irl.config import load_recipe, resolve
+from megatron_irl.errors import UserError
+from megatron_irl.run.folder import RunFolder
 from tests.golden import ranks
 from tests.golden.compare import compare, describe_mode
 from tests.golden.killed import RUN, saved_step
@@ -40,6 +43,10 @@ def test_a_killed_run_is_finished_as_the_release_would_have(archive, pool, tmp_p
     assert not (folder / RUN / "hf").exists()
     kept = (folder / RUN / "metrics.jsonl").read_bytes().splitlines()[:saved]
 
+    given, _ = RunFolder(folder / RUN).as_begun(
+        load_recipe(folder / "recipe.yaml", check_files=False))
+    assert (given.algorithm.nll_coefficient == 0.0) == archive.name.startswith("irft")
+
     train(pool, 1, folder / "recipe.yaml")
 
     found = compare(expected["trajectory"], read_trajectory(folder / RUN), exact=exact)
@@ -47,5 +54,23 @@ def test_a_killed_run_is_finished_as_the_release_would_have(archive, pool, tmp_p
     # Losses and weights, which rft makes of them, are compared as they are.
     expected_bits = "other logps of the samples"
     assert [line for line in found.differences if not line.endswith(expected_bits)] == []
+    recorded = load_recipe(folder / RUN / "recipe.yaml", check_files=False)
+    assert recorded.algorithm.nll_coefficient == given.algorithm.nll_coefficient
     # Clock readings and all: these steps were not done again.
     assert (folder / RUN / "metrics.jsonl").read_bytes().splitlines()[:saved] == kept
+
+
+def test_another_anchor_than_the_release_had_is_named(tmp_path):
+    """Recipes of irft that are silent about it mean 0.3 now; folders of before go on with 0."""
+    folder = unpack(next(a for a in ARCHIVES if a.name.startswith("irft_in_steps")), tmp_path)
+    run, path = RunFolder(folder / RUN), folder / "recipe.yaml"
+    kept, notes = run.as_begun(load_recipe(path, check_files=False))
+    assert notes == ["algorithm.nll_coefficient is 0, as this run began; a run that begins now "
+                     "has 0.3."]
+    data = json.loads((run.path / "run.json").read_text())["data"]
+    run.check(resolve(kept, 24), data, 24, {})
+    said, none = run.as_begun(
+        load_recipe(path, ["algorithm.nll_coefficient=0.3"], check_files=False))
+    assert none == []
+    with pytest.raises(UserError, match=r"algorithm.nll_coefficient=0.0 there and 0.3 now. Set "):
+        run.check(resolve(said, 24), data, 24, {})

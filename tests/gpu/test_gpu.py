@@ -142,6 +142,12 @@ def test_fused_blocks_equal_eager_ones(setup, dtype, softcap):
             fused.logprobs_R[inside], eager.logprobs_R[inside], rtol=1e-5, atol=1e-4
         )
         torch.testing.assert_close(fused.gradient(grad), eager.gradient(grad))
+        eager, fused = (
+            make(hidden, weight, targets, 0, group, softcap, keep=True, with_mean=True)
+            for make in (EagerBlock, FusedBlock)
+        )
+        torch.testing.assert_close(fused.mean_R, eager.mean_R, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(fused.gradient(grad, -2 * grad), eager.gradient(grad, -2 * grad))
 
 
 @NEEDS_TRANSFORMER_ENGINE

@@ -86,6 +86,22 @@ def test_sft_refuses_keys_about_samples(key: str, value: object):
         check_recipe(recipe_with({f"algorithm.{key}": value}, "sft"))
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"label_smoothing": 1.0}, ["algorithm.label_smoothing=1.0", "[0, 1)"]),
+    ({"label_smoothing": -0.1}, ["algorithm.label_smoothing=-0.1", "[0, 1)"]),
+    ({"label_smoothing": 0.1, "token_weight": "probability"},
+     ["label_smoothing=0.1 conflicts with algorithm.token_weight=probability", "Remove one"]),
+])
+def test_smoothing_that_cannot_run(changes: dict, words: list[str]):
+    with pytest.raises(UserError) as caught:
+        check_recipe(recipe_with({f"algorithm.{k}": v for k, v in changes.items()}, "sft"))
+    for word in words:
+        assert word in str(caught.value)
+    check_recipe(recipe_with({"algorithm.label_smoothing": 0.1}, "sft"))
+    with pytest.raises(UserError, match="label_smoothing conflicts with algorithm.name=irft"):
+        check_given_keys("irft", {"algorithm": {"label_smoothing": 0.0}})
+
+
 def test_sft_refuses_them_even_at_their_default():
     with pytest.raises(UserError, match="algorithm.beta conflicts with algorithm.name=sft"):
         check_given_keys("sft", {"algorithm": {"name": "sft", "beta": 0.1}})

@@ -108,7 +108,8 @@ def test_round_trip_of_an_unresolved_recipe():
 
 def test_sft_yaml_has_no_keys_about_samples():
     assert set(yaml.safe_load(to_yaml(load("sft")))["algorithm"]) == {
-        "name", "rounds", "steps_per_round", "reset_optimizer", "token_weight"}
+        "name", "rounds", "steps_per_round", "reset_optimizer", "token_weight",
+        "label_smoothing"}
 
 
 @pytest.mark.parametrize("override", [

@@ -53,3 +53,20 @@ def test_tokens_may_count_by_their_probability():
     torch.testing.assert_close(-logprobs.grad, torch.tensor([0.5, 0.25], dtype=torch.float64))
     # What is reported stays the likelihood itself.
     assert out.metrics["logp/demo_per_token"].total.item() == pytest.approx(-3 * 0.6931471805599453)
+
+
+def test_targets_may_be_smoothed():
+    """pi = 1/2, 1/4 and 1/4, the first is right: -(0.8 ln(1/2) + 0.2 mean of the three logs)."""
+    logits = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log().requires_grad_()
+    logprobs = logits.log_softmax(-1)
+    first, mean = logprobs[:, 0], logprobs.mean(-1)
+    out = sft_loss(first, first.detach(), mean_R=mean, smoothing=0.2)
+    ln2 = 0.6931471805599453
+    assert out.total.item() == pytest.approx(0.8 * ln2 + 0.2 * (1 + 2 + 2) / 3 * ln2, rel=1e-14)
+    assert out.metrics["logp/demo_per_token"].total.item() == pytest.approx(-ln2)
+    out.total.backward()
+    other = logits.detach().clone().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(other, torch.tensor([0]), label_smoothing=0.2)
+    torch.testing.assert_close(out.total, expected)
+    expected.backward()
+    torch.testing.assert_close(logits.grad, other.grad)

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 import yaml
 
+from megatron_irl.config import recipe_from_mapping, resolve
 from megatron_irl.errors import UserError
+from studies.answers import best_of, shares
+from studies.cost import equal_steps
+from studies.material import Letters
 from studies.methods import ALGORITHMS, recipe_of
 from studies.points import Point
 from studies.report import table
 from studies.rewards import area_under_curve
 from studies.statistics import paired_difference
-from studies.study import read_study, starts_of
+from studies.study import read_study, shared_trainings, starts_of
 from studies.tasks import TASKS, is_chain, is_subsequence, make_examples
 from studies.why import training_signs, why_table
 
@@ -104,9 +108,12 @@ def test_studies_in_the_repository_can_be_read(path):
     assert len(study.hypothesis.split()) > 10
     for method in study.methods:
         for settings in method.trials():
-            if method.kind != "start":
-                recipe_of(method.kind, settings, start=path, demonstrations=path, out=path, seed=0)
-    assert {m.kind for m in study.methods} <= {*ALGORITHMS, "start"}
+            point = study.point(next(iter(study.levels)), method, settings, 0)
+            for part in [*point.trained, *point.needs]:
+                recipe = recipe_of(part.method, part.settings, start=path, demonstrations=path,
+                                   out=path, seed=0)
+                resolve(recipe_from_mapping(recipe), point.task["train"])
+    assert {m.kind for m in study.methods} <= {*ALGORITHMS, "start", "best_of"}
 
 
 def test_unequal_numbers_of_trials_are_refused(tmp_path):
@@ -144,6 +151,37 @@ def test_no_two_points_of_a_stage_make_the_same_start():
     assert sorted((p.seed, p.task["unedited"]) for p, _ in drafts) == [
         (0, 0.0), (0, 0.5), (1, 0.0), (1, 0.5)]
     assert {p.method for p, _ in models + drafts} == {"start"}
+
+
+def test_points_that_differ_in_what_is_sampled_share_a_training():
+    """A point keeps its name whatever methods there are: results of earlier studies stay."""
+    sft = {"steps": 3, "lr": 1.0}
+    irft = {"kind": "irft", "steps": 3}
+    plain = Point({"name": "mirror"}, {}, {}, "sft", sft, 0)
+    assert plain.name == "sft-e893218e37"
+    colder = Point({"name": "mirror"}, {}, {}, "sft", sft | {"temperature": 0.5}, 0)
+    best = Point({"name": "mirror"}, {}, {}, "best_of",
+                 {"n": 2, "draws": sft | {"kind": "sft"}, "judge": irft}, 0)
+    kept = Point({"name": "mirror"}, {}, {}, "filtered", sft | {"reward": irft}, 0)
+    old = Point({"name": "mirror"}, {}, {}, "filtered", sft | {"reward": {"steps": 3}}, 0)
+    judge = Point({"name": "mirror"}, {}, {}, "irft", {"steps": 3}, 0)
+    assert colder.trained == [plain] and plain.trained == [plain]
+    assert best.trained == best.needs == [plain, judge] and kept.needs == [judge]
+    assert plain.needs == old.needs == []
+    points = [(p, "test") for p in (plain, colder, best, kept, old)]
+    assert shared_trainings(points) == [plain, judge]
+
+
+def test_best_of_every_n_by_hand():
+    assert best_of(["a", "b", "c", "d"], [0.0, 1.0, 2.0, 2.0], 2) == ["b", "c"]
+    assert best_of(["a", "b"], [0.0, 1.0], 1) == ["a", "b"]
+    assert shares(Letters("mirror"), {"ab": ["ba", "ab"], "bc": ["cb"]}) == [0.5, 1.0]
+
+
+def test_steps_that_take_as_long_by_hand():
+    """A run of sft takes 2 seconds and a step half a second."""
+    seconds = {"short": [99.0, 7.0, 7.0], "long": [12.0, 12.0, 12.0]}
+    assert equal_steps(22.0, seconds, {"short": 10, "long": 20}) == pytest.approx(40)
 
 
 def test_signs_are_of_the_last_tenth(tmp_path):

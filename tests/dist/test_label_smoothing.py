@@ -1,0 +1,60 @@
+"""Smoothed targets equal torch's own cross entropy, however the vocabulary is split."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.convert.tiny import make_tiny_llama
+from tests.dist import jobs, logprob_jobs
+
+SEED = int(np.random.SeedSequence().entropy % 2**31)  # printed with a failure
+VOCAB = 130  # not a multiple of anything: two ranks' slices differ, and end in padding
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny_llama(tmp_path_factory.mktemp("smoothing") / "hf", seed=SEED, vocab=VOCAB)
+
+
+def expected_step(hf, smoothing: float) -> tuple[float, float, float]:
+    """As ``logprob_jobs.train_sft``, by transformers and ``torch.nn.functional.cross_entropy``."""
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    assert network.config.vocab_size == VOCAB
+    network.get_input_embeddings().padding_idx = None  # which would have no gradient
+    logits, targets = [], []
+    for prompt, response in jobs.random_sequences(SEED, 12, VOCAB):
+        ids = torch.tensor(np.concatenate([prompt, response])).long()
+        logits.append(network(ids[None]).logits[0, len(prompt) - 1 : -1])
+        targets.append(ids[len(prompt) :])
+    rows, labels = torch.cat(logits), torch.cat(targets)
+    loss = torch.nn.functional.cross_entropy(rows, labels, label_smoothing=smoothing)
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in network.parameters()]).norm()
+    plain = -torch.nn.functional.cross_entropy(rows, labels)
+    return loss.item(), norm.item(), plain.item()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loss_and_gradient_are_torchs(pool, model, name):
+    """With blocks of 5 rows, all of which but the last are computed a second time."""
+    world_size, layout = LAYOUTS[name]
+    options = {"hf": str(model), "layout": layout, "seed": SEED, "vocab": VOCAB}
+    expected = expected_step(model, 0.3)
+    ranks = pool.run(
+        world_size, logprob_jobs.train_sft, smoothing=0.3, rows_at_once=5, **options)
+    for rank in ranks:
+        np.testing.assert_allclose(rank, expected, rtol=1e-5, err_msg=f"seed {SEED}")
+    assert abs(expected[0] + expected[2]) > 0.01, "smoothing would not show"
+    # What nobody smoothes is as it was, and a share of 0 is the same loss to the last bit.
+    plain = pool.run(world_size, logprob_jobs.train_sft, **options)
+    none = pool.run(world_size, logprob_jobs.train_sft, smoothing=0.0, **options)
+    assert [rank[0] for rank in none] == [rank[0] for rank in plain]
+    np.testing.assert_allclose(none, plain, rtol=1e-5)
