@@ -20,8 +20,11 @@ TRAIN = "--phase train --lengths 256-512,256-512 --steps 6 --warmup 3"
 GENERATE = "--phase generate --steps 3 --warmup 1"
 # (shape, the rest of the command); the first of each phase is what ``--quick`` measures.
 RUNS = [
-    ("llama-1.1b", f"{TRAIN} --sweep train.micro_batch_size=4,16 train.global_batch_size=16 "
+    ("llama-1.1b", f"{TRAIN} train.micro_batch_size=4 train.global_batch_size=16 "
                    "--peer transformers"),
+    ("llama-1.1b", f"{TRAIN} --sweep train.micro_batch_size,train.global_batch_size=4,16"),
+    ("llama-2.8b", f"{TRAIN} --sweep precision=bf16,fp8 train.micro_batch_size=8 "
+                   "train.global_batch_size=8"),
     ("llama-2.8b", f"{TRAIN} --sweep precision=bf16,fp8 train.micro_batch_size=8 "
                    "train.global_batch_size=32"),
     ("llama-8b", f"{TRAIN} adapter.rank=64 adapter.targets=[all-linear,lm_head] "

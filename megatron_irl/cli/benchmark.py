@@ -67,11 +67,13 @@ def recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Recipe:
     ], check_files=False)
 
 
-def case_of(options: argparse.Namespace, recipe: Recipe) -> tuple[Case, Headers]:
+def case_of(
+    options: argparse.Namespace, recipe: Recipe, *, check_hardware: bool = True
+) -> tuple[Case, Headers]:
     """What is timed, and what the model is."""
     case = Case(resolve(recipe, 1_000_000), *parse_lengths(options.lengths), options.requests,
                 options.steps, options.warmup, options.ragged)
-    return case, read_headers(recipe)
+    return case, read_headers(recipe, check_hardware=check_hardware)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -108,6 +110,10 @@ def case_name(case: Case, headers: Headers, phase: str) -> str:
                train.micro_batch_size)
     work = (f"{case.requests} requests" if phase in ("generate", "reference") else
             f"{at_once} of {train.global_batch_size} pairs")
+    if phase == "generate" and case.recipe.generation.cuda_graphs == "off":
+        work = f"graphs off {work}"
+    if phase == "generate" and parallel.pipeline_model_parallel_size > 1:
+        work = f"{case.recipe.generation.pipeline} {work}"
     adapter = f" lora{headers.adapter.rank}" if headers.adapter else ""
     return (f"{phase} {headers.architecture.family} {transformer['num_layers']}x"
             f"{transformer['hidden_size']} {case.recipe.precision}{adapter} "
@@ -131,7 +137,8 @@ def _several(options: argparse.Namespace, argv: list[str]) -> list[dict[str, Any
             _compare(ours, _child([*plain, *more, "--role", "peer"]))
         for result in ours:
             result |= {k: v for k, v in swept.items() if k != "requests"}
-            sys.stdout.write((f"{keys}={value} " if swept else "") + _row(result) + "\n")
+            result |= {"sweep": f"{keys}={value}"} if swept else {}
+            sys.stdout.write(f"{result.get('sweep', '')} {_row(result)}\n".lstrip())
         sys.stdout.flush()
         results += ours
     return results
@@ -196,7 +203,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     shown = [result for result in results if "tokens_per_second" in result]
     figure = Figure((7, 0.5 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
-    names = [result.get("case", result["phase"]) for result in shown]
+    names = [f"{result.get('case', result['phase'])} {result.get('sweep', '')}" for result in shown]
     axes.barh(range(len(shown)), [result["tokens_per_second"] for result in shown])
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.invert_yaxis()
