@@ -6,8 +6,8 @@ For a weight [N, K] and M <= 64 rows, MKL computes ``W @ x.T`` in about half the
 A row's product of two rows or more does not depend on how many there are, that of one alone does:
 it is another routine, which adds up in another order. So one row is computed as two. Otherwise a
 sample would have other log-probabilities, in the last bits, if a killed run samples it again
-without the requests that it shared its steps with. (These products are not the only place where
-that happens: ``docs/checkpoints.md``, "Killed at random".)
+without the requests that it shared its steps with. (So measured with AVX-512. With AVX2 more than
+one routine serves more than one row: there the last bits of samples may depend on their company.)
 """
 
 from collections.abc import Callable, Iterator
