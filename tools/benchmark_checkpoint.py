@@ -1,7 +1,7 @@
 """How long a checkpoint stops training, how long it takes in all, and what host memory it needs.
 
-    python tools/benchmark_checkpoint.py --shape 8B/4 [--saves 5] [--out DIR]       (one GPU)
-    python tools/benchmark_checkpoint.py --shape 200M --ranks 2                     (CPU, DP2)
+    python tools/benchmark_checkpoint.py --model benchmarks/llama-2.8b [--saves 5]    (one GPU)
+    python tools/benchmark_checkpoint.py --model benchmarks/llama-200m --ranks 2      (CPU, DP2)
 
 A model with random weights takes optimizer steps, is saved in the background and in the foreground
 through the run's own checkpointer, and is read back into zeros. ``--upstream`` adds Megatron's own
@@ -30,19 +30,16 @@ from typing import Any
 
 import psutil
 import torch
-from gpu_shapes import SHAPES, build_random, random_pairs, shape
 
 from megatron_irl import hardware
-from megatron_irl.config import ParallelConfig
+from megatron_irl.bench.phases import Bench, pair_objective
+from megatron_irl.bench.work import Case, Range, random_pairs
+from megatron_irl.config import ParallelConfig, load_recipe, resolve
 from megatron_irl.hardware.host_copy import copy_to_host, threads_for_files
-from megatron_irl.model.build import build_ddp_config
-from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import Topology, initialize, shutdown
-from megatron_irl.policy.policy import Policy
+from megatron_irl.run.inputs import read_headers
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.batches import microbatches_for
-from megatron_irl.train.optimizer import build_megatron_optimizer
-from megatron_irl.train.step import Stepper
 
 from megatron.core import dist_checkpointing  # isort: skip
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isort: skip
@@ -51,37 +48,39 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isor
 from megatron.core.dist_checkpointing.strategies.torch import (  # isort: skip
     TorchDistSaveShardedStrategy,
 )
-from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from megatron.core.utils import unwrap_model  # isort: skip
 
-LENGTHS = {} if hardware.IS_CUDA else {"low": 16, "high": 32}  # of prompts and responses
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+LENGTHS = Range(256, 512) if hardware.IS_CUDA else Range(16, 32)  # of prompts and responses
 SCHEDULE = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
 
 
-class Bench:
+class Saves:
     """A model that is being trained, and its checkpoints in ``folder``."""
 
-    def __init__(self, name: str, pairs: int, topology: Topology, folder: Path) -> None:
+    def __init__(self, options: argparse.Namespace, topology: Topology, folder: Path) -> None:
         self.topology, self.folder = topology, folder
-        precision = "bf16" if hardware.IS_CUDA else "fp32"
-        chunks, config = build_random(name, precision, topology)
-        policy = Policy(chunks, topology, shape(name)).for_training(build_ddp_config())
-        options = OptimizerConfig(
-            lr=1e-6, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
-            params_dtype=config.params_dtype,
+        recipe = load_recipe(BENCHMARKS / "pairs.yaml", [
+            f"model.hf={options.model}", f"precision={'bf16' if hardware.IS_CUDA else 'fp32'}",
+            f"train.micro_batch_size={options.pairs}",
+            f"train.global_batch_size={options.pairs * topology.dp_size}",
+        ], check_files=False)
+        case = Case(resolve(recipe, 1_000_000), LENGTHS, LENGTHS, requests=1, steps=1, warmup=0)
+        built = Bench(case, read_headers(recipe), topology, random_weights=True)
+        self.stepper = built.trainer.stepper
+        pairs = random_pairs(
+            built.arch.vocab_size, recipe.train.global_batch_size, LENGTHS, LENGTHS, seed=0
         )
-        self.stepper = Stepper(policy, build_megatron_optimizer(options, policy.chunks, topology))
         self.batch = microbatches_for(
-            random_pairs(shape(name), pairs * topology.dp_size, seed=0, **LENGTHS), topology,
-            micro_batch_size=pairs,
-            multiple_of=policy.multiple_of,
+            pairs, topology, micro_batch_size=options.pairs,
+            multiple_of=built.policy.multiple_of,
         )
         self.steps = 0
 
     def step(self) -> float:
         """Seconds of an optimizer step."""
         start = time.perf_counter()
-        self.stepper.train_step(self.batch, objective)
+        self.stepper.train_step(self.batch, pair_objective)
         hardware.synchronize()
         self.steps += 1
         return time.perf_counter() - start
@@ -140,7 +139,7 @@ class Bench:
             self.topology.barrier()
             metadata = {
                 "distrib_optim_sharding_type": kind, "chained_optim_avoid_prefix": True,
-                "distrib_optim_fully_reshardable_mem_efficient": True,
+                "distrib_optim_fully_reshardable_mem_efficient": False,  # no gloo groups
                 "singleton_local_shards": False, "dp_cp_group": self.topology.dp_group,
             }
             model = {
@@ -208,11 +207,6 @@ class Bench:
         return own + weights // self.topology.dp_size
 
 
-def objective(logprobs_R: torch.Tensor, batch: Any) -> Any:
-    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
-    return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, beta=0.1)
-
-
 @contextmanager
 def peak_of_memory() -> Iterator[list[int]]:
     """Bytes that this process and its children took more than before, at most."""
@@ -245,9 +239,9 @@ def peak_of_memory() -> Iterator[list[int]]:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Everything, on this rank."""
     topology = initialize(ParallelConfig())
-    bench = Bench(options.shape, options.pairs, topology, folder / "checkpoints")
+    bench = Saves(options, topology, folder / "checkpoints")
     bench.step()
-    found: dict[str, Any] = {"shape": options.shape, "ranks": topology.world_size,
+    found: dict[str, Any] = {"model": options.model.name, "ranks": topology.world_size,
                              "threads": threads_for_files()}
     plan: list[tuple[str, Callable[[], dict[str, float]]]] = []
     for i in range(options.saves):
@@ -274,7 +268,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="200M")
+    parser.add_argument("--model", type=Path, default=BENCHMARKS / "llama-200m",
+                        help="HF folder, of which config.json is read")
     parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks on this machine")
     parser.add_argument("--saves", type=int, default=2, help="saves of each kind")
     parser.add_argument("--pairs", type=int, default=2, help="pairs of a step")

@@ -1,80 +1,76 @@
 """Speed on one GPU of the H100 class: training and generation of well-known shapes, side by side.
 
-    python tools/benchmark_gpu.py [--json FILE] [--only training|generation] [--quick]
+    python tools/benchmark_gpu.py [--json FILE] [--only train|generate] [--quick]
 
-Runs ``benchmark_gpu_training.py`` and ``benchmark_decoding.py``, each in a process of its own so
-that the memory of one is free for the next, and prints their results as one table. Takes about six
-minutes; random weights, no folder is written or read.
+Each line is ``megatron-irl benchmark`` on ``benchmarks/pairs.yaml`` and a shape of ``benchmarks/``
+with random weights, in a process of its own; the commands are printed, so that one can be run, or
+varied, by itself. What is over 10 % slower than ``benchmarks/h100.json`` is warned of.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-TOOLS = Path(__file__).resolve().parent
-TRAINING = [
-    ("--model", "1.1B", "--pairs", "4", "16", "--transformers"),
-    ("--model", "8B/4", "--pairs", "8"),
-    ("--model", "8B/4", "--pairs", "8", "--precision", "fp8"),
-    ("--model", "8B", "--lora", "64", "--micro-batch-tokens", "4096"),
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+TRAIN = "--phase train --lengths 256-512,256-512 --steps 6 --warmup 3"
+GENERATE = "--phase generate --steps 3 --warmup 1"
+# (shape, the rest of the command); the first of each phase is what ``--quick`` measures.
+RUNS = [
+    ("llama-1.1b", f"{TRAIN} train.micro_batch_size=4 train.global_batch_size=16 "
+                   "--peer transformers"),
+    ("llama-1.1b", f"{TRAIN} --sweep train.micro_batch_size,train.global_batch_size=4,16"),
+    ("llama-2.8b", f"{TRAIN} --sweep precision=bf16,fp8 train.micro_batch_size=8 "
+                   "train.global_batch_size=8"),
+    ("llama-2.8b", f"{TRAIN} --sweep precision=bf16,fp8 train.micro_batch_size=8 "
+                   "train.global_batch_size=32"),
+    ("llama-8b", f"{TRAIN} adapter.rank=64 adapter.targets=[all-linear,lm_head] "
+                 "train.micro_batch_size=1 train.micro_batch_tokens=4096 "
+                 "train.global_batch_size=16"),
+    ("llama-1.1b", f"{GENERATE} --lengths 256,128 --peer transformers "
+                   "--sweep requests,generation.max_requests=64,256"),
+    ("llama-1.1b", f"{GENERATE} --lengths 256,128 --sweep generation.cuda_graphs=auto,off"),
+    ("llama-1.1b", f"{GENERATE} --lengths 256,64-192 --requests 512 --ragged"),
+    ("llama-8b", f"{GENERATE} --lengths 256,128 --requests 64"),
 ]
-GENERATION = [
-    ("--shape", "1.1B", "--requests", "64", "256", "--peer", "--ragged"),
-    ("--shape", "8B", "--requests", "64"),
-]
-COLUMNS = ("tokens_per_second", "tflops", "mfu", "peak_gib", "ms_per_step", "times_transformers",
-           "bandwidth_share")
 
 
-def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A result per measurement; a script that fails gives one line that says so."""
-    plans = [("training", "benchmark_gpu_training.py", TRAINING),
-             ("generation", "benchmark_decoding.py", GENERATION)]
-    for what, script, runs in plans:
-        if options.only not in (None, what):
-            continue
-        for arguments in runs[: 1 if options.quick else None]:
-            command = [sys.executable, str(TOOLS / script), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            for line in done.stdout.splitlines():
-                if line.startswith("{"):
-                    yield {"what": what} | json.loads(line)
-            if done.returncode:
-                said = done.stderr.strip().splitlines()[-1:]
-                yield {"what": what, "failed": " ".join(arguments), "error": "".join(said)}
-
-
-def row(result: dict[str, Any]) -> str:
-    """A line of the table."""
-    if "failed" in result:
-        return f"{result['what']} {result['failed']}: FAILED: {result['error']}"
-    name = result.get("model") or result.get("shape")
-    tokens = result.get("micro_batch_tokens")
-    size = (f"LoRA r={result['lora']}, {tokens} tokens" if tokens else
-            f"{result['pairs']} pairs x {result['microbatches']}" if "pairs" in result
-            else f"{result.get('requests') or result.get('places')} requests")
-    label = f"{result['what']} {name} {result.get('precision', 'bf16')}, {size}"
-    cells = [f"{key} {result[key]}" for key in COLUMNS if key in result]
-    return f"{label:52}" + "  ".join(cells)
+def command(shape: str, rest: str) -> list[str]:
+    """Of a run."""
+    return ["benchmark", str(BENCHMARKS / "pairs.yaml"), f"model.hf={BENCHMARKS / shape}",
+            "--random-weights", "--baseline", str(BENCHMARKS / "h100.json"), *shlex.split(rest)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the results here as well")
-    parser.add_argument("--only", choices=("training", "generation"))
-    parser.add_argument("--quick", action="store_true", help="the smaller model only")
+    parser.add_argument("--json", type=Path, help="write all results here as well")
+    parser.add_argument("--only", choices=("train", "generate"))
+    parser.add_argument("--quick", action="store_true", help="the first run of each phase only")
     options = parser.parse_args()
-    found = []
-    for result in results(options):
-        found.append(result)
-        print(row(result), flush=True)
+    results: list[dict[str, Any]] = []
+    measured: set[str] = set()
+    failed = False
+    for shape, rest in RUNS:
+        phase = rest.split()[1]
+        if options.only not in (None, phase) or (options.quick and phase in measured):
+            continue
+        measured.add(phase)
+        print(f"megatron-irl benchmark benchmarks/pairs.yaml model.hf=benchmarks/{shape} "
+              f"--random-weights {rest}", flush=True)
+        done = subprocess.run([sys.executable, "-m", "megatron_irl", *command(shape, rest)],
+                              stdout=subprocess.PIPE, text=True, check=False)
+        *table, last = done.stdout.splitlines() or [""]
+        if done.returncode:  # the reason is on standard error already
+            failed = True
+            continue
+        print("\n".join(table), flush=True)
+        results += json.loads(last)["results"]
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
-    return int(any("failed" in result for result in found))
+        options.json.write_text(json.dumps(results, indent=1))
+    return int(failed)
 
 
 if __name__ == "__main__":

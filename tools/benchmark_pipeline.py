@@ -1,8 +1,8 @@
 """Generation over two pipeline stages: in turn, as replicas, and by groups of requests in turn.
 
-    python tools/benchmark_pipeline.py [--requests 64] [--new 64] [--layers 8] [--hidden 384]
+    python tools/benchmark_pipeline.py [--requests 64] [--new 64] [--model benchmarks/llama-20m]
 
-Random weights of a Llama shape, fp32 on CPU, a thread a rank; the ways take turns. Beside seconds
+Random weights, fp32 on CPU, a thread a rank; the ways take turns. Beside seconds
 of the clock it takes each rank's own processor time, which other work on the machine disturbs far
 less, and what that bounds the speed to:
 
@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from megatron_irl.parallel.topology import initialize, shutdown
 from megatron_irl.policy.policy import Policy
 
 STAGES = 2
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 def main() -> None:
@@ -44,14 +44,13 @@ def main() -> None:
     if "RANK" in os.environ:
         measure(options)
         return
-    with TemporaryDirectory() as folder, socket.socket() as probe:
-        write_shape(options, Path(folder))
+    with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
         probe.close()
         ranks = [
             subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:], "--hf", folder],
+                [sys.executable, __file__, *sys.argv[1:]],
                 env=os.environ | {
                     "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(STAGES),
                     "LOCAL_WORLD_SIZE": str(STAGES), "MASTER_ADDR": "127.0.0.1",
@@ -68,7 +67,7 @@ def measure(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     parallel = ParallelConfig(pipeline_model_parallel_size=STAGES)
     topology = initialize(parallel)
-    arch = architecture(read_hf_config(options.hf))
+    arch = architecture(read_hf_config(options.model))
     chunks = build_chunks(build_config(arch, parallel), arch, topology)
     fill_randomly(chunks)
     rng = np.random.default_rng(0)
@@ -118,24 +117,13 @@ def report(found: dict[str, list[tuple[float, list[float]]]], tokens: int) -> di
     }
 
 
-def write_shape(options: argparse.Namespace, folder: Path) -> None:
-    """A ``config.json`` of a Llama; weights are random."""
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "hidden_size": options.hidden, "intermediate_size": 8 * options.hidden // 3 // 8 * 8,
-        "num_hidden_layers": options.layers, "num_attention_heads": options.hidden // 64,
-        "num_key_value_heads": options.hidden // 64, "vocab_size": options.vocab,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-        "hidden_act": "silu",
-    }))
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name, default in (("requests", 64), ("prompt", 64), ("new", 64), ("layers", 8),
-                          ("hidden", 384), ("vocab", 8192), ("repeats", 3)):
+    for name, default in (("requests", 64), ("prompt", 64), ("new", 64),
+                          ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--hf", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--model", type=Path, default=BENCHMARKS / "llama-20m",
+                        help="HF folder, of which config.json is read")
     return parser.parse_args()
 
 

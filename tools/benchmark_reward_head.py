@@ -13,123 +13,84 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_irl import hardware
-from megatron_irl.config import ParallelConfig, Precision
-from megatron_irl.convert.hf_config import architecture, read_hf_config
-from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
-from megatron_irl.model.reward_head import attach_reward_head, reward_head
-from megatron_irl.objectives import irft_loss, reward_loss, sequence_logprobs
+from megatron_irl.bench.phases import Bench, pair_objective
+from megatron_irl.bench.work import Case, parse_lengths, random_pairs
+from megatron_irl.config import ParallelConfig, load_recipe, resolve
+from megatron_irl.hardware.stopwatch import Stopwatch
+from megatron_irl.model.reward_head import reward_head
+from megatron_irl.objectives import reward_loss
 from megatron_irl.parallel.topology import Topology, initialize
-from megatron_irl.policy.policy import Policy
+from megatron_irl.run.inputs import read_headers
 from megatron_irl.train.batches import microbatches_for
-from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
-from megatron_irl.train.step import Stepper
-from megatron_irl.types import HeadOutputs, LossOutput, PackedBatch, Pair
+from megatron_irl.types import HeadOutputs, LossOutput, PackedBatch
 
-from megatron.core.optimizer import (  # isort: skip
-    OptimizerConfig,
-    get_standard_config_overrides,
-)
-
-BETA, LR, HEAD_LR = 0.1, 1e-6, 1e-4
-
-
-def without_head(logprobs_R: torch.Tensor, batch: PackedBatch) -> LossOutput:
-    """The implicit reward's loss."""
-    logps_S = sequence_logprobs(logprobs_R, batch.segment_R, batch.num_sequences)
-    return irft_loss(logps_S, batch.ref_logps_S, batch.lengths_S, beta=BETA)
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+LR, HEAD_LR = 1e-6, 1e-4
 
 
 def with_head(heads: HeadOutputs, batch: PackedBatch) -> LossOutput:
-    """The same, and the explicit reward's."""
-    implicit = without_head(heads.logprobs_R, batch)
+    """The implicit reward's loss, and the explicit one's."""
+    implicit = pair_objective(heads.logprobs_R, batch)
     explicit = reward_loss(heads.rewards_S, loss="logistic", bound=None)
     return LossOutput(implicit.total + explicit.total, implicit.weight, implicit.metrics)
 
 
-def make_pairs(count: int, vocab: int, rng: np.random.Generator, prompt: tuple[int, int],
-               response: tuple[int, int]) -> list[Pair]:
-    """Random pairs with lengths uniform in the given ranges."""
-
-    def ids(bounds: tuple[int, int]) -> np.ndarray:
-        return rng.integers(3, vocab, rng.integers(bounds[0], bounds[1] + 1)).astype(np.int32)
-
-    return [
-        Pair(i, ids(prompt), ids(response), ids(response), np.zeros(1, np.float32), "stop",
-             ref_demo_logp=-50.0, ref_sample_logp=-50.0)
-        for i in range(count)
-    ]
-
-
-def build(model: Path, precision: Precision, topology: Topology) -> tuple[Stepper, int]:
-    """The stepper of a model with a head, and the model's vocabulary size."""
-    arch = architecture(read_hf_config(model))
-    config = build_config(arch, ParallelConfig(), precision=precision)
-    chunks = build_chunks(config, arch, topology)
-    attach_reward_head(chunks, topology)
-    policy = Policy(chunks, topology, arch)
-    policy.load_weights(model)
-    policy = policy.for_training(build_ddp_config())
-    options = OptimizerConfig(
-        lr=LR, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
-        params_dtype=config.params_dtype,
-    )
-    optimizer = build_megatron_optimizer(
-        options, policy.chunks, topology,
-        overrides=get_standard_config_overrides(options) | reward_head_group(HEAD_LR),
-    )
-    return Stepper(policy, optimizer), arch.vocab_size
+def build(options: argparse.Namespace, topology: Topology) -> Bench:
+    """A model with a head, its optimizer and the work, as an rft run has them."""
+    recipe = load_recipe(BENCHMARKS / "pairs.yaml", [
+        f"model.hf={options.model}", f"precision={options.precision}", "algorithm.name=rft",
+        f"optimizer.lr={LR}", f"reward.lr={HEAD_LR}",
+        f"train.micro_batch_size={options.micro_batch_size}",
+        f"train.global_batch_size={options.pairs}",
+    ], check_files=False)
+    case = Case(resolve(recipe, 1_000_000), *parse_lengths(options.lengths), requests=1,
+                steps=options.steps, warmup=1)
+    return Bench(case, read_headers(recipe), topology, random_weights=options.random_weights)
 
 
 def reset_peak() -> None:
     """Start a new peak measurement."""
-    if hardware.IS_CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident pages
+    hardware.reset_peak_memory()
+    hardware.reset_peak_process_memory()
 
 
 def peak_bytes() -> int:
     """The most memory in use since ``reset_peak``."""
-    if hardware.IS_CUDA:
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in status if line.startswith("VmHWM:")]
-    return 1024 * int(line.split()[1])
+    return hardware.peak_memory() if hardware.IS_CUDA else hardware.peak_process_memory()
 
 
 def measure(options: argparse.Namespace, topology: Topology) -> dict[str, Any]:
     """Alternate both kinds of step; medians and their ratios."""
-    stepper, vocab = build(options.model, options.precision, topology)
-    rng = np.random.default_rng(options.seed)
+    bench = build(options, topology)
+    stepper, case = bench.trainer.stepper, bench.case
     steps = {
-        "without": partial(stepper.train_step, objective=without_head),
+        "without": partial(stepper.train_step, objective=pair_objective),
         "with": partial(stepper.train_step, objective=with_head, heads="both"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, list[int]] = {name: [] for name in steps}
     for index in range(options.steps + 1):
-        pairs = make_pairs(options.pairs, vocab, rng, options.prompt, options.response)
+        pairs = random_pairs(
+            bench.arch.vocab_size, options.pairs, case.prompt, case.response, seed=index
+        )
         batches = microbatches_for(
-            pairs, topology, micro_batch_size=options.micro_batch_size, multiple_of=1
+            pairs, topology, micro_batch_size=options.micro_batch_size,
+            multiple_of=bench.policy.multiple_of,
         )
         # The order alternates too: the second step on a batch finds warm caches.
         for name in sorted(steps, reverse=bool(index % 2)):
             reset_peak()
-            hardware.synchronize()
-            start = time.perf_counter()
-            steps[name](batches)
-            hardware.synchronize()
+            with Stopwatch() as watch:
+                steps[name](batches)
             if index:  # the first is warm-up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(watch.seconds)
                 peaks[name].append(peak_bytes())
     head = reward_head(stepper.policy.chunks)
     assert head is not None
@@ -155,10 +116,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--prompt", type=int, nargs=2, default=[40, 80], metavar=("MIN", "MAX"))
-    parser.add_argument("--response", type=int, nargs=2, default=[10, 50], metavar=("MIN", "MAX"))
+    parser.add_argument("--lengths", default="40-80,10-50", metavar="PROMPT,RESPONSE")
+    parser.add_argument("--random-weights", action="store_true", help="read config.json only")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = measure(options, initialize(ParallelConfig()))

@@ -1,9 +1,6 @@
 """The same round as people write it without us, with transformers alone, on one device."""
 
 import functools
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +8,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_irl import hardware
-from megatron_irl.bench.phases import BETA, Case
-from megatron_irl.bench.work import PhaseMemory, random_pairs
+from megatron_irl.bench.phases import BETA
+from megatron_irl.bench.timing import median_seconds
+from megatron_irl.bench.work import Case, PhaseMemory, random_pairs
 from megatron_irl.types import Pair
 
 
@@ -75,7 +73,7 @@ class Peer:
                         ids.to(hardware.device()), generation_config=options,
                         attention_mask=there.to(hardware.device()))
 
-        seconds = self._median(lambda _: sample())
+        seconds = median_seconds(lambda _: sample(), case)
         return {"seconds": seconds, "tokens_per_second": case.requests * new / seconds}
 
     def _reference(self) -> dict[str, Any]:
@@ -87,7 +85,7 @@ class Peer:
                 for start in range(0, len(pairs), size):
                     self._logps(pairs[start : start + size])
 
-        seconds = self._median(score)
+        seconds = median_seconds(score, self.case)
         return {"seconds": seconds, "tokens_per_second": tokens_of(pairs) / seconds}
 
     def _train(self) -> dict[str, Any]:
@@ -106,7 +104,7 @@ class Peer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self._optimizer.step()
 
-        seconds = self._median(step)
+        seconds = median_seconds(step, self.case)
         return {"seconds": seconds, "tokens_per_second": tokens_of(self._pairs(batch, 0)) / seconds}
 
     def _logps(self, pairs: list[Pair]) -> torch.Tensor:
@@ -120,16 +118,6 @@ class Peer:
         logits = self.model(input_ids=tokens, attention_mask=there).logits[:, :-1]
         logprobs = logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
         return (logprobs * mask[:, 1:]).sum(-1)
-
-    def _median(self, work: Callable[[int], None]) -> float:
-        seconds = []
-        for step in range(self.case.warmup + self.case.steps):
-            hardware.synchronize()
-            start = time.perf_counter()
-            work(step)
-            hardware.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[self.case.warmup :])
 
 
 def by_length(pairs: list[Pair]) -> list[Pair]:

@@ -3,18 +3,18 @@
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from megatron_irl import hardware
-from megatron_irl.bench.work import PhaseMemory, Range, random_pairs
+from megatron_irl.bench.generation import time_generation
+from megatron_irl.bench.timing import median_seconds
+from megatron_irl.bench.work import Case, PhaseMemory, random_pairs
+from megatron_irl.collector import settled
 from megatron_irl.config import Recipe
-from megatron_irl.generation.interface import SamplingConfig
+from megatron_irl.hardware.stopwatch import Stopwatch
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
@@ -26,23 +26,6 @@ from megatron_irl.train.batches import microbatches_for, work_of
 
 PHASES = ("generate", "reference", "train", "save")
 BETA = 0.1
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is timed.
-
-    Attributes:
-        requests: Prompts of a generation, over all replicas.
-        steps, warmup: Repeats that count, and those before them.
-    """
-
-    recipe: Recipe
-    prompt: Range
-    response: Range
-    requests: int
-    steps: int
-    warmup: int
 
 
 class _Known:
@@ -79,7 +62,8 @@ class Bench:
     def run(self, phase: str) -> dict[str, Any]:
         """Medians of a phase: seconds, speeds, and the most memory it took (GiB)."""
         self.memory.begin()
-        found = getattr(self, f"_{phase}")()
+        with settled():  # as in a run
+            found = getattr(self, f"_{phase}")()
         return {"phase": phase} | found | self.memory.peaks()
 
     def _train(self) -> dict[str, Any]:
@@ -87,7 +71,7 @@ class Bench:
         size = case.recipe.train.global_batch_size
         for step in range(case.warmup + case.steps):
             pairs = random_pairs(self.arch.vocab_size, size, case.prompt, case.response, seed=step)
-            with _Timer() as timer:
+            with Stopwatch() as timer:
                 packs = microbatches_for(
                     pairs, self.topology, multiple_of=self.policy.multiple_of,
                     micro_batch_size=case.recipe.train.micro_batch_size,
@@ -107,39 +91,14 @@ class Bench:
         return found
 
     def _generate(self) -> dict[str, Any]:
-        case, ranks = self.case, self.policy.sampling_ranks()
-        pairs = random_pairs(self.arch.vocab_size, case.requests, case.prompt, case.response,
-                             seed=0)
-        mine = pairs[ranks.dp_rank :: ranks.dp_size]
-        new = case.response.high
-
-        def sample(budget: int) -> Callable[[], Any]:
-            # No token ends a response: every one has the whole budget.
-            sampling = SamplingConfig(
-                seed=1, eos_id=self.arch.vocab_size, max_new_tokens=budget,
-                temperature=case.recipe.generation.temperature or 1.0,
-            )
-            return lambda: self.policy.generate_share(
-                [p.prompt_ids for p in mine], sampling, keys=[p.ordinal for p in mine])
-
-        whole = _median(sample(new), case)
-        prefill = _median(sample(1), case)
-        self.policy.release_cache()
-        decode = (whole - prefill) / max(1, new - 1)
-        rate = case.requests * new / whole
-        return {
-            "seconds": whole, "tokens_per_second": rate, "prefill_seconds": prefill,
-            "decode_step_seconds": decode, "requests": case.requests,
-            **self.speed.generation({"tokens_per_second": rate},
-                                    min(len(mine), case.recipe.generation.max_requests)),
-        }
+        return time_generation(self.policy, self.case, self.speed)
 
     def _reference(self) -> dict[str, Any]:
         case = self.case
         pairs = random_pairs(self.arch.vocab_size, case.requests, case.prompt, case.response,
                              seed=0)
         sequences = [(p.prompt_ids, ids) for p in pairs for ids in (p.demo_ids, p.sample_ids)]
-        seconds = _median(lambda: self.policy.score(sequences), case)
+        seconds = median_seconds(lambda _: self.policy.score(sequences), case)
         tokens = sum(len(a) + len(b) for a, b in sequences)
         return {"seconds": seconds, "tokens_per_second": tokens / seconds}
 
@@ -150,7 +109,7 @@ class Bench:
         place = Path(on_main(lambda: tempfile.mkdtemp(dir=folder), self.topology))
         try:
             saver = Checkpointer(place, self.topology, keep=1)
-            with _Timer() as timer:
+            with Stopwatch() as timer:
                 saver.save(1, self.policy.chunks, self.trainer.optimizer, self.trainer.scheduler,
                            {})
             size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
@@ -185,27 +144,3 @@ def phases_of(asked: str) -> Iterator[str]:
     """The phases that ``--phase`` names; a round is all but saving."""
     names = {"all": PHASES, "round": PHASES[:3]}.get(asked, (asked,))
     yield from names
-
-
-class _Timer:
-    """Seconds of a block, the device's queue emptied before and after."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> "_Timer":
-        hardware.synchronize()
-        self._start = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        hardware.synchronize()
-        self.seconds = time.perf_counter() - self._start
-
-
-def _median(work: Callable[[], Any], case: Case) -> float:
-    seconds = []
-    for _ in range(case.warmup + case.steps):
-        with _Timer() as timer:
-            work()
-        seconds.append(timer.seconds)
-    return statistics.median(seconds[case.warmup :])

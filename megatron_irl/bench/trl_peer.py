@@ -17,7 +17,9 @@ from trl import DPOConfig, DPOTrainer
 
 from megatron_irl import hardware
 from megatron_irl.bench.peer import Peer, by_length, learning_rate, tokens_of
-from megatron_irl.bench.phases import BETA, Case
+from megatron_irl.bench.phases import BETA
+from megatron_irl.bench.timing import median_seconds
+from megatron_irl.bench.work import Case
 from megatron_irl.types import Pair
 
 
@@ -58,7 +60,7 @@ class TrlPeer(Peer):
                 trainer.compute_ref_log_probs(self.model, {
                     name: tensor.to(hardware.device()) for name, tensor in batch.items()})
 
-        seconds = self._median(score)
+        seconds = median_seconds(score, self.case)
         return {"seconds": seconds, "tokens_per_second": tokens_of(pairs) / seconds}
 
     def _train(self) -> dict[str, Any]:

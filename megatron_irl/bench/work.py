@@ -1,10 +1,11 @@
-"""Random pairs for a benchmark, the same for us and for a peer."""
+"""What a benchmark works on, the same for us and for a peer: the case, and random pairs."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_irl import hardware
+from megatron_irl.config import Recipe
 from megatron_irl.errors import UserError
 from megatron_irl.run.speed import memory_peaks
 from megatron_irl.types import Pair
@@ -39,6 +40,25 @@ def parse_lengths(text: str) -> tuple[Range, Range]:
     if len(parts) != 2:
         raise UserError(f"--lengths {text} is not PROMPT,RESPONSE, as in 256-512,256-512.")
     return Range.parse(parts[0]), Range.parse(parts[1])
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed.
+
+    Attributes:
+        requests: Prompts of a generation, over all replicas.
+        steps, warmup: Repeats that count, and those before them.
+        ragged: Sample with unequal budgets too, beside equal ones of the same sum.
+    """
+
+    recipe: Recipe
+    prompt: Range
+    response: Range
+    requests: int
+    steps: int
+    warmup: int
+    ragged: bool = False
 
 
 class PhaseMemory:

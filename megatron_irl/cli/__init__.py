@@ -105,7 +105,10 @@ def _add_benchmark(commands: Any) -> None:
     bench.add_argument("--requests", type=int, default=64, help="prompts that are sampled for")
     bench.add_argument("--steps", type=int, default=5, help="repeats, of which the median counts")
     bench.add_argument("--warmup", type=int, default=2, help="repeats before them")
-    bench.add_argument("--sweep", metavar="KEY=A,B,C", help="time it for each value of a key")
+    bench.add_argument("--ragged", action="store_true", help="sample with budgets between LOW and "
+                       "HIGH of the responses' --lengths too, beside equal ones of the same sum")
+    bench.add_argument("--sweep", metavar="KEY=A,B,C", help="time it for each value of a key, of "
+                       "several (KEY,KEY=A,B), or of requests")
     bench.add_argument("--peer", choices=("transformers", "trl"), help="time the same work in "
                        "transformers alone, or by trl's DPOTrainer")
     bench.add_argument("--baseline", type=_path, help="warn of what is over 10%% slower than in "

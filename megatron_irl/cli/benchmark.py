@@ -5,44 +5,39 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_irl.bench.baseline import falls, read_baseline
 from megatron_irl.bench.peer import Peer
-from megatron_irl.bench.phases import Bench, Case, phases_of
-from megatron_irl.bench.work import parse_lengths
+from megatron_irl.bench.phases import Bench, phases_of
+from megatron_irl.bench.work import Case, parse_lengths
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
-from megatron_irl.config import check_layout, load_recipe, resolve
+from megatron_irl.config import Recipe, check_layout, load_recipe, resolve
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.topology import initialize, shutdown
 from megatron_irl.run.inputs import Headers, read_headers
 
 COLUMNS = ("tokens_per_second", "seconds", "prefill_seconds", "decode_step_seconds",
-           "train/tflops", "train/mfu", "bandwidth_utilisation", "memory/peak_allocated",
-           "memory/peak_process", "memory/peak_added", "ratio", "memory_ratio")
+           "train/tflops", "train/mfu", "bandwidth_utilisation", "decode_bandwidth_utilisation",
+           "ragged_to_equal", "graphs", "memory/peak_allocated", "memory/peak_process",
+           "memory/peak_added", "ratio", "memory_ratio")
 
 
 def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
     """Time the phases; the last line is JSON of all results. Returns the exit code."""
-    if options.sweep or (options.peer and not options.role):
-        return _several(options, argv)
-    lengths = parse_lengths(options.lengths)
-    overrides = [f"data.max_prompt_length={lengths[0].high}",
-                 f"data.max_response_length={lengths[1].high}", *options.overrides]
-    recipe = load_recipe(options.recipe, overrides, check_files=False)
+    _check(options)
     baseline = read_baseline(options.baseline) if options.baseline else []
-    for name in ("steps", "requests"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least 1.")
+    if options.sweep or (options.peer and not options.role):
+        return _finish(options, _several(options, argv), baseline)
+    recipe = recipe_of(options)
     world_size = adopt_environment()
     size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
     if world_size is None and size > 1 and options.role != "peer":
         return run_ranks(argv, size)
     check_layout(recipe, world_size)
-    headers = read_headers(recipe)
-    case = Case(resolve(recipe, 1_000_000), *lengths, options.requests, options.steps,
-                options.warmup)
+    case, headers = case_of(options, recipe)
     topology = initialize(recipe.parallel, seed=recipe.seed)
     timed: Bench | Peer
     if options.role == "peer":
@@ -58,11 +53,42 @@ def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
             sys.stdout.write(_row(results[-1]) + "\n")
             sys.stdout.flush()
     if topology.is_main:
-        for text in falls(results, baseline):
-            sys.stderr.write(f"WARNING: {text}\n")
-        _finish(options, results)
+        _finish(options, results, baseline)
     shutdown()
     return 0
+
+
+def recipe_of(options: argparse.Namespace, more: Sequence[str] = ()) -> Recipe:
+    """The recipe with its overrides and ``more`` of them, for prompts and responses as asked."""
+    prompt, response = parse_lengths(options.lengths)
+    return load_recipe(options.recipe, [
+        f"data.max_prompt_length={prompt.high}", f"data.max_response_length={response.high}",
+        *options.overrides, *more,
+    ], check_files=False)
+
+
+def case_of(
+    options: argparse.Namespace, recipe: Recipe, *, check_hardware: bool = True
+) -> tuple[Case, Headers]:
+    """What is timed, and what the model is."""
+    case = Case(resolve(recipe, 1_000_000), *parse_lengths(options.lengths), options.requests,
+                options.steps, options.warmup, options.ragged)
+    return case, read_headers(recipe, check_hardware=check_hardware)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise UserError where an option makes no sense, alone or with another."""
+    _, response = parse_lengths(options.lengths)
+    for name in ("steps", "requests"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)} must be at least 1.")
+    if options.ragged and "generate" not in phases_of(options.phase):
+        raise UserError(f"--ragged is about sampling and conflicts with --phase {options.phase}. "
+                        "Give --phase generate.")
+    if options.ragged and response.low == response.high:
+        raise UserError(f"--ragged draws budgets between two numbers, and --lengths "
+                        f"{options.lengths} has one for responses. Give LOW-HIGH, as in "
+                        "256,64-192.")
 
 
 def _peer(name: str) -> type[Peer]:
@@ -80,8 +106,14 @@ def case_name(case: Case, headers: Headers, phase: str) -> str:
     """What tells results apart that may be compared: model, layout, work."""
     transformer, parallel = headers.architecture.transformer, case.recipe.parallel
     train = case.recipe.train
+    at_once = (f"{train.micro_batch_tokens} tokens" if train.micro_batch_tokens else
+               train.micro_batch_size)
     work = (f"{case.requests} requests" if phase in ("generate", "reference") else
-            f"{train.micro_batch_size} of {train.global_batch_size} pairs")
+            f"{at_once} of {train.global_batch_size} pairs")
+    if phase == "generate" and case.recipe.generation.cuda_graphs == "off":
+        work = f"graphs off {work}"
+    if phase == "generate" and parallel.pipeline_model_parallel_size > 1:
+        work = f"{case.recipe.generation.pipeline} {work}"
     adapter = f" lora{headers.adapter.rank}" if headers.adapter else ""
     return (f"{phase} {headers.architecture.family} {transformer['num_layers']}x"
             f"{transformer['hidden_size']} {case.recipe.precision}{adapter} "
@@ -89,25 +121,27 @@ def case_name(case: Case, headers: Headers, phase: str) -> str:
             f"{work} {case.prompt},{case.response}")
 
 
-def _several(options: argparse.Namespace, argv: list[str]) -> int:
+def _several(options: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
     """Each value of a sweep, and us and the peer, in a process of its own: memory is its own."""
-    key, _, values = (options.sweep or "").partition("=")
-    if options.sweep and (not key or not values):
+    keys, _, values = (options.sweep or "").partition("=")
+    if options.sweep and (not keys or not values):
         raise UserError(f"--sweep {options.sweep} is not key=a,b,c.")
     plain = [word for word in argv if word not in ("--sweep", options.sweep)]
     results: list[dict[str, Any]] = []
-    for value in values.split(",") if values else [None]:
-        more = [] if value is None else [f"{key}={value}"]
+    for value in values.split(","):  # of no sweep the one value ""
+        swept = dict.fromkeys(keys.split(","), value) if keys else {}
+        more = [word for key in swept for word in
+                (("--requests", value) if key == "requests" else (f"{key}={value}",))]
         ours = _child([*plain, *more, "--role", "ours"])
-        for result in ours:
-            result |= {} if value is None else {key: value}
         if options.peer:
             _compare(ours, _child([*plain, *more, "--role", "peer"]))
         for result in ours:
-            sys.stdout.write((f"{key}={value} " if value else "") + _row(result) + "\n")
+            result |= {k: v for k, v in swept.items() if k != "requests"}
+            result |= {"sweep": f"{keys}={value}"} if swept else {}
+            sys.stdout.write(f"{result.get('sweep', '')} {_row(result)}\n".lstrip())
+        sys.stdout.flush()
         results += ours
-    _finish(options, results)
-    return 0
+    return results
 
 
 def _compare(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
@@ -148,11 +182,18 @@ def _row(result: dict[str, Any]) -> str:
     return f"{result['phase']:10}" + "  ".join(cells)
 
 
-def _finish(options: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    if options.plot is not None and not options.role:
-        draw(results, options.plot)
+def _finish(
+    options: argparse.Namespace, results: list[dict[str, Any]], baseline: list[dict[str, Any]]
+) -> int:
+    """Warn of falls, draw, and print everything as JSON; returns the exit code."""
+    if not options.role:
+        for text in falls(results, baseline):
+            sys.stderr.write(f"WARNING: {text}\n")
+        if options.plot is not None:
+            draw(results, options.plot)
     sys.stdout.write(json.dumps({"results": results}) + "\n")
     sys.stdout.flush()
+    return 0
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -162,7 +203,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     shown = [result for result in results if "tokens_per_second" in result]
     figure = Figure((7, 0.5 * len(shown) + 1.2), layout="constrained")
     axes = figure.subplots()
-    names = [result.get("case", result["phase"]) for result in shown]
+    names = [f"{result.get('case', result['phase'])} {result.get('sweep', '')}" for result in shown]
     axes.barh(range(len(shown)), [result["tokens_per_second"] for result in shown])
     axes.set_yticks(range(len(shown)), names, fontsize=7)
     axes.invert_yaxis()

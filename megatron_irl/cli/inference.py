@@ -42,7 +42,8 @@ from megatron_irl.storage.checkpoint import Checkpointer
 class Source:
     """Where a model comes from: an HF folder, or a run (its result or its newest checkpoint).
 
-    In the place of an HF folder there may be an adapter of peft, which is merged into its base.
+    In the place of an HF folder there may be an adapter of peft, which is merged into its base, or
+    for ``score`` a reward model, which is its own ``hf_reward``.
     """
 
     hf_dir: Path
@@ -54,8 +55,10 @@ class Source:
 
     @property
     def reward(self) -> RewardKind:
-        """Where its reward is; an HF folder by itself carries none."""
-        return "none" if self.recipe is None else rules_of(self.recipe.algorithm.name).reward
+        """Where its reward is; an HF folder of a language model carries none."""
+        if self.recipe is None:
+            return "none" if self.hf_reward is None else "explicit"
+        return rules_of(self.recipe.algorithm.name).reward
 
     @property
     def length_normalize(self) -> bool:
@@ -85,8 +88,11 @@ class OpenModel:
         return self.policy.architecture
 
 
-def find_source(folder: Path) -> Source:
+def find_source(folder: Path, *, reward_model: bool = False) -> Source:
     """Tell an HF folder from a run folder.
+
+    Args:
+        reward_model: Whether a model with a reward head alone will do.
 
     Raises:
         UserError: It is neither, or a run that has no weights yet.
@@ -111,22 +117,25 @@ def find_source(folder: Path) -> Source:
             "(adapter_config.json), nor a run folder (recipe.yaml). Give one of these."
         )
     if "ForSequenceClassification" in str(read_hf_config(folder).get("architectures")):
-        raise UserError(
-            f"--model {folder} is a reward model without a language-model head. Give the run "
-            "folder it came from, or load it with AutoModelForSequenceClassification."
-        )
+        if not reward_model:
+            raise UserError(
+                f"--model {folder} is a reward model without a language-model head. Give it to "
+                "score, or give the run folder it came from."
+            )
+        return Source(folder, folder, hf_reward=folder)
     return Source(folder, folder)
 
 
 def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -> OpenModel:
     """Build the model on this rank and load its weights. Collective over every rank."""
-    source = find_source(options.model)
+    source = find_source(options.model, reward_model=with_reward_head)
     parallel = ParallelConfig(
         tensor_model_parallel_size=options.tensor_model_parallel_size,
         pipeline_model_parallel_size=options.pipeline_model_parallel_size,
         data_parallel_size=options.data_parallel_size,
     )
-    arch = architecture(read_hf_config(model_folder(source.hf_dir)))
+    hf_config = read_hf_config(model_folder(source.hf_dir))
+    arch = architecture(hf_config, reward_model=with_reward_head)
     default = source.recipe.precision if source.recipe else "bf16" if hardware.IS_CUDA else "fp32"
     if default == "fp8":
         default = "bf16"  # the parameters' type; 8-bit products want padded packs and gain little
@@ -187,13 +196,13 @@ def _load_reward_head(policy: Policy, hf_reward: Path) -> None:
 def run_score(options: argparse.Namespace, argv: list[str]) -> int:
     """``megatron-irl score``: the reward of every response.
 
-    Explicit for a run that learns a reward head; beta * (log pi - log pi_ref) otherwise, per token
-    for a run that trained so (``algorithm.length_normalize``).
+    Explicit for a run that learns a reward head, and for a reward model; beta * (log pi -
+    log pi_ref) otherwise, per token for a run that trained so (``algorithm.length_normalize``).
     """
     check_out(options.out, options.overwrite)
     reading = reading_of(options, "--pairs", options.pairs)
     records = load_score_records(reading)
-    source = find_source(options.model)
+    source = find_source(options.model, reward_model=True)
     if source.reward == "explicit":
         _check_explicit(options, source)
         return with_ranks(options, argv, lambda: _score_explicit(options, reading, records))
@@ -252,11 +261,12 @@ def refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
 def _check_explicit(options: argparse.Namespace, source: Source) -> None:
     for name in ("reference", "beta"):
         if getattr(options, name) is not None:
-            raise UserError(
-                f"--{name} {getattr(options, name)} conflicts with --model {options.model}, a run "
-                f"whose reward is explicit. Remove --{name}, or give {options.model}/hf as "
-                "--model for an implicit reward."
-            )
+            what, other = "a reward model", ""
+            if source.recipe is not None:
+                what = "a run whose reward is explicit"
+                other = f", or give {options.model}/hf as --model for an implicit reward"
+            raise UserError(f"--{name} {getattr(options, name)} conflicts with --model "
+                            f"{options.model}, {what}. Remove --{name}{other}.")
     if source.hf_reward is not None and not source.hf_reward.is_dir():
         raise UserError(
             f"{source.hf_reward} does not exist; the run's reward head was in it. Restore it."

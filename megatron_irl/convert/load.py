@@ -36,7 +36,7 @@ def load_hf_weights(
     """Fill every parameter of this rank's chunks in place, reading only the slices it owns.
 
     Values are cast to the parameter's dtype. The last stage's copy of a tied embedding is filled
-    from the embedding.
+    from the embedding. Of a reward model the folder has no output layer, which stays as it is.
 
     Raises:
         UserError: A tensor is missing, has the wrong shape, or holds NaN or infinity (also after
@@ -45,6 +45,8 @@ def load_hf_weights(
     weights = HfWeights(hf_dir)
     table = {row.megatron: row for row in rows(arch)}
     for name, parameter in global_parameters(chunks):
+        if name == HEAD and arch.reward:
+            continue
         row = table[EMBEDDING if name == HEAD and arch.tie_word_embeddings else name]
         weights.check(row.hf, arch)
         sources = [weights.slice(tensor.name) for tensor in row.hf]

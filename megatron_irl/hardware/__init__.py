@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megatron_irl.errors import UserError
+from megatron_irl.hardware import host_memory
 from megatron_irl.hardware.quiet import silence
 
 IS_CUDA: bool = torch.cuda.is_available() and os.environ.get("MEGATRON_IRL_PLATFORM") != "cpu"
@@ -87,17 +88,12 @@ def total_memory() -> int:
 
 
 def free_memory() -> int:
-    """Bytes that this process can still take: of its device, on CPU its share of the machine's."""
+    """Bytes that this process can still take: of its device, on CPU a share of the host's."""
     if IS_CUDA:
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
-    try:
-        with open("/proc/meminfo") as lines:
-            (free,) = (line.split()[1] for line in lines if line.startswith("MemAvailable"))
-    except (OSError, ValueError):  # not Linux: all there is
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1024
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE", "1"))
-    return 1024 * int(free) // ranks
+    return host_memory.free() // ranks
 
 
 def foreign_memory() -> int:
@@ -133,7 +129,7 @@ def device_memory(local_rank: int = 0, ranks: int = 1) -> int:
     """
     if IS_CUDA:
         return torch.cuda.get_device_properties(local_rank).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks
+    return host_memory.total() // ranks
 
 
 def device_name() -> str:

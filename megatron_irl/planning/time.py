@@ -129,7 +129,7 @@ def microbatch_seconds(
     passes = 1.0
     if backward:
         passes = (2.0 if is_adapter else 3.0) + _recomputed(setup)
-    peak = machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
+    peak = _peak(setup)
     rate = PRODUCTS * peak
     layer_rate = rate * FP8_GAIN if setup.recipe.precision == "fp8" and machine.fp8 else rate
     weights = 2.0 * layers * layer_parameters(arch) * pack.sum / setup.tp * passes / layer_rate
@@ -142,6 +142,11 @@ def microbatch_seconds(
     head = _head(setup, pack, backward=backward) if has_head else 0.0
     return max(weights + attention + elementwise + head, host) + _tensor_parallel(
         setup, pack, passes)
+
+
+def _peak(setup: Setup) -> float:
+    """FLOP/s at most of matrix products that are not in 8 bits."""
+    return setup.machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
 
 
 def _recomputed(setup: Setup) -> float:
@@ -244,7 +249,7 @@ def _generation(
     forward = microbatch_seconds(setup, prefill, has_head=False, backward=False) - (
         HOST_LAYER * setup.layers / 3)
     products = 2.0 * setup.layers * layer_parameters(setup.arch) * prompt / setup.tp / (
-        PRODUCTS * setup.machine.bf16)
+        PRODUCTS * _peak(setup))
     prefills = per_replica * max(forward, products * 1.25) * setup.pp
     full = FULL_SLOTS if per_replica > batch else 1.0
     seconds = prefills + per_replica * new / (batch * full) * step
@@ -266,6 +271,6 @@ def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) ->
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
     read = (parameters - embedding * (stages == 1)) * setup.element + cache
     reading = read / (DECODE * setup.machine.bandwidth)
-    products = 2.0 * parameters * batch / (PRODUCTS * setup.machine.bf16)
+    products = 2.0 * parameters * batch / (PRODUCTS * _peak(setup))
     layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
     return stages * (max(reading, products) + layers) + DECODE_REQUEST * batch

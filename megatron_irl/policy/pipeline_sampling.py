@@ -35,6 +35,8 @@ class PolicyGenerator:
 
     Attributes:
         residency: Of the engines.
+        choice: For the record, what ``generation.pipeline`` came to in the last phase, and why;
+            None before there was one, and without a pipeline.
 
     Collectives: without a pipeline none but the engine's.
     """
@@ -50,6 +52,7 @@ class PolicyGenerator:
         self._whole: WholeModel | None = None
         self._holds = False  # the whole model's weights
         self._chosen: Topology | None = None
+        self.choice: dict[str, str] | None = None
         self._note = ""
         self._said: set[str] = set()
 
@@ -73,8 +76,11 @@ class PolicyGenerator:
         """
         if self._chosen is None:
             self._chosen = self._topology
-            if self._topology.pp_size > 1 and self._pipeline != "stages":
-                self._chosen = self._choose()
+            if self._topology.pp_size > 1:
+                if self._pipeline != "stages":
+                    self._chosen = self._choose()
+                taken = "stages" if self._active is self._stages else "replicas"
+                self.choice = {"asked": self._pipeline, "taken": taken, "note": self._note}
         return self._chosen
 
     def take_note(self) -> str | None:

@@ -281,16 +281,20 @@ class Policy:
     def generate_share(
         self, prompts: Sequence[np.ndarray], sampling: SamplingConfig,
         on_progress: OnGenerated | None = None, *, keys: Sequence[int],
-        on_finished: Finished | None = None,
+        on_finished: Finished | None = None, max_new_tokens: Sequence[int] | None = None,
     ) -> list[Sample]:
         """A response to every prompt of this replica, by ``sampling_ranks``.
+
+        Args:
+            max_new_tokens: A budget of each prompt's own.
 
         Collectives: every rank calls, those of a replica with equal arguments, maybe with nothing.
         """
         assert self.generator is not None, "open_generator comes first"
         with self._ready_to_sample():
             return self.generator.generate(
-                prompts, sampling, on_progress, keys=keys, on_finished=on_finished
+                prompts, sampling, on_progress, keys=keys, on_finished=on_finished,
+                max_new_tokens=max_new_tokens,
             )
 
     def generate(

@@ -43,8 +43,8 @@ class RunFolder:
         on_main(lambda: folder.begin(resolved, inputs.identity, sys.argv), topology)
         folder.checkpoints, folder.pairs, folder.hf      # paths of what is kept there
 
-    ``run.json`` holds the recipe's fingerprint, what the run began with, and whether it ended; all
-    but the latter is in ``recipe.yaml`` too, from which it is restored.
+    ``run.json`` holds the recipe's fingerprint, what the run began with, whether it ended, and what
+    it computes with; the first two are in ``recipe.yaml`` too, from which they are restored.
     """
 
     def __init__(self, path: Path) -> None:
@@ -164,8 +164,16 @@ class RunFolder:
         identity = {"fingerprint": fingerprint(recipe), "sampling": sampling, **began_with}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
         text = to_yaml(recipe) + yaml.safe_dump(environment, sort_keys=False)
-        self._write(identity | {"finished": False} | ({"kernels": kernels} if kernels else {}))
+        pipeline = {k: v for k, v in known.items() if k == "pipeline"}  # until it samples again
+        record = {"kernels": kernels} if kernels else {}
+        self._write(identity | {"finished": False} | record | pipeline)
         write_file(self.path / RECIPE, text.encode())
+
+    def note_pipeline(self, choice: dict[str, str]) -> None:
+        """Record how the stages of a pipeline generated last, beside what the run computes with."""
+        known = self._read()
+        if known.get("pipeline") != choice:
+            self._write(known | {"pipeline": choice})
 
     def finish(self) -> None:
         """Mark the run finished; nothing is done on it again."""

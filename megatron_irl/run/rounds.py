@@ -87,6 +87,9 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
             samples_per_prompt=run.algorithm.samples_per_prompt(run.recipe),
             scheme=run.evaluator.scheme, console=run.console, clock=run.clock,
         )
+    choice = run.policy.generator.choice if run.policy.generator else None
+    if choice is not None:  # on all ranks alike
+        on_main(lambda: run.folder.note_pipeline(choice), topology)
     pairs = open_pairs(run.bank, round_index)
     references = add_references(
         run.policy, pairs, weights_of=run.reference_weights, console=run.console, clock=run.clock

@@ -191,3 +191,35 @@ def share_of_digits(texts: list[str]) -> list[float]:
 
 def wrong_scores(texts: list[str]) -> list[float]:
     return [0.5] * (len(texts) + 1)
+
+
+def command_killed_sampling(arguments: list[str], round: int, parts: int) -> None:
+    """A command that leaves what one leaves that is killed while it samples for a round.
+
+    Args:
+        parts: Of the round each rank has committed so many by then, at most.
+    """
+    from megatron_irl.parallel.topology import shutdown
+    from megatron_irl.storage.shared_bank import SharedBank
+
+    write, finish = SharedBank.write_part, SharedBank.finish_round
+    wrote: list[int] = []
+
+    def write_part(self: Any, number: int, *given: Any) -> Any:
+        if (self.root.name, number) == ("pairs", round):
+            wrote.append(number)
+        return write(self, number, *given) if len(wrote) <= parts else None
+
+    def finish_round(self: Any, number: int, *given: Any) -> Any:
+        if (self.root.name, number) == ("pairs", round):
+            raise TimeoutError("killed")
+        return finish(self, number, *given)
+
+    SharedBank.write_part, SharedBank.finish_round = write_part, finish_round  # type: ignore
+    try:
+        with contextlib.suppress(TimeoutError):
+            command(arguments)
+            raise AssertionError("the command ended by itself")
+    finally:
+        SharedBank.write_part, SharedBank.finish_round = write, finish
+        shutdown()

@@ -1,6 +1,7 @@
 """RFT from a recipe to its products, killed and resumed, and refused where it makes no sense."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,11 @@ def test_score_gives_the_explicit_reward_of_hf_reward(finished, tmp_path):
             assert reward == pytest.approx(score, abs=1e-4)
             everything.append(reward)
     assert np.std(everything) > 1e-2, "equal rewards would hide a wrong head"
+    same = tmp_path / "same.jsonl"  # the folder by itself, wherever it was copied to
+    moved = shutil.copytree(finished / "hf_reward", tmp_path / "moved")
+    result = run("score", "--model", moved, "--pairs", pairs, "--out", same)
+    assert result.code == 0, result.err
+    assert read_jsonl(same) == read_jsonl(out)
 
 
 @pytest.mark.parametrize("reward", [False, True])
@@ -319,5 +325,8 @@ def test_score_options_that_contradict_an_explicit_reward(finished, tmp_path):
     common = ("score", "--pairs", pairs, "--out", tmp_path / "o.jsonl", "--model")
     refused(*common, finished, "--beta", 0.5, named=("--beta 0.5", "explicit", "Remove"))
     refused(*common, finished, "--reference", finished / "hf", named=("--reference", "explicit"))
-    refused(*common, finished / "hf_reward", named=("reward model", "run folder"))
+    reward = finished / "hf_reward"
+    refused(*common, reward, "--beta", 0.5, named=("--beta 0.5", "reward model. Remove --beta."))
+    refused("generate", "--prompts", pairs, "--out", tmp_path / "o.jsonl", "--model", reward,
+            named=("reward model", "to score", "run folder"))
     assert not (tmp_path / "o.jsonl").exists()

@@ -1,55 +1,25 @@
 """Stages that sample as replicas, on the whole model: the samples of one rank, its memory back.
 
-As in ``test_generation``, one of the sampled responses may differ from one process's where a
-uniform number falls within fp32's rounding of a step; stages and replicas may as well.
+Of the responses one may differ from one process's (``sampled``); stages and replicas may as well.
 """
 
-import numpy as np
 import pytest
 
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.policy.pipeline_sampling import missing
-from tests.convert.tiny import make_tiny_llama
 from tests.dist import pipeline_jobs
+from tests.dist.sampled import BUDGET, LAYOUTS, SEED, VOCAB, assert_same
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
-VOCAB = 128
-LAYOUTS = {
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2_vpp2": (
-        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    ),
-    "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
-                       "sequence_parallel": True}),
-    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
-    "pp4": (4, {"pipeline_model_parallel_size": 4}),
-}
-SAMPLING = {"max_new_tokens": 10, "eos_id": 1, "seed": SEED}
-PROMPT_LENGTHS = (5, 1, 17, 9, 30, 2, 8, 3, 4)  # not a multiple of the replicas
+SAMPLING = {"max_new_tokens": BUDGET, "eos_id": 1, "seed": SEED}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pipeline")
-    return {
-        tied: str(make_tiny_llama(root / f"tied_{tied}", tied=tied, seed=SEED, vocab=VOCAB))
-        for tied in (False, True)
-    }
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(SEED)
-    return [rng.integers(2, VOCAB, n).astype(np.int32) for n in PROMPT_LENGTHS]
-
-
-@pytest.fixture(scope="module")
-def single(pool, folder, prompts):
+def single(pool, tiny, prompts):
     known = {}
 
     def drawn(tied):
         if tied not in known:
-            (found,) = pool.run(1, pipeline_jobs.over_rounds, hf=folder[tied], layout={},
+            (found,) = pool.run(1, pipeline_jobs.over_rounds, hf=tiny[tied], layout={},
                                 prompts=prompts, sampling=SAMPLING)
             known[tied] = found["drawn"]
         return known[tied]
@@ -57,24 +27,15 @@ def single(pool, folder, prompts):
     return drawn
 
 
-def assert_same(got, want):
-    """(ids, log-probabilities, reason) of each response, but for one that may be rounding's."""
-    same = [(a, b) for a, b in zip(got, want, strict=True) if a[0] == b[0]]
-    assert len(same) >= len(want) - 1, f"seed {SEED}"
-    for (_, logprobs, reason), (_, expected_logprobs, expected_reason) in same:
-        assert reason == expected_reason
-        np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-4)
-
-
 @pytest.mark.parametrize(("name", "tied"), [
     ("pp2", False), ("pp2", True), ("pp2_vpp2", False), ("tp2_sp_pp2", True), ("pp2_dp2", False),
     ("pp4", True),
 ])
 def test_replicas_sample_what_one_rank_does_round_by_round(
-    pool, folder, prompts, single, name, tied
+    pool, tiny, prompts, single, name, tied
 ):
     world_size, layout = LAYOUTS[name]
-    ranks = pool.run(world_size, pipeline_jobs.over_rounds, hf=folder[tied], layout=layout,
+    ranks = pool.run(world_size, pipeline_jobs.over_rounds, hf=tiny[tied], layout=layout,
                      prompts=prompts, sampling=SAMPLING, ddp=None if tied else {})
     want = single(tied)
     assert want[0] != want[1] != want[2], "the weights of each round are others"
@@ -92,10 +53,10 @@ def test_replicas_sample_what_one_rank_does_round_by_round(
         assert_same(got, expected)
 
 
-def test_own_layers_are_not_copied(pool, folder, prompts):
+def test_own_layers_are_not_copied(pool, tiny, prompts):
     """With 4 layers of the same size, PP4 copies 3 of them and what of the ends it lacks."""
     _, layout = LAYOUTS["pp4"]
-    ranks = pool.run(4, pipeline_jobs.over_rounds, hf=folder[False], layout=layout,
+    ranks = pool.run(4, pipeline_jobs.over_rounds, hf=tiny[False], layout=layout,
                      prompts=prompts, sampling=SAMPLING, rounds=1)
     ends, norm = 4 * VOCAB * 64, 4 * 64
     copies = [found["copy"] for found in ranks]
@@ -104,9 +65,9 @@ def test_own_layers_are_not_copied(pool, folder, prompts):
                       3 * layer + 2 * ends + norm, 3 * layer + ends]
 
 
-def test_stages_are_as_they_were(pool, folder, prompts, single):
+def test_stages_are_as_they_were(pool, tiny, prompts, single):
     world_size, layout = LAYOUTS["pp2"]
-    ranks = pool.run(world_size, pipeline_jobs.over_rounds, hf=folder[True], layout=layout,
+    ranks = pool.run(world_size, pipeline_jobs.over_rounds, hf=tiny[True], layout=layout,
                      prompts=prompts, sampling=SAMPLING, pipeline="stages")
     for found in ranks:
         assert found["replicas"] == 3 * [(0, 1, 2)]
@@ -115,10 +76,10 @@ def test_stages_are_as_they_were(pool, folder, prompts, single):
         assert_same(got, expected)
 
 
-def test_without_memory_the_stages_decode_in_turn(pool, folder, prompts, single):
+def test_without_memory_the_stages_decode_in_turn(pool, tiny, prompts, single):
     """One rank's lack decides for all, and is measured anew in each phase."""
     world_size, layout = LAYOUTS["pp2"]
-    ranks = pool.run(world_size, pipeline_jobs.under_scarcity, hf=folder[False], layout=layout,
+    ranks = pool.run(world_size, pipeline_jobs.under_scarcity, hf=tiny[False], layout=layout,
                      prompts=prompts, sampling=SAMPLING)
     want = [ids for ids, _, _ in single(False)[0]]
 
@@ -146,11 +107,11 @@ def test_without_memory_the_stages_decode_in_turn(pool, folder, prompts, single)
     None, {"use_distributed_optimizer": True, "overlap_grad_reduce": True,
            "overlap_param_gather": True},
 ])
-def test_every_stage_writes_parts_of_its_own(pool, folder, prompts, single, tmp_path, ddp):
+def test_every_stage_writes_parts_of_its_own(pool, tiny, prompts, single, tmp_path, ddp):
     world_size, layout = LAYOUTS["pp2_dp2"]
-    ranks = pool.run(world_size, pipeline_jobs.fill_bank, hf=folder[False], layout=layout,
+    ranks = pool.run(world_size, pipeline_jobs.fill_bank, hf=tiny[False], layout=layout,
                      prompts=prompts, sampling=SAMPLING, folder=str(tmp_path / "four"), ddp=ddp)
-    (one,) = pool.run(1, pipeline_jobs.fill_bank, hf=folder[False], layout={},
+    (one,) = pool.run(1, pipeline_jobs.fill_bank, hf=tiny[False], layout={},
                       prompts=prompts, sampling=SAMPLING, folder=str(tmp_path / "one"))
     summary, _ = ranks[0]
     assert summary["replicas"] == 4 and "replicas" not in one[0]

@@ -38,7 +38,7 @@ def irft(pairs: int, microbatches: int, *, precision: str = "bf16", **sections: 
 
 
 def random_lengths(low: int = 256, high: int = 512, count: int = 4000) -> Lengths:
-    """As tools/gpu_shapes.random_pairs draws them."""
+    """As ``megatron-irl benchmark --lengths LOW-HIGH,LOW-HIGH`` draws them."""
     rng = np.random.default_rng(0)
     prompt, response, sample = (rng.integers(low, high + 1, count) for _ in range(3))
     return Lengths(prompt, response, sample, count, "random")
