@@ -1,6 +1,7 @@
 """Recorded speeds of a machine, and what has fallen since."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,17 @@ def read_baseline(path: Path) -> list[dict[str, Any]]:
 def falls(
     results: Sequence[Mapping[str, Any]], baseline: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """A sentence for each result over ten percent slower than the baseline's of its case."""
-    known = {entry["case"]: entry for entry in baseline}
+    """A sentence for each result over ten percent slower than the baseline's of its case.
+
+    Of several results of one case, which a sweep of what a case does not name has, nothing is said.
+    """
+    known = {entry["case"]: entry for entry in baseline
+             if "case" in entry and "tokens_per_second" in entry}
+    times = Counter(result.get("case") for result in results)
     said = []
     for result in results:
         before = known.get(result.get("case", ""))
-        if before is None:
+        if before is None or "tokens_per_second" not in result or times[result["case"]] > 1:
             continue
         was, now = before["tokens_per_second"], result["tokens_per_second"]
         if now < (1 - FALL) * was:

@@ -46,7 +46,8 @@ def time_generation(policy: Policy, case: Case, speed: Speedometer) -> dict[str,
     prefill = median_seconds(sample([1] * case.requests), case)
     found = {"seconds": whole, "tokens_per_second": case.requests * new / whole,
              "prefill_seconds": prefill, "requests": case.requests}
-    places = min(len(mine), case.recipe.generation.max_requests)
+    most = case.recipe.generation.max_requests
+    places = min(len(mine), -(-most // ranks.tp_size) * ranks.tp_size) or 1  # as the engine rounds
     steps = -(-len(mine) // places) * (new - 1)  # a queue is worked off place by place
     if steps:
         found["decode_step_seconds"] = (whole - prefill) / steps

@@ -29,7 +29,7 @@ def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
     """Time the phases; the last line is JSON of all results. Returns the exit code."""
     _check(options)
     baseline = read_baseline(options.baseline) if options.baseline else []
-    if options.sweep or (options.peer and not options.role):
+    if not options.role and (options.sweep or options.peer):
         return _finish(options, _several(options, argv), baseline)
     recipe = recipe_of(options)
     world_size = adopt_environment()
@@ -110,6 +110,9 @@ def case_name(case: Case, headers: Headers, phase: str) -> str:
                train.micro_batch_size)
     work = (f"{case.requests} requests" if phase in ("generate", "reference") else
             f"{at_once} of {train.global_batch_size} pairs")
+    places = case.recipe.generation.max_requests
+    if phase == "generate" and places < case.requests:
+        work = f"{work} at {places} places"
     if phase == "generate" and case.recipe.generation.cuda_graphs == "off":
         work = f"graphs off {work}"
     if phase == "generate" and parallel.pipeline_model_parallel_size > 1:

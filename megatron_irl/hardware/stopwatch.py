@@ -11,8 +11,8 @@ from megatron_irl import hardware
 class Stopwatch:
     """Seconds of a block, the device's queue emptied before and after.
 
-    On CUDA between two events of the current stream, so that what the host does once the device is
-    through, and its waking up, are not counted.
+    On CUDA between two events of the current stream, so that the host's waking up after the last
+    wait is not counted.
 
     Attributes:
         seconds: Of the last block.

@@ -87,12 +87,16 @@ class RunFolder:
         Args:
             recipe: Not resolved; a new folder leaves it as it is.
         """
-        if not self._read():
+        identity = self._read()
+        if not identity:
             return recipe, []
         try:
             known = load_recipe(self.path / RECIPE, check_files=False)
-        except UserError:  # ``check`` says what is wrong with it, where that matters
-            return recipe, []
+        except UserError:  # ``check`` says what is wrong with it, where the run has another name
+            kept = keep_former(recipe, recipe)
+            count = identity.get("demonstrations")
+            named = count and fingerprint(resolve(kept[0], count)) == identity.get("fingerprint")
+            return kept if named else (recipe, [])
         return keep_former(recipe, known)
 
     def check_place(self) -> None:

@@ -90,7 +90,7 @@ def test_peer_and_sweep(bench, tmp_path, capsys):
     case = "generate LlamaForCausalLM 2x32 fp32 tp1 pp1 2 requests 8-12,4-6"
     baseline = tmp_path / "baseline.json"
     baseline.write_text(json.dumps({"results": [{"case": case, "tokens_per_second": 1e9}]}))
-    result = run(*bench, "--peer", "trl", "--sweep", "requests,generation.max_requests=2",
+    result = run(*bench, "--peer", "trl", "--sweep=requests,generation.max_requests=2",
                  "--baseline", baseline)
     assert result.code == 0, result.err
     assert f"WARNING: {case}: " in result.err
@@ -125,6 +125,9 @@ def test_the_recorded_cases_are_written_as_results_are():
             for e in entries]
     assert len(falls(slow, entries)) == len(entries)
     assert falls([s | {"tokens_per_second": 2e9} for s in slow], entries) == []
+    # Values of a sweep that the case does not name are no falls; rounds and saves have no speed.
+    assert falls([*slow[:1], *slow[:1]], entries) == []
+    assert falls([{"phase": "round"}, {"case": "save"}], [{"phase": "round"}, *entries]) == []
 
 
 @pytest.mark.parametrize(("name", "parameters"), [

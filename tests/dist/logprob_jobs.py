@@ -50,10 +50,11 @@ def both_blocks(
     ``with_mean``: values and gradient of the mean over the vocabulary besides.
     """
     topology, chunks, _, _ = build(hf, layout)
-    weight = chunks[-1].output_layer.weight.detach()[:50]  # a slice may end before the others'
+    # The second rank's slice ends before the first one's.
+    weight = chunks[-1].output_layer.weight.detach()[: 50 - 3 * topology.tp_rank]
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, weight.shape[1], generator=generator)
-    targets = torch.randint(0, 50, (rows,), generator=generator)
+    targets = torch.randint(0, 50 + 47 * (topology.tp_size - 1), (rows,), generator=generator)
     grads = torch.randn(2, rows, generator=generator)[: 1 + with_mean]
     results: list[list[Any]] = []
     for make_block in (EagerBlock, FusedBlock):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_irl.config import load_recipe, resolve
+from megatron_irl.config import fingerprint, load_recipe, resolve
 from megatron_irl.errors import UserError
 from megatron_irl.run.folder import RunFolder
 from tests.golden import ranks
@@ -74,3 +74,15 @@ def test_another_anchor_than_the_release_had_is_named(tmp_path):
     assert none == []
     with pytest.raises(UserError, match=r"algorithm.nll_coefficient=0.0 there and 0.3 now. Set "):
         run.check(resolve(said, 24), data, 24, {})
+
+
+def test_a_folder_that_lost_its_recipe_goes_on_with_its_anchor_too(tmp_path):
+    folder = unpack(next(a for a in ARCHIVES if a.name.startswith("irft_in_steps")), tmp_path)
+    run, silent = RunFolder(folder / RUN), load_recipe(folder / "recipe.yaml", check_files=False)
+    kept, notes = run.as_begun(silent)
+    known = {"demonstrations": 24, "fingerprint": fingerprint(resolve(kept, 24))}
+    (run.path / "run.json").write_text(json.dumps(known))
+    (run.path / "recipe.yaml").unlink()
+    assert run.as_begun(silent) == (kept, notes)
+    other = load_recipe(folder / "recipe.yaml", ["algorithm.beta=0.7"], check_files=False)
+    assert run.as_begun(other) == (other, [])
