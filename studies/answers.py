@@ -1,12 +1,12 @@
 """What a model answers to held-out prompts, and which of several answers a reward takes."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_irl.storage.commit import write_jsonl_atomically
 from studies.commands import command
+from studies.lines import read_lines
 from studies.material import Material
 
 Answers = Mapping[str, Sequence[str]]  # by the key of the prompt
@@ -23,7 +23,7 @@ def generated(material: Material, hf: Path, prompts: Path, out: Path, *options: 
         command("generate", "--model", hf, "--prompts", prompts, "--out", out,
                 *material.generate, *options)
     answers: dict[str, list[str]] = {}
-    for line in _lines(out):
+    for line in read_lines(out):
         answers.setdefault(material.key(line), []).append(line["response"])
     return answers
 
@@ -44,21 +44,17 @@ def taken(material: Material, sampled: Path, judge: Path, n: int) -> Answers:
     """
     asked, out = sampled.with_name("to_score.jsonl"), sampled.with_name("rewards.jsonl")
     records: dict[str, dict[str, Any]] = {}
-    for line in _lines(sampled):
+    for line in read_lines(sampled):
         record = {"prompt": line["prompt"], "responses": []}
         records.setdefault(material.key(line), record)["responses"].append(line["response"])
     if not out.exists():
         write_jsonl_atomically(asked, records.values())
         command("score", "--model", judge, "--pairs", asked, "--out", out, *material.score)
     return {key: best_of(record["responses"], line["rewards"], n)
-            for (key, record), line in zip(records.items(), _lines(out), strict=True)}
+            for (key, record), line in zip(records.items(), read_lines(out), strict=True)}
 
 
 def best_of(texts: Sequence[str], rewards: Sequence[float], n: int) -> list[str]:
     """The best of every ``n`` in turn; of equal ones the first."""
     groups = [range(i, i + n) for i in range(0, len(texts), n)]
     return [texts[max(group, key=lambda i: rewards[i])] for group in groups]
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -10,6 +10,7 @@ import numpy as np
 
 from studies.drafts import Questions
 from studies.instructions import INSTRUCTIONS, follows, instruction_of
+from studies.lines import read_lines
 from studies.study import Study, read_study
 
 
@@ -22,7 +23,7 @@ def shares(study: Study, results: dict[str, Any], out: Path) -> dict[tuple[str, 
         for seed in study.seeds:
             folder = out / "points" / study.point("", method, settings, seed).name / "test"
             for kind in ("greedy", "sampled"):
-                for line in map(json.loads, (folder / f"{kind}.jsonl").read_text().splitlines()):
+                for line in read_lines(folder / f"{kind}.jsonl"):
                     name = instruction_of(Questions().key(line))
                     found[method.name, kind, name].append(follows(name, line["response"]))
     return {key: float(np.mean(values)) for key, values in found.items()}

@@ -18,6 +18,7 @@ import yaml
 from megatron_irl.storage.commit import write_file, write_jsonl_atomically
 from studies.answers import generated, shares, taken
 from studies.commands import command, logged
+from studies.lines import read_lines
 from studies.material import material_of
 from studies.methods import recipe_of
 from studies.model import make_model, pretrained
@@ -118,7 +119,7 @@ def train_point(point: Point, out: Path, home: Path | None = None) -> Path:
 def answers(point: Point, out: Path) -> dict[str, str]:
     """The greedy answers of a point that has been measured on the test split, by prompt."""
     key = material_of(point.task["name"]).key
-    lines = _lines(out / "points" / point.name / "test" / "greedy.jsonl")
+    lines = read_lines(out / "points" / point.name / "test" / "greedy.jsonl")
     return {key(line): line["response"] for line in lines}
 
 
@@ -184,12 +185,8 @@ def _demonstrations(point: Point, start: Path, data: Path, out: Path) -> Path:
         command("generate", "--model", start, "--prompts", data / "train.jsonl", "--out", drafts,
                 *material.generate, "--seed", point.seed)
         write_jsonl_atomically(mixed, material.demonstrations(
-            _lines(data / "train.jsonl"), _lines(drafts), point.task, point.seed))
+            read_lines(data / "train.jsonl"), read_lines(drafts), point.task, point.seed))
     return mixed
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def _train(point: Point, start: Path, demonstrations: Path, folder: Path, out: Path) -> Path:

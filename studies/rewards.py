@@ -1,6 +1,5 @@
 """Whether a learned reward tells right demonstrations from wrong ones."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from megatron_irl.data.ledger import read_ledger
 from megatron_irl.storage.commit import write_jsonl_atomically
 from studies.commands import command
+from studies.lines import read_lines
 
 
 def reward_auc(
@@ -27,7 +27,7 @@ def reward_auc(
     Returns:
         None if all demonstrations are of one kind.
     """
-    records = [json.loads(line) for line in demonstrations.read_text().splitlines()]
+    records = read_lines(demonstrations)
     is_right = np.array([record["is_right"] for record in records])
     if is_right.all() or not is_right.any():
         return None
@@ -49,7 +49,7 @@ def _implicit(
             {"prompt": r["prompt"], "responses": [r["response"]]} for r in records))
         command("score", "--model", run / "hf", "--reference", start, "--pairs", pairs,
                 "--out", out, *options)
-    return np.array([json.loads(line)["rewards"][0] for line in out.read_text().splitlines()])
+    return np.array([line["rewards"][0] for line in read_lines(out)])
 
 
 def area_under_curve(

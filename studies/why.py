@@ -1,11 +1,12 @@
 """What the training log says about how a method came to its result."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from studies.lines import read_lines
 
 SIGNS = {  # a key of metrics.jsonl, and its column
     "logp/demo": "nats of a demonstration",
@@ -23,7 +24,7 @@ def training_signs(folder: Path) -> dict[str, float]:
         folder: Of a point.
     """
     log = folder / "run" / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = read_lines(log) if log.exists() else []
     found = {}
     for key in SIGNS:
         values = [line[key] for line in lines if key in line]

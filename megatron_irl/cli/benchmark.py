@@ -30,7 +30,8 @@ def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:
     _check(options)
     baseline = read_baseline(options.baseline) if options.baseline else []
     if not options.role and (options.sweep or options.peer):
-        return _finish(options, _several(options, argv), baseline)
+        _finish(options, _several(options, argv), baseline)
+        return 0
     recipe = recipe_of(options)
     world_size = adopt_environment()
     size = recipe.parallel.model_parallel_size * recipe.parallel.data_parallel_size
@@ -187,8 +188,8 @@ def _row(result: dict[str, Any]) -> str:
 
 def _finish(
     options: argparse.Namespace, results: list[dict[str, Any]], baseline: list[dict[str, Any]]
-) -> int:
-    """Warn of falls, draw, and print everything as JSON; returns the exit code."""
+) -> None:
+    """Warn of falls, draw, and print everything as JSON."""
     if not options.role:
         for text in falls(results, baseline):
             sys.stderr.write(f"WARNING: {text}\n")
@@ -196,7 +197,6 @@ def _finish(
             draw(results, options.plot)
     sys.stdout.write(json.dumps({"results": results}) + "\n")
     sys.stdout.flush()
-    return 0
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:

@@ -204,7 +204,11 @@ def _gather(cache: Tensor, blocks: Tensor, longest: int) -> Tensor:
 
 def _whole_registers(longest: int, block_table: Tensor, block_length: int) -> int:
     """Keys to attend to: a multiple of ``LANES``, as far as the blocks of a request reach."""
-    return min(-(-longest // LANES) * LANES, block_table.shape[1] * block_length)
+    return min(_in_lanes(longest), block_table.shape[1] * block_length)
+
+
+def _in_lanes(count: int) -> int:
+    return -(-count // LANES) * LANES
 
 
 def _visible(
@@ -284,7 +288,7 @@ def _build_prefill(
     starts = cu_q.long()[index]
     longest = _whole_registers(max(keys[i] for i in group), block_table, block_length)
     # Queries too, since a lone last one would be multiplied by another routine.
-    padded = -(-max(queries[i] for i in group) // LANES) * LANES
+    padded = _in_lanes(max(queries[i] for i in group))
     offsets = torch.arange(padded, device=device)
     real = offsets < n_queries[:, None]
     tokens = torch.where(real, starts[:, None] + offsets, starts[:, None])

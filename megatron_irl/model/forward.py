@@ -55,10 +55,8 @@ class HeadProcessor:
             "tp_group": output_layer.tp_group, "sequence_parallel": config.sequence_parallel,
         }
         scored = {"softcap": softcap, **parallel}
-        if heads == "logprobs":
-            return self._logprobs(hidden_states, output_layer, output_weight, batch, scored)
-        if heads == "smoothed":
-            scored["with_mean"] = True
+        if heads in ("logprobs", "smoothed"):
+            scored["with_mean"] = heads == "smoothed"
             return self._logprobs(hidden_states, output_layer, output_weight, batch, scored)
         if heads == "choices":
             return self._choices(

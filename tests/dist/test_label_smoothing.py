@@ -6,15 +6,11 @@ import torch
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, logprob_jobs
+from tests.dist.sampled import LAYOUTS
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # printed with a failure
 VOCAB = 131  # not a multiple of anything: the second rank's slice ends in padding
-LAYOUTS = {
-    "one": (1, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-}
+NAMES = ("one", "tp2", "tp2_sp", "pp2")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +38,7 @@ def expected_step(hf, smoothing: float) -> tuple[float, float, float]:
     return loss.item(), norm.item(), plain.item()
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradient_are_torchs(pool, model, name):
     """With blocks of 5 rows, all of which but the last are computed a second time."""
     world_size, layout = LAYOUTS[name]

@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
                          "of:\n  " + "\n  ".join(source["dirty"]) + "\n")
         return 2
     names = selected(options.only)
-    command = " ".join(["python -m tests.golden.record", *(sys.argv[1:] if argv is None else argv)])
+    # By name only: where the file was written first is of no use to who repeats it.
+    only = [f"--only {name}" for name in options.only or ()]
+    command = " ".join(["python -m tests.golden.record --out", options.out.name, *only])
     with closing(Pool()) as pool, tempfile.TemporaryDirectory() as scratch:
         environment = pool.run(1, ranks.environment)[0]
         runs = dict(record(pool, Path(scratch), names, say=True))
