@@ -13,6 +13,7 @@ from megatron_irl.bench.generation import time_generation
 from megatron_irl.bench.timing import median_seconds
 from megatron_irl.bench.work import Case, PhaseMemory, random_pairs
 from megatron_irl.collector import settled
+from megatron_irl.compat.narrow_optimizer import reload_main_params
 from megatron_irl.config import Recipe
 from megatron_irl.hardware.stopwatch import Stopwatch
 from megatron_irl.objectives import irft_loss, sequence_logprobs
@@ -55,7 +56,7 @@ class Bench:
             fill_randomly(self.policy.chunks)
         self.trainer = build_trainer(known, self.policy)
         if hasattr(self.trainer.optimizer, "reload_model_params"):
-            self.trainer.optimizer.reload_model_params()
+            reload_main_params(self.trainer.optimizer)
         self.speed = Speedometer(self.arch, topology, self.policy.chunks)
         open_generator(self.policy, case.recipe)
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from megatron_irl.compat.narrow_optimizer import give_state, keeps_few_bytes
+
 
 @contextmanager
 def loadable(optimizer: Any) -> Iterator[None]:
     """Within the block a checkpoint can be read into ``optimizer`` (Megatron's, or None).
 
-    Does nothing for optimizers other than torch's Adam and SGD.
+    Does nothing for optimizers other than torch's Adam and SGD, and the precision-aware one.
     """
     with ExitStack() as stack:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -29,17 +31,22 @@ def loadable(optimizer: Any) -> Iterator[None]:
             elif isinstance(inner, torch.optim.SGD):
                 _give_momentum(inner)
                 part.init_state_fn = lambda *_: None  # it is None, and called
+            elif keeps_few_bytes(inner):
+                give_state(inner)
+                stack.callback(_part_counts, inner)
         yield
 
 
 def make_savable(optimizer: Any) -> None:
-    """Give torch's Adam and SGD the state that loading asks for, if no step was taken yet."""
+    """Give an optimizer the state that loading asks for, if no step was taken yet."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
             _give_state(inner)
         elif isinstance(inner, torch.optim.SGD):
             _give_momentum(inner)
+        elif keeps_few_bytes(inner):
+            give_state(inner)
 
 
 @contextmanager
@@ -59,10 +66,17 @@ def _loadable(part: Any, inner: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         del part._set_main_param_and_optimizer_states
+    _part_counts(inner)
+
+
+def _part_counts(inner: torch.optim.Optimizer) -> None:
+    """Give each parameter its own count: Megatron loads one tensor for all of them.
+
+    Adam counts in place: shared, the count would grow by the number of parameters at every update.
+    """
     for values in inner.state.values():
-        # One tensor was loaded for all parameters. Adam counts in place: shared, the count would
-        # grow by the number of parameters at every update.
-        values["step"] = values["step"].clone()
+        if "step" in values:  # not Transformer Engine's
+            values["step"] = values["step"].clone()
 
 
 def _give_state(inner: torch.optim.Optimizer) -> None:

@@ -64,7 +64,8 @@ def sharded_blocks(
 ) -> dict[str, Any]:
     """What this rank owns of the optimizer's state, by parameter, name of the state and box.
 
-    The tensors are views of the optimizer's where it keeps float32; loading fills them in place.
+    The tensors are views of the optimizer's where it keeps float32, or 16 bits that a weight lacks;
+    loading fills them in place.
     """
     del is_loading, metadata
     kept, _ = extract_sharded_tensors_and_factories(model)
@@ -96,7 +97,10 @@ def load_blocks(part: Any, loaded: dict[str, Any]) -> None:
                 state[name][start : start + len(values)].copy_(values)
                 start += len(values)
             assert start == state[name].numel(), f"{name}: {start} of {state[name].numel()} read"
-        part._set_main_param_and_optimizer_states(parameter, state)
+        part._set_main_param_and_optimizer_states(parameter, {
+            name: values.float() if values.dtype == torch.bfloat16 else values
+            for name, values in state.items()
+        })
     if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
         part.optimizer._sync_hdo_state_to_sub_optimizers()
 
@@ -137,11 +141,22 @@ def _owned(part: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _state_of(part: Any, parameter: Any) -> dict[str, Tensor]:
-    """Main parameter and moments of a parameter's range as flat float32 tensors."""
-    state = part._get_main_param_and_optimizer_states(parameter)
-    return {  # torch's Adam has a count for each, which is kept in the parameter groups
-        name: tensor.detach().float() for name, tensor in state.items() if name != "step"
-    }
+    """Main parameter and moments of a parameter's range as flat tensors, as they are stored.
+
+    In the optimizer's own dtype, but for numbers with a scale (fp16, fp8): one scale is of a whole
+    range, and another layout has other ranges. Of those the float32 values.
+    """
+    kept = getattr(part.optimizer, "name_to_dtype_map", {})
+    found = {}
+    for name, tensor in part._get_main_param_and_optimizer_states(parameter).items():
+        tensor = tensor.detach()
+        if kept.get(name) == torch.bfloat16:
+            tensor = tensor.bfloat16()  # Megatron gives them in float32
+        elif tensor.dtype != torch.int16:
+            tensor = tensor.float()
+        if name != "step":  # torch's Adam has one for each, which is kept in the parameter groups
+            found[name] = tensor
+    return found
 
 
 def _blocks(

@@ -98,6 +98,7 @@ def build_config(
         _set_layer_fields(fields, overrides, architecture, spec)
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
+        _set_swiglu(fields, overrides)
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
@@ -115,8 +116,8 @@ def _set_layer_fields(
     can_fuse = spec == "transformer_engine" and architecture.rope_scale == 1
     _check_rope(spec, architecture, fields.setdefault("apply_rope_fusion", can_fuse))
     check_environment(fields["attention_backend"])
-    if spec == "transformer_engine" and _takes_lean_swiglu(fields, overrides):
-        fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
+    if spec == "transformer_engine" or not hardware.IS_CUDA:
+        _set_swiglu(fields, overrides)
     check_accumulation(
         spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
     )
@@ -140,12 +141,13 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _takes_lean_swiglu(fields: dict[str, Any], overrides: dict[str, Any]) -> bool:
-    """Whether the MLP's activation can be ``lean_layers.SwiGLU`` and the recipe leaves it to us."""
+def _set_swiglu(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Make the MLP's activation ``lean_layers.SwiGLU`` if the recipe leaves it to us."""
     named = ("use_te_activation_func", "bias_activation_fusion", "activation_func_fp8_input_store",
              "activation_func_clamp_value", "glu_linear_offset", "cpu_offloading")
     is_swiglu = fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
-    return is_swiglu and has_swiglu() and not any(name in overrides for name in named)
+    if is_swiglu and has_swiglu() and not any(name in overrides for name in named):
+        fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
 
 
 def _check_rope(spec: SpecName, architecture: Architecture, fused: bool) -> None:

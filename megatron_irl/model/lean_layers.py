@@ -1,14 +1,16 @@
-"""Parts of a layer that cost a GPU step more in Python than in work, in their simplest form.
+"""Parts of a layer that cost a step more in Python or in memory than in work, in a lean form.
 
-Megatron's own are compiled by torch: each call looks up guards and walks through the compiler's
-runtime, up to half a millisecond to launch one kernel, several times a layer. A step of a small
-model waits for that. The compiled backward of SwiGLU also runs at a quarter of the memory's speed.
+On a GPU Megatron's own are compiled by torch: each call looks up guards and walks through the
+compiler's runtime, up to half a millisecond to launch one kernel, several times a layer. A step of
+a small model waits for that. The compiled backward of SwiGLU also runs at a quarter of the memory's
+speed. On a CPU Megatron's SwiGLU keeps four tensors for the backward pass where one will do.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
@@ -37,8 +39,9 @@ def residual_add(training: bool, fused: bool) -> Added:
 
 
 class SwiGLU(nn.Module):
-    """silu(gate) * up by Transformer Engine's kernels, called without its layers of Python.
+    """silu(gate) * up: on a GPU by Transformer Engine's kernels, without its layers of Python.
 
+    On a CPU the numbers of torch's own operations, bit for bit, of which only the input is kept.
     Stands in Megatron's MLP where ``use_te_activation_func`` puts a module.
     """
 
@@ -48,7 +51,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[..., 2F] (gate, then up) → [..., F]. Gradient to the input."""
-        return _SwiGLU.apply(gate_and_up)
+        return (_PlainSwiGLU if gate_and_up.device.type == "cpu" else _SwiGLU).apply(gate_and_up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -64,8 +67,30 @@ class _SwiGLU(torch.autograd.Function):
         return _kernels().dswiglu(grads[0].contiguous(), gate_and_up, None).view_as(gate_and_up)
 
 
+class _PlainSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_and_up)
+        of_gate, of_up = grad.chunk(2, dim=-1)
+        torch.mul(grads[0], F.silu(gate), out=of_up)
+        torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=of_gate)
+        return grad
+
+
 def has_swiglu() -> bool:
-    """Whether this Transformer Engine has the kernels under these names (2.0 and newer)."""
+    """Whether its kernels are there: of Transformer Engine under these names (2.0 and newer), or a
+    CPU's, which torch has.
+    """
+    if not hardware.IS_CUDA:
+        return True
     try:
         return hasattr(_kernels(), "swiglu") and hasattr(_kernels(), "dswiglu")
     except ImportError:

@@ -115,10 +115,10 @@ def block_spec(
     """
     if name == "transformer_engine":
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        if config.use_te_activation_func:  # in megatron-core 0.19 a spec's MLP is a partial
-            layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
     else:
         layer = _local_layer_spec(config)
+    if config.use_te_activation_func:  # in megatron-core 0.19 a spec's MLP is a partial
+        layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
     if hardware.IS_CUDA:
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
     if architecture.parallel_residual:

@@ -15,7 +15,7 @@ from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.rows import EMBEDDING, HEAD, HfTensor, Row
 from megatron_irl.families.table import row_groups
 from megatron_irl.families.tensors import Replicated
-from megatron_irl.planning.memory import element_size, training_state
+from megatron_irl.planning.state import element_size, training_state
 
 GIB = 1024**3
 

@@ -2,17 +2,18 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
-from megatron_irl.config import Recipe
 from megatron_irl.flops import Tokens
 from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb
 from megatron_irl.planning.activations import PerToken
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
+from megatron_irl.planning.state import (
+    checkpoint_bytes,
+    offloaded_share,
+    training_state,
+)
 from megatron_irl.planning.workload import PhaseWork, Workload
-from megatron_irl.train.host_optimizer import grad_buffer_fields
-from megatron_irl.train.optimizer import shards_optimizer
 
 # Outside of torch's allocator: the CUDA context, cuBLAS and NCCL. What the allocator cannot use
 # because its blocks are in pieces is a share of what it holds.
@@ -104,57 +105,6 @@ def stage_memory(
 
 def _is_matrix(name: str) -> bool:
     return "linear_" in name and name.endswith("weight") and "layer_norm" not in name
-
-
-def element_size(recipe: Recipe) -> int:
-    """Bytes of a weight or an activation."""
-    return 4 if recipe.precision == "fp32" else 2
-
-
-def training_state(recipe: Recipe, trained: int, dp: int) -> dict[str, float]:
-    """Megatron's gradient buffer, and what Adam keeps on the device: moments, and a float32 copy of
-    bf16.
-
-    Args:
-        trained: Elements of this rank.
-        dp: Data-parallel size.
-    """
-    ddp = grad_buffer_fields(recipe) | recipe.ddp
-    grad = 4 if ddp.get("grad_reduce_in_fp32", True) else element_size(recipe)
-    share = dp if shards_optimizer(recipe) else 1
-    return {
-        "gradients": float(trained * grad),
-        "optimizer": trained * optimizer_bytes(recipe) / share * (1 - offloaded_share(recipe)),
-    }
-
-
-def optimizer_bytes(recipe: Recipe) -> float:
-    """Of the optimizer, a parameter."""
-    options = recipe.optimizer
-    if options.get("use_precision_aware_optimizer") and not offloaded_share(recipe):
-        size = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
-        main, *moments = (size.get(str(options.get(key, "fp32")), 4) for key in (
-            "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"))
-        # Of a float32 copy Megatron keeps the half that the bf16 weight does not have.
-        return sum(moments) + (2 if main == 4 and recipe.precision != "fp32" else main)
-    moments = {"sgd": 1, "lion": 1}.get(options.get("optimizer", "adam"), 2)
-    return 4.0 * moments + (0 if recipe.precision == "fp32" else 4)
-
-
-def checkpoint_bytes(recipe: Recipe) -> float:
-    """Of a checkpoint, a parameter: the weight, and the optimizer's float32 copy and moments.
-
-    In fp32 the copy is the weight itself, and stored all the same.
-    """
-    return element_size(recipe) + optimizer_bytes(recipe) + (4 if recipe.precision == "fp32" else 0)
-
-
-def offloaded_share(recipe: Recipe) -> float:
-    """Share of the optimizer that Megatron keeps and computes on the host."""
-    options: dict[str, Any] = recipe.optimizer
-    if not options.get("optimizer_cpu_offload"):
-        return 0.0
-    return float(options.get("optimizer_offload_fraction", 1.0))
 
 
 def _activations(

@@ -25,7 +25,8 @@ from megatron_irl.planning.activations import (
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB, Machine
-from megatron_irl.planning.memory import StageMemory, checkpoint_bytes, stage_memory
+from megatron_irl.planning.memory import StageMemory, stage_memory
+from megatron_irl.planning.state import checkpoint_bytes
 from megatron_irl.planning.time import RoundTime, round_time
 from megatron_irl.planning.workload import Lengths, Workload, workload_of
 

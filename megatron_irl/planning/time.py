@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from megatron_irl.flops import Tokens, attended, layer_parameters
 from megatron_irl.planning.layout import Setup
-from megatron_irl.planning.memory import checkpoint_share, offloaded_share
+from megatron_irl.planning.memory import checkpoint_share
+from megatron_irl.planning.state import offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
 
 PRODUCTS = 0.66  # of the peak: bf16 matrix products

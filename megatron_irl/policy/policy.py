@@ -21,6 +21,7 @@ from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.pipeline_sampling import PolicyGenerator
 from megatron_irl.policy.schedule import PipelineSchedule
 from megatron_irl.policy.scoring import (
+    PACK_TOKENS,
     OnProgress,
     Sequences,
     Sums,
@@ -167,11 +168,11 @@ class Policy:
         pipeline stage.
         Collectives: tensor and pipeline parallel ranks of one replica must call together.
         """
-        # A sync for each microbatch here too, when all of them are queued.
         return [list(out.cpu()) for out, _ in self.schedule.evaluate(microbatches, "rewards")]
 
     def score(
-        self, sequences: Sequences, *, max_tokens: int = 4096, on_progress: OnProgress | None = None
+        self, sequences: Sequences, *, max_tokens: int = PACK_TOKENS,
+        on_progress: OnProgress | None = None,
     ) -> list[np.ndarray]:
         """Token log-probabilities of every response under the weights as they are.
 
@@ -192,13 +193,13 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        # After the exchange: every rank has all scores, so all of them find the same and raise.
+        # After the exchange: every rank has all scores, so all of them raise.
         check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
     def score_sums(
         self, sequences: Sequences, *, against: Sequence[np.ndarray | None] | None = None,
-        alone: bool = False, max_tokens: int = 4096, on_progress: OnProgress | None = None,
+        alone: bool = False, max_tokens: int = PACK_TOKENS, on_progress: OnProgress | None = None,
     ) -> Sums:
         """Log-probabilities of whole responses; as ``score``, but tokens stay on their ranks.
 
@@ -214,12 +215,12 @@ class Policy:
             alone=alone, max_tokens=max_tokens, multiple_of=self.multiple_of,
             on_progress=on_progress,
         )
-        found = Sums(*sums.reshape(-1, 4).T)
-        check_finite(found.logp, "log-probabilities")
+        check_finite((found := Sums(*sums.reshape(-1, 4).T)).logp, "log-probabilities")
         return found
 
     def score_choices(
-        self, sequences: Sequences, *, max_tokens: int = 4096, on_progress: OnProgress | None = None
+        self, sequences: Sequences, *, max_tokens: int = PACK_TOKENS,
+        on_progress: OnProgress | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of whole responses, and whether greedy decoding would give them.
 
@@ -231,7 +232,6 @@ class Policy:
         def choices(microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
             return [list(out.cpu().split(batch.lengths_S.tolist()))
                     for out, batch in self.schedule.evaluate(microbatches, "choices")]
-
         found = sum_in_packs(
             choices, sequences, self.topology,
             lambda _, v: (float(v[:, 0].sum(dtype=np.float64)), float(v[:, 1].min())),
@@ -242,7 +242,7 @@ class Policy:
         return found[:, 0], found[:, 1] == 1
 
     def score_rewards(
-        self, sequences: Sequences, *, alone: bool = False, max_tokens: int = 4096,
+        self, sequences: Sequences, *, alone: bool = False, max_tokens: int = PACK_TOKENS,
         on_progress: OnProgress | None = None,
     ) -> list[float]:
         """The explicit reward of every response; as ``score_sums``.

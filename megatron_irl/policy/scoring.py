@@ -10,11 +10,16 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from megatron_irl import hardware
 from megatron_irl.data.packing import pack
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_parallel
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import PackedBatch, Pair
+
+# Of one forward pass. What a layer makes of 4096 tokens is more than a CPU's caches hold: a 135M
+# model scores 1024 at a time 12 % (bf16) to 14 % (fp32) faster.
+PACK_TOKENS = 4096 if hardware.IS_CUDA else 1024
 
 OnProgress = Callable[[int], None]
 Sequences = list[tuple[np.ndarray, np.ndarray]]

@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_irl.adapters.adapters import Adapters
 from megatron_irl.adapters.export import export_adapter, join_adapters
+from megatron_irl.compat.narrow_optimizer import reload_main_params
 from megatron_irl.convert.peft_folder import PeftFolder
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.main_rank import everywhere, on_main
@@ -31,7 +32,7 @@ def merge_round(run: Run) -> None:
     _write(run, run.folder.round_adapter(state.round - 1))
     adapters.merge_and_begin(state.round)
     # Its fp32 main parameters are copies of the bf16 ones, which have begun anew.
-    run.trainer.optimizer.reload_model_params()
+    reload_main_params(run.trainer.optimizer)
 
 
 def restore_base(

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from megatron_irl import hardware
+from megatron_irl.compat.narrow_optimizer import AWARE, DTYPE_KEYS
 from megatron_irl.config import Recipe
 from megatron_irl.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
           "fp8": torch.uint8}
-DTYPE_KEYS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
-_OFFLOAD, _AWARE = "optimizer_cpu_offload", "use_precision_aware_optimizer"
+_OFFLOAD = "optimizer_cpu_offload"
 _NEEDS_OFFLOAD = ("optimizer_offload_fraction", "overlap_cpu_optimizer_d2h_h2d",
                   "use_torch_optimizer_for_cpu_offload", "pin_cpu_grads", "pin_cpu_params")
 
@@ -37,7 +37,7 @@ def completed(recipe: Recipe, *, check_hardware: bool) -> dict[str, Any]:
         if key in fields:
             fields[key] = _dtype(key, fields[key])
     if fields.get(_OFFLOAD):
-        fields = {_AWARE: True, "optimizer_offload_fraction": 1.0,
+        fields = {AWARE: True, "optimizer_offload_fraction": 1.0,
                   "overlap_cpu_optimizer_d2h_h2d": True} | fields
         _check_offload(recipe, fields, check_hardware=check_hardware)
     else:
@@ -45,18 +45,11 @@ def completed(recipe: Recipe, *, check_hardware: bool) -> dict[str, Any]:
             if key in fields:
                 raise UserError(f"optimizer.{key}={fields[key]} does nothing without optimizer."
                                 f"{_OFFLOAD}=true. Set that, or remove optimizer.{key}.")
-    keeps_copies = fields.get(_AWARE) and not fields.get(_OFFLOAD)
-    if keeps_copies and recipe.adapter.merge_each_round:
-        # megatron-core 0.19: reload_model_params() returns at once for this optimizer, whose own
-        # float32 copies would bring the merged adapters back with the next update.
-        raise UserError(
-            f"adapter.merge_each_round=true conflicts with optimizer.{_AWARE}=true, whose copies "
-            f"of the adapters Megatron does not reload. Remove optimizer.{_AWARE}, or set "
-            "adapter.merge_each_round to false."
-        )
+    if check_hardware and not hardware.IS_CUDA:
+        _check_dtypes_of_cpu(recipe, fields)
     _check_grads(recipe, fields)
     if not check_hardware and not fields.get(_OFFLOAD):
-        fields.pop(_AWARE, None)  # Megatron looks for Transformer Engine's Adam
+        fields.pop(AWARE, None)  # Megatron looks for Transformer Engine's Adam
         for key in DTYPE_KEYS:
             fields.pop(key, None)
     return fields
@@ -73,8 +66,8 @@ def _check_offload(recipe: Recipe, fields: dict[str, Any], *, check_hardware: bo
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         raise UserError(f"optimizer.optimizer_offload_fraction={share} is outside (0, 1]; it is "
                         "the share of the optimizer on the host. Set it to a number in (0, 1].")
-    if not fields[_AWARE]:
-        raise UserError(f"optimizer.{_AWARE}=false conflicts with optimizer.{_OFFLOAD}=true; only "
+    if not fields[AWARE]:
+        raise UserError(f"optimizer.{AWARE}=false conflicts with optimizer.{_OFFLOAD}=true; only "
                         "its path keeps no copy of the weights on the device. Remove it.")
     if recipe.precision == "fp32":
         raise UserError(f"optimizer.{_OFFLOAD}=true conflicts with precision=fp32; what is put on "
@@ -88,6 +81,16 @@ def _check_offload(recipe: Recipe, fields: dict[str, Any], *, check_hardware: bo
     if check_hardware and not hardware.IS_CUDA:
         raise UserError(f"optimizer.{_OFFLOAD}=true conflicts with running on CPU; everything is "
                         f"in the host's memory already. Remove optimizer.{_OFFLOAD}.")
+
+
+def _check_dtypes_of_cpu(recipe: Recipe, fields: dict[str, Any]) -> None:
+    for key in DTYPE_KEYS[1:]:
+        allowed = ("fp32",) if key == "main_params_dtype" else ("fp32", "bf16")
+        if fields.get(key, torch.float32) not in [DTYPES[name] for name in allowed]:
+            raise UserError(
+                f"optimizer.{key}={recipe.optimizer[key]} conflicts with running on CPU; numbers "
+                f"with a scale are Transformer Engine's. Set it to {' or '.join(allowed)}."
+            )
 
 
 def _check_grads(recipe: Recipe, fields: dict[str, Any]) -> None:

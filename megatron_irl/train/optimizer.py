@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from megatron_irl import hardware
-from megatron_irl.compat import cpu_updates
+from megatron_irl.compat import cpu_updates, narrow_optimizer
 from megatron_irl.config import Recipe, check_field_names
 from megatron_irl.errors import UserError
 from megatron_irl.model.reward_head import PARAMETER
@@ -57,7 +57,7 @@ def build_optimizer_config(
         raise UserError(f"optimizer.lr={fields['lr']!r} is not a number >= 0. Set a learning rate.")
     fields.setdefault("min_lr", fields["lr"] * recipe.schedule.min_lr_ratio)
     try:
-        return OptimizerConfig(**fields)
+        return narrow_optimizer.config_of(fields)
     except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"Megatron-Core refuses this optimizer configuration: {error}") from error
 
@@ -121,10 +121,11 @@ def build_megatron_optimizer(
     Args:
         overrides: Settings of parameter groups of their own, as Megatron takes them.
     """
-    optimizer = get_megatron_optimizer(
-        options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
-        pg_collection=topology.groups,
-    )
+    with narrow_optimizer.buildable(options):
+        optimizer = get_megatron_optimizer(
+            options, list(chunks), config_overrides=overrides, use_gloo_process_groups=False,
+            pg_collection=topology.groups,
+        )
     if hardware.BACKEND == "gloo":
         cpu_updates.install()
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 import megatron_irl.hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.compat import narrow_optimizer
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
@@ -25,8 +26,6 @@ from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import rounded
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
-
-from megatron.core.optimizer import OptimizerConfig  # isort: skip
 
 Layout = dict[str, Any]
 """``ParallelConfig`` fields by name; the data-parallel size follows from the number of ranks."""
@@ -76,15 +75,17 @@ def build_trainer(
     hf: str, layout: Layout, optimizer: dict[str, Any], *, rows_at_once: int = 2048, **ddp: Any
 ) -> Stepper:
     """A stepper on DDP-wrapped chunks; ``optimizer`` holds Megatron's OptimizerConfig fields."""
-    topology, chunks, _, arch = build(hf, layout)
+    precision = "bf16" if optimizer.get("bf16") else "fp32"
+    topology, chunks, config, arch = build(hf, layout, precision=precision)
     sharded = optimizer.get("optimizer", "adam") == "adam"
     policy = Policy(chunks, topology, arch, rows_at_once=rows_at_once).for_training(
         build_ddp_config({"use_distributed_optimizer": sharded} | ddp)
     )
     assert policy.multiple_of == multiple_of(layout)
-    options = OptimizerConfig(
-        params_dtype=torch.float32, weight_decay=0.0, use_distributed_optimizer=sharded, **optimizer
-    )
+    options = narrow_optimizer.config_of({
+        "params_dtype": config.params_dtype, "weight_decay": 0.0,
+        "use_distributed_optimizer": sharded, **optimizer,
+    })
     return Stepper(policy, build_megatron_optimizer(options, policy.chunks, topology))
 
 

@@ -5,6 +5,7 @@ import torch
 
 from megatron_irl.config import recipe_from_mapping
 from megatron_irl.errors import UserError
+from megatron_irl.planning.state import checkpoint_bytes, optimizer_bytes
 from megatron_irl.train.host_optimizer import completed, grad_buffer_fields
 
 OFFLOAD = {"optimizer_cpu_offload": True}
@@ -54,8 +55,6 @@ def test_without_keys_nothing_changes():
     (OFFLOAD, {"generation": {"offload_optimizer": True}}, "generation.offload_optimizer"),
     ({"optimizer_offload_fraction": 0.5}, {}, "does nothing"),
     ({"exp_avg_dtype": "half"}, {}, "exp_avg_dtype=half"),
-    ({"use_precision_aware_optimizer": True}, {"adapter": {"rank": 4, "merge_each_round": True}},
-     "merge_each_round"),
     ({"main_grads_dtype": "bf16"}, {"ddp": {"grad_reduce_in_fp32": True}}, "the same buffer"),
 ])
 def test_refused(optimizer, sections, named):
@@ -66,3 +65,28 @@ def test_refused(optimizer, sections, named):
 def test_refused_on_a_cpu():
     with pytest.raises(UserError, match="running on CPU"):
         completed(recipe(OFFLOAD), check_hardware=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("exp_avg_dtype", "fp8"), ("exp_avg_sq_dtype", "fp16"), ("main_params_dtype", "fp16"),
+])
+def test_numbers_with_a_scale_are_refused_on_a_cpu(key, value):
+    options = {"use_precision_aware_optimizer": True, key: value}
+    with pytest.raises(UserError, match=f"{key}={value} conflicts with running on CPU"):
+        completed(recipe(options), check_hardware=True)
+    assert key not in completed(recipe(options), check_hardware=False)
+
+
+@pytest.mark.parametrize(("options", "device", "stored"), [
+    ({}, 12, 14), ({"use_precision_aware_optimizer": True}, 10, 12),
+    ({"use_precision_aware_optimizer": True, "store_param_remainders": False}, 12, 14),
+    ({"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
+     6, 8),
+    # Numbers with a scale are stored without it, in float32.
+    ({"use_precision_aware_optimizer": True, "exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"},
+     5, 12),
+])
+def test_bytes_a_parameter(options, device, stored):
+    planned = recipe(options, precision="bf16")
+    assert optimizer_bytes(planned) == device
+    assert checkpoint_bytes(planned) == stored

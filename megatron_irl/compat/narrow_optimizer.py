@@ -1,0 +1,77 @@
+"""Megatron's precision-aware optimizer: built without Transformer Engine, and told of new weights.
+
+Megatron-Core 0.19 has it with Transformer Engine's FusedAdam alone, for whose state it makes no
+place before a checkpoint is loaded (``initialize_state`` wants an argument more), and whose float32
+copies it does not make anew where weights were changed from outside. To be removed when upstream
+builds it with any optimizer that has these methods, and ``reload_model_params`` reaches them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+
+from megatron_irl import hardware  # must precede megatron
+from megatron_irl.hardware.narrow_adam import NarrowAdam
+
+from megatron.core import optimizer as upstream  # isort: skip
+from megatron.core.optimizer import OptimizerConfig  # isort: skip
+
+AWARE = "use_precision_aware_optimizer"
+DTYPE_KEYS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+
+
+def config_of(fields: dict[str, Any]) -> OptimizerConfig:
+    """Megatron's configuration; on a CPU also of what it looks for Transformer Engine for."""
+    is_ours = fields.get(AWARE) and not fields.get("optimizer_cpu_offload")
+    if not is_ours or hardware.IS_CUDA:
+        return OptimizerConfig(**fields)
+    asked = {key: fields[key] for key in (AWARE, *DTYPE_KEYS) if key in fields}
+    config = OptimizerConfig(**{k: v for k, v in fields.items() if k not in asked})
+    for key, value in asked.items():
+        setattr(config, key, value)
+    config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+    return config
+
+
+@contextmanager
+def buildable(config: OptimizerConfig) -> Iterator[None]:
+    """Within the block Megatron builds a CPU's precision-aware optimizer, of ``NarrowAdam``."""
+    if hardware.IS_CUDA or not config.use_precision_aware_optimizer:
+        yield
+        return
+    with mock.patch.multiple(
+        upstream, USING_PYTORCH_OPTIMIZER=False, Adam=NarrowAdam, is_te_min_version=lambda *_: True
+    ):
+        yield
+
+
+def keeps_few_bytes(inner: Any) -> bool:
+    """Whether an optimizer is ``NarrowAdam`` or Transformer Engine's, with states by dtype."""
+    return hasattr(inner, "name_to_dtype_map")
+
+
+def give_state(inner: Any) -> None:
+    """Make the state of the parameters that have had no step."""
+    for parameter in (p for group in inner.param_groups for p in group["params"]):
+        if not inner.state[parameter]:
+            inner.initialize_state(
+                parameter, inner.store_param_remainders and parameter.dtype == torch.bfloat16
+            )
+
+
+@torch.no_grad()
+def reload_main_params(optimizer: Any) -> None:
+    """Make the optimizer's float32 copies equal to weights that were changed from outside."""
+    optimizer.reload_model_params()
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        if not keeps_few_bytes(inner):
+            continue
+        for parameter, state in inner.state.items():
+            if state["master_param"].dtype == torch.int16:
+                state["master_param"].zero_()  # the weight lacks nothing
+            else:
+                inner.set_scaled_state(parameter, "master_param", parameter.detach().float())
