@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_irl.errors import UserError
 from studies.instructions import INSTRUCTIONS
 
 SYSTEM = "Answer in one short sentence."
@@ -48,8 +49,11 @@ def draw_questions(seed: int, **sizes: int) -> dict[str, list[dict[str, Any]]]:
     for split, size in sizes.items():
         count = -(-size // len(FORMS))
         if count > len(topics):
-            raise ValueError(f"{sum(sizes.values())} prompts are more than {len(TOPICS)} topics "
-                             f"with {len(FORMS)} questions give")
+            raise UserError(
+                f"{sum(sizes.values())} prompts ({', '.join(sizes)}) are more than {len(TOPICS)} "
+                f"topics with {len(FORMS)} questions give, none of them in two splits. Make them "
+                "fewer."
+            )
         own, topics = topics[:count], topics[count:]
         splits[split] = _records(rng, own)[:size]
     return splits
