@@ -9,7 +9,6 @@ builds it with any optimizer that has these methods, and ``reload_model_params``
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -42,10 +41,15 @@ def buildable(config: OptimizerConfig) -> Iterator[None]:
     if hardware.IS_CUDA or not config.use_precision_aware_optimizer:
         yield
         return
-    with mock.patch.multiple(
-        upstream, USING_PYTORCH_OPTIMIZER=False, Adam=NarrowAdam, is_te_min_version=lambda *_: True
-    ):
+    told: dict[str, Any] = {
+        "USING_PYTORCH_OPTIMIZER": False, "Adam": NarrowAdam, "is_te_min_version": lambda *_: True,
+    }
+    before = {name: getattr(upstream, name) for name in told}
+    vars(upstream).update(told)
+    try:
         yield
+    finally:
+        vars(upstream).update(before)
 
 
 def keeps_few_bytes(inner: Any) -> bool:
