@@ -69,7 +69,7 @@ def _loadable(part: Any, inner: torch.optim.Optimizer) -> Iterator[None]:
     _part_counts(inner)
 
 
-def _part_counts(inner: torch.optim.Optimizer) -> None:
+def _part_counts(inner: Any) -> None:
     """Give each parameter its own count: Megatron loads one tensor for all of them.
 
     Adam counts in place: shared, the count would grow by the number of parameters at every update.

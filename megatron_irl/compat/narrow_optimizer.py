@@ -71,7 +71,7 @@ def reload_main_params(optimizer: Any) -> None:
     """Make the optimizer's float32 copies equal to weights that were changed from outside."""
     optimizer.reload_model_params()
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = getattr(part, "optimizer", None)
+        inner: Any = getattr(part, "optimizer", None)
         if not keeps_few_bytes(inner):
             continue
         for parameter, state in inner.state.items():
