@@ -161,7 +161,7 @@ class Adapters:
     def merge_and_begin(self, round_index: int) -> None:
         """Add the updates to the base for good and begin anew on it.
 
-        The optimizer must be told (``reload_model_params``). Collectives: none.
+        The optimizer must be told (``reload_main_params``). Collectives: none.
         """
         self.merge_for_good()
         self.begin(round_index)

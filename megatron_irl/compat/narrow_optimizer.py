@@ -53,8 +53,12 @@ def buildable(config: OptimizerConfig) -> Iterator[None]:
 
 
 def keeps_few_bytes(inner: Any) -> bool:
-    """Whether an optimizer is ``NarrowAdam`` or Transformer Engine's, with states by dtype."""
-    return hasattr(inner, "name_to_dtype_map")
+    """Whether an optimizer keeps the copies of the weights itself, each state in its own dtype.
+
+    ``NarrowAdam`` does, and Transformer Engine's Adam where Megatron asks it to; as plain Adam it
+    has the same class and no copies.
+    """
+    return bool(getattr(inner, "master_weights", False)) and hasattr(inner, "name_to_dtype_map")
 
 
 def give_state(inner: Any) -> None:

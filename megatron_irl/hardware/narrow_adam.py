@@ -46,7 +46,7 @@ class NarrowAdam(torch.optim.Optimizer):
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         )
-        self.store_param_remainders = store_param_remainders
+        self.master_weights, self.store_param_remainders = True, store_param_remainders
         self.name_to_dtype_map = {
             "exp_avg": exp_avg_dtype, "exp_avg_sq": exp_avg_sq_dtype,
             "master_param": torch.float32,
@@ -79,19 +79,18 @@ class NarrowAdam(torch.optim.Optimizer):
         kept.copy_(unscaled_state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take groups and states over; states keep their dtypes and places."""
+        """Take groups and states over; states keep their dtypes and places, or get them."""
         states = dict(self.state)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, given in state_dict["state"].items():
-            state = self.state[parameters[number]]
+            param = parameters[number]
+            if not self.state[param]:
+                self._begin(param)
             for name, value in given.items():
                 # Torch's own would cast all to the parameter's dtype.
-                if name in state:
-                    state[name].copy_(value)
-                else:
-                    state[name] = value.clone()
+                self.state[param][name].copy_(value)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -103,11 +102,12 @@ class NarrowAdam(torch.optim.Optimizer):
                 if grad is not None:
                     self._step(param, grad.float(), group)
 
+    def _begin(self, param: Tensor) -> None:
+        self.initialize_state(param, self.store_param_remainders and param.dtype == torch.bfloat16)
+
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if not self.state[param]:
-            self.initialize_state(
-                param, self.store_param_remainders and param.dtype == torch.bfloat16
-            )
+            self._begin(param)
         state = self.state[param]
         moments = [self.get_unscaled_state(param, name) for name in ("exp_avg", "exp_avg_sq")]
         master = state["master_param"]

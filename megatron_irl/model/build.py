@@ -94,6 +94,11 @@ def build_config(
     fields |= overrides
     if isinstance(fields.get("activation_func"), str):
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
+    if fields.get("use_te_activation_func") and not _is_swiglu(fields):
+        raise UserError(
+            "model.use_te_activation_func=true conflicts with this model's activation; there is "
+            "one for gated SiLU only. Remove model.use_te_activation_func."
+        )
     if check_hardware:
         _set_layer_fields(fields, overrides, architecture, spec)
     else:
@@ -145,9 +150,12 @@ def _set_swiglu(fields: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Make the MLP's activation ``lean_layers.SwiGLU`` if the recipe leaves it to us."""
     named = ("use_te_activation_func", "bias_activation_fusion", "activation_func_fp8_input_store",
              "activation_func_clamp_value", "glu_linear_offset", "cpu_offloading")
-    is_swiglu = fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
-    if is_swiglu and has_swiglu() and not any(name in overrides for name in named):
+    if _is_swiglu(fields) and has_swiglu() and not any(name in overrides for name in named):
         fields |= {"use_te_activation_func": True, "bias_activation_fusion": False}
+
+
+def _is_swiglu(fields: dict[str, Any]) -> bool:
+    return fields["activation_func"] is F.silu and fields.get("gated_linear_unit", False)
 
 
 def _check_rope(spec: SpecName, architecture: Architecture, fused: bool) -> None:

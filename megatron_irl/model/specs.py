@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 
 from megatron_irl import hardware
 from megatron_irl.errors import UserError
@@ -118,9 +117,7 @@ def block_spec(
         layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     else:
         layer = _local_layer_spec(config)
-    is_swiglu = config.gated_linear_unit and config.activation_func is F.silu
-    if config.use_te_activation_func and is_swiglu:
-        # In megatron-core 0.19 a spec's MLP is a partial.
+    if config.use_te_activation_func:  # in megatron-core 0.19 a spec's MLP is a partial
         layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
     if hardware.IS_CUDA:
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add

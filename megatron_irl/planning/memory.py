@@ -14,12 +14,12 @@ from megatron_irl.planning.state import (
     training_state,
 )
 from megatron_irl.planning.workload import PhaseWork, Workload
+from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
 # Outside of torch's allocator: the CUDA context, cuBLAS and NCCL. What the allocator cannot use
 # because its blocks are in pieces is a share of what it holds.
 CONTEXT, PER_GROUP, PIECES = 0.7 * GIB, 0.35 * GIB, 0.03
 GRAPHS = 0.6 * GIB  # captured graphs and their pool
-PACK_TOKENS = 4096  # of one forward pass of scoring
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def stage_memory(
         if setup.replicas:
             terms["other stages' weights"] = whole - terms["weights"]
             parts["generation"] += ("other stages' weights",)
-        terms["reference pass"] = PACK_TOKENS * activations.forward
+        terms["reference pass"] = GPU_PACK_TOKENS * activations.forward
         parts["reference"] = (*held, "reference pass")
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
             terms["reference weights"] = terms["weights"]

@@ -45,9 +45,9 @@ def checkpoint_bytes(recipe: Recipe) -> float:
     In fp32 the copy is the weight itself, and stored all the same. Numbers with a scale (fp16, fp8)
     are stored in float32, others as the optimizer keeps them.
     """
-    weight = element_size(recipe) + (4 if recipe.precision == "fp32" else 0)
+    weight = element_size(recipe)
     if not _chooses_dtypes(recipe):
-        return weight + optimizer_bytes(recipe)
+        return weight + optimizer_bytes(recipe) + (4 if recipe.precision == "fp32" else 0)
     main = _main_bytes(recipe)
     if recipe.optimizer.get("main_params_dtype", "fp32") != "fp32":
         main = 4
@@ -69,13 +69,10 @@ def _size(recipe: Recipe, key: str) -> int:
 
 
 def _main_bytes(recipe: Recipe) -> int:
-    """Of a float32 copy: what the weight itself does not have, where Megatron keeps that."""
+    """Of a float32 copy: what a bf16 weight itself does not have, where Megatron keeps that."""
     size = _size(recipe, "main_params_dtype")
-    if size < 4:
-        return size
-    if recipe.precision == "fp32":
-        return 0
-    return 2 if recipe.optimizer.get("store_param_remainders", True) else 4
+    keeps_half = recipe.optimizer.get("store_param_remainders", True)
+    return 2 if size == 4 and recipe.precision != "fp32" and keeps_half else size
 
 
 def offloaded_share(recipe: Recipe) -> float:

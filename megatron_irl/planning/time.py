@@ -11,6 +11,7 @@ from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.memory import checkpoint_share
 from megatron_irl.planning.state import offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
+from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
 PRODUCTS = 0.66  # of the peak: bf16 matrix products
 FP8_GAIN = 1.49  # of those products in FP8 over bf16, casts included
@@ -224,7 +225,7 @@ def _reference(setup: Setup, work: Workload) -> float:
     lengths = work.lengths
     prompt, response = float(lengths.prompt.mean()), float(lengths.response.mean())
     sample = float(lengths.sample.mean())
-    count = max(1.0, 4096 // (prompt + response))
+    count = max(1.0, GPU_PACK_TOKENS // (prompt + response))
     pack = Tokens.of([(round(prompt), round(response))] * round(count))
     sequences = work.prompts * (1 + work.samples_per_prompt * (prompt + sample) / (
         prompt + response))

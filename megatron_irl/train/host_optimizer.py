@@ -45,6 +45,8 @@ def completed(recipe: Recipe, *, check_hardware: bool) -> dict[str, Any]:
             if key in fields:
                 raise UserError(f"optimizer.{key}={fields[key]} does nothing without optimizer."
                                 f"{_OFFLOAD}=true. Set that, or remove optimizer.{key}.")
+    if fields.get(AWARE):
+        _check_aware(recipe, fields)
     if check_hardware and not hardware.IS_CUDA:
         _check_dtypes_of_cpu(recipe, fields)
     _check_grads(recipe, fields)
@@ -81,6 +83,19 @@ def _check_offload(recipe: Recipe, fields: dict[str, Any], *, check_hardware: bo
     if check_hardware and not hardware.IS_CUDA:
         raise UserError(f"optimizer.{_OFFLOAD}=true conflicts with running on CPU; everything is "
                         f"in the host's memory already. Remove optimizer.{_OFFLOAD}.")
+
+
+def _check_aware(recipe: Recipe, fields: dict[str, Any]) -> None:
+    """Megatron's own two conditions, which it would say without a remedy or not at all."""
+    if fields.get("optimizer", "adam") != "adam":
+        raise UserError(f"optimizer.{AWARE}=true conflicts with optimizer.optimizer="
+                        f"{fields['optimizer']}; only Adam keeps such state. Remove one of them.")
+    for section in ("optimizer", "ddp"):
+        if getattr(recipe, section).get("use_distributed_optimizer") is False:
+            raise UserError(
+                f"optimizer.{AWARE}=true conflicts with {section}.use_distributed_optimizer=false; "
+                "only the distributed optimizer has it. Remove one of them."
+            )
 
 
 def _check_dtypes_of_cpu(recipe: Recipe, fields: dict[str, Any]) -> None:

@@ -94,25 +94,28 @@ def test_bf16_moments_stay_close():
         assert not torch.equal(got, want)
 
 
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_read_back_goes_on_the_same(dtype):
+def test_state_read_back_goes_on_the_same(dtype, weights):
     """Through ``state_dict`` and, as Megatron does, state by state."""
     options = {"lr": 1e-3, "exp_avg_dtype": dtype, "exp_avg_sq_dtype": dtype}
-    params = parameters(4, torch.bfloat16)
+    params = parameters(4, weights)
     first = NarrowAdam(params, **options)
     steps(first, params, 5)
     copies = [[param.clone() for param in params] for _ in range(2)]
     whole, single = (NarrowAdam(copy, **options) for copy in copies)
     whole.load_state_dict(first.state_dict())
     for source, target in zip(params, copies[1], strict=True):
-        single.initialize_state(target, True)
+        single.initialize_state(target, weights == torch.bfloat16)
         single.state[target]["step"].copy_(first.state[source]["step"])
         for name in ("exp_avg", "exp_avg_sq", "master_param"):
             single.set_scaled_state(target, name, first.get_unscaled_state(source, name))
-    for optimizer, weights in ((first, params), (whole, copies[0]), (single, copies[1])):
-        steps(optimizer, weights, 5, seed=9)
-    for optimizer, weights in ((whole, copies[0]), (single, copies[1])):
-        for got, want in zip(masters(optimizer, weights), masters(first, params), strict=True):
+    for optimizer, own in ((first, params), (whole, copies[0]), (single, copies[1])):
+        steps(optimizer, own, 5, seed=9)
+    for optimizer, own in ((whole, copies[0]), (single, copies[1])):
+        for got, want in zip(masters(optimizer, own), masters(first, params), strict=True):
+            assert torch.equal(got, want)
+        for got, want in zip(own, params, strict=True):
             assert torch.equal(got, want)
 
 

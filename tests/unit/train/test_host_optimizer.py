@@ -55,6 +55,11 @@ def test_without_keys_nothing_changes():
     (OFFLOAD, {"generation": {"offload_optimizer": True}}, "generation.offload_optimizer"),
     ({"optimizer_offload_fraction": 0.5}, {}, "does nothing"),
     ({"exp_avg_dtype": "half"}, {}, "exp_avg_dtype=half"),
+    ({"use_precision_aware_optimizer": True, "optimizer": "sgd"}, {}, "optimizer.optimizer=sgd"),
+    ({"use_precision_aware_optimizer": True, "use_distributed_optimizer": False}, {},
+     "optimizer.use_distributed_optimizer=false"),
+    ({"use_precision_aware_optimizer": True}, {"ddp": {"use_distributed_optimizer": False}},
+     "ddp.use_distributed_optimizer=false"),
     ({"main_grads_dtype": "bf16"}, {"ddp": {"grad_reduce_in_fp32": True}}, "the same buffer"),
 ])
 def test_refused(optimizer, sections, named):
@@ -90,3 +95,10 @@ def test_bytes_a_parameter(options, device, stored):
     planned = recipe(options, precision="bf16")
     assert optimizer_bytes(planned) == device
     assert checkpoint_bytes(planned) == stored
+
+
+def test_bytes_a_parameter_of_fp32():
+    """Transformer Engine's Adam has a copy of float32 weights as well."""
+    for options, device in (({}, 8), ({"use_precision_aware_optimizer": True}, 12)):
+        planned = recipe(options, precision="fp32")
+        assert (optimizer_bytes(planned), checkpoint_bytes(planned)) == (device, 16)
