@@ -48,13 +48,10 @@ def checkpoint_bytes(recipe: Recipe) -> float:
     weight = element_size(recipe)
     if not _chooses_dtypes(recipe):
         return weight + optimizer_bytes(recipe) + (4 if recipe.precision == "fp32" else 0)
-    main = _main_bytes(recipe)
-    if recipe.optimizer.get("main_params_dtype", "fp32") != "fp32":
-        main = 4
-    scaled = ("fp16", "fp8")
-    return weight + main + sum(
-        4 if recipe.optimizer.get(key) in scaled else _size(recipe, key) for key in MOMENTS
-    )
+    scaled = [key for key in ("main_params_dtype", *MOMENTS)
+              if recipe.optimizer.get(key) in ("fp16", "fp8")]
+    main = 4 if "main_params_dtype" in scaled else _main_bytes(recipe)
+    return weight + main + sum(4 if key in scaled else _size(recipe, key) for key in MOMENTS)
 
 
 def _chooses_dtypes(recipe: Recipe) -> bool:

@@ -168,6 +168,7 @@ class Policy:
         pipeline stage.
         Collectives: tensor and pipeline parallel ranks of one replica must call together.
         """
+        # A sync for each microbatch here too, when all of them are queued.
         return [list(out.cpu()) for out, _ in self.schedule.evaluate(microbatches, "rewards")]
 
     def score(
@@ -193,13 +194,13 @@ class Policy:
             self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
             multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        # After the exchange: every rank has all scores, so all of them raise.
+        # After the exchange: every rank has all scores, so all of them find the same and raise.
         check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
         return scores
 
     def score_sums(
         self, sequences: Sequences, *, against: Sequence[np.ndarray | None] | None = None,
-        alone: bool = False, max_tokens: int = PACK_TOKENS, on_progress: OnProgress | None = None,
+        alone: bool = False, on_progress: OnProgress | None = None,
     ) -> Sums:
         """Log-probabilities of whole responses; as ``score``, but tokens stay on their ranks.
 
@@ -212,15 +213,14 @@ class Policy:
         sums = sum_in_packs(
             self.token_logprobs, sequences, self.topology,
             lambda i, values: Sums.of(values, against[i] if against is not None else None),
-            alone=alone, max_tokens=max_tokens, multiple_of=self.multiple_of,
-            on_progress=on_progress,
+            alone=alone, multiple_of=self.multiple_of, on_progress=on_progress,
         )
-        check_finite((found := Sums(*sums.reshape(-1, 4).T)).logp, "log-probabilities")
+        found = Sums(*sums.reshape(-1, 4).T)
+        check_finite(found.logp, "log-probabilities")
         return found
 
     def score_choices(
-        self, sequences: Sequences, *, max_tokens: int = PACK_TOKENS,
-        on_progress: OnProgress | None = None,
+        self, sequences: Sequences, *, on_progress: OnProgress | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities of whole responses, and whether greedy decoding would give them.
 
@@ -232,11 +232,11 @@ class Policy:
         def choices(microbatches: Sequence[PackedBatch]) -> list[list[Tensor]]:
             return [list(out.cpu().split(batch.lengths_S.tolist()))
                     for out, batch in self.schedule.evaluate(microbatches, "choices")]
+
         found = sum_in_packs(
             choices, sequences, self.topology,
             lambda _, v: (float(v[:, 0].sum(dtype=np.float64)), float(v[:, 1].min())),
-            alone=False, max_tokens=max_tokens, multiple_of=self.multiple_of,
-            on_progress=on_progress,
+            alone=False, multiple_of=self.multiple_of, on_progress=on_progress,
         ).reshape(-1, 2)
         check_finite(found[:, 0], "log-probabilities")
         return found[:, 0], found[:, 1] == 1

@@ -17,8 +17,8 @@ from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_paral
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.types import PackedBatch, Pair
 
-# Of one forward pass. What a layer makes of 4096 tokens is more than a CPU's caches hold: a 135M
-# model scores 1024 at a time 12 % (bf16) to 14 % (fp32) faster.
+# Of one forward pass. What a layer makes of 4096 tokens is more than a CPU's caches hold
+# (docs/scaling.md, "Beside other trainers", has the reference pass with either).
 GPU_PACK_TOKENS, CPU_PACK_TOKENS = 4096, 1024
 PACK_TOKENS = GPU_PACK_TOKENS if hardware.IS_CUDA else CPU_PACK_TOKENS
 
@@ -77,8 +77,8 @@ def score_in_packs(
 
 def sum_in_packs[N: (float, tuple[float, ...])](
     compute: Compute, sequences: Sequences, topology: Topology,
-    numbers: Callable[[int, np.ndarray], N], *, alone: bool, max_tokens: int, multiple_of: int,
-    on_progress: OnProgress | None = None,
+    numbers: Callable[[int, np.ndarray], N], *, alone: bool, multiple_of: int,
+    max_tokens: int = PACK_TOKENS, on_progress: OnProgress | None = None,
 ) -> np.ndarray:
     """A few numbers of what ``compute`` says of each sequence; no other leaves its rank.
 

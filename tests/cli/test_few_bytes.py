@@ -12,7 +12,7 @@ NARROW = FEW | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16", "adam_beta2
 
 @pytest.fixture
 def start(sections, tmp_path, no_report):
-    """(recipe file, arguments of ``run``) of a small bf16 run, by folder, optimizer and changes."""
+    """(recipe file, run folder) of a small bf16 run, by name, optimizer and changes."""
     def started(name, optimizer, **changes):
         made = sections | {
             "precision": "bf16", "output_dir": str(tmp_path / name),

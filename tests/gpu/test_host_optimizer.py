@@ -43,23 +43,30 @@ def losses(stepper, steps):
     return [stepper.train_step(batches, objective).loss for _ in range(steps)]
 
 
+def interrupted(setup, folder, options):
+    """(ten losses, with a save after five; a fresh stepper that has read it)."""
+    from megatron_irl.storage.checkpoint import Checkpointer
+
+    stepper = stepper_of(setup, options)
+    first = losses(stepper, 5)
+    checkpointer = Checkpointer(folder, setup[1], keep=1)
+    checkpointer.save(5, stepper.policy.chunks, stepper.optimizer, FakeScheduler(), {})
+    whole = first + losses(stepper, 5)
+    again = stepper_of(setup, options)
+    checkpointer.load(5, again.policy.chunks, again.optimizer, FakeScheduler())
+    return whole, again
+
+
 @pytest.mark.parametrize("fraction", [0.5, 1.0])
 def test_host_steps_equal_device_steps(setup, tmp_path, fraction):
     """Ten steps; a checkpoint in between is read back and continued; forgetting the moments."""
-    from megatron_irl.storage.checkpoint import Checkpointer
     from megatron_irl.train.optimizer import reset_optimizer
 
     expected = losses(stepper_of(setup, {}), 10)
     options = OFFLOAD | {"optimizer_offload_fraction": fraction}
-    stepper = stepper_of(setup, options)
-    first = losses(stepper, 5)
-    checkpointer = Checkpointer(tmp_path, setup[1], keep=1)
-    checkpointer.save(5, stepper.policy.chunks, stepper.optimizer, FakeScheduler(), {})
-    whole = first + losses(stepper, 5)
+    whole, again = interrupted(setup, tmp_path, options)
     assert np.abs(np.array(whole) - expected).max() < 0.02 * expected[0]
     assert whole[-1] < whole[0]
-    again = stepper_of(setup, options)
-    checkpointer.load(5, again.policy.chunks, again.optimizer, FakeScheduler())
     np.testing.assert_allclose(losses(again, 5), whole[5:], rtol=1e-3)
     reset_optimizer(again.optimizer)
     for part in getattr(again.optimizer, "chained_optimizers", [again.optimizer]):
@@ -78,19 +85,11 @@ def test_gradients_in_bf16(setup):
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_bytes_resume(setup, tmp_path, moments):
     """Transformer Engine's Adam with 16 bits of each copy; a fresh one reads the checkpoint."""
-    from megatron_irl.storage.checkpoint import Checkpointer
-
     options = {"use_precision_aware_optimizer": True, "exp_avg_dtype": moments,
                "exp_avg_sq_dtype": moments, "adam_beta2": 0.95}
     expected = losses(stepper_of(setup, {"adam_beta2": 0.95}), 10)
-    stepper = stepper_of(setup, options)
-    first = losses(stepper, 5)
-    checkpointer = Checkpointer(tmp_path, setup[1], keep=1)
-    checkpointer.save(5, stepper.policy.chunks, stepper.optimizer, FakeScheduler(), {})
-    whole = first + losses(stepper, 5)
+    whole, again = interrupted(setup, tmp_path, options)
     assert np.abs(np.array(whole) - expected).max() < 0.02 * expected[0]
-    again = stepper_of(setup, options)
-    checkpointer.load(5, again.policy.chunks, again.optimizer, FakeScheduler())
     # Moments in fp16 have a scale that is found anew; the others are the same bits.
     exact = {"rtol": 0, "atol": 0} if moments != torch.float16 else {"rtol": 1e-3}
     np.testing.assert_allclose(losses(again, 5), whole[5:], **exact)

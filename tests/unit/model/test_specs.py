@@ -12,6 +12,7 @@ from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.errors import UserError
 from megatron_irl.model import specs
 from megatron_irl.model.build import build_config
+from tests.convert.test_table import BASE, NEOX
 from tests.convert.tiny import make_tiny_llama
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -131,3 +132,10 @@ def test_fp32_products_on_a_gpu_are_not_tf32(monkeypatch, cuda, expected):
         assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_the_lean_activation_is_refused_where_the_model_has_another():
+    arch = architecture(BASE | NEOX)  # GELU, not gated
+    build_config(arch, ParallelConfig(), overrides={"use_te_activation_func": False})
+    with pytest.raises(UserError, match="gated SiLU only. Remove model.use_te_activation_func"):
+        build_config(arch, ParallelConfig(), overrides={"use_te_activation_func": True})
