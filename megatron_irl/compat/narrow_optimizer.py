@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_irl import hardware  # must precede megatron
-from megatron_irl.hardware.narrow_adam import NarrowAdam
+from megatron_irl.hardware.narrow_adam import NarrowAdam, begin
 
 from megatron.core import optimizer as upstream  # isort: skip
 from megatron.core.optimizer import OptimizerConfig  # isort: skip
@@ -64,10 +64,7 @@ def keeps_few_bytes(inner: Any) -> bool:
 def give_state(inner: Any) -> None:
     """Make the state of the parameters that have had no step."""
     for parameter in (p for group in inner.param_groups for p in group["params"]):
-        if not inner.state[parameter]:
-            inner.initialize_state(
-                parameter, inner.store_param_remainders and parameter.dtype == torch.bfloat16
-            )
+        begin(inner, parameter)
 
 
 @torch.no_grad()
