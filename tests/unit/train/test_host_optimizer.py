@@ -5,7 +5,6 @@ import torch
 
 from megatron_irl.config import recipe_from_mapping
 from megatron_irl.errors import UserError
-from megatron_irl.planning.state import checkpoint_bytes, optimizer_bytes
 from megatron_irl.train.host_optimizer import completed, grad_buffer_fields
 
 OFFLOAD = {"optimizer_cpu_offload": True}
@@ -80,25 +79,3 @@ def test_numbers_with_a_scale_are_refused_on_a_cpu(key, value):
     with pytest.raises(UserError, match=f"{key}={value} conflicts with running on CPU"):
         completed(recipe(options), check_hardware=True)
     assert key not in completed(recipe(options), check_hardware=False)
-
-
-@pytest.mark.parametrize(("options", "device", "stored"), [
-    ({}, 12, 14), ({"use_precision_aware_optimizer": True}, 10, 12),
-    ({"use_precision_aware_optimizer": True, "store_param_remainders": False}, 12, 14),
-    ({"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"},
-     6, 8),
-    # Numbers with a scale are stored without it, in float32.
-    ({"use_precision_aware_optimizer": True, "exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "fp16"},
-     5, 12),
-])
-def test_bytes_a_parameter(options, device, stored):
-    planned = recipe(options, precision="bf16")
-    assert optimizer_bytes(planned) == device
-    assert checkpoint_bytes(planned) == stored
-
-
-def test_bytes_a_parameter_of_fp32():
-    """Transformer Engine's Adam has a copy of float32 weights as well."""
-    for options, device in (({}, 8), ({"use_precision_aware_optimizer": True}, 12)):
-        planned = recipe(options, precision="fp32")
-        assert (optimizer_bytes(planned), checkpoint_bytes(planned)) == (device, 16)
