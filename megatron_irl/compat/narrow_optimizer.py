@@ -22,10 +22,14 @@ AWARE = "use_precision_aware_optimizer"
 DTYPE_KEYS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
-def config_of(fields: dict[str, Any]) -> OptimizerConfig:
-    """Megatron's configuration; on a CPU also of what it looks for Transformer Engine for."""
-    is_ours = fields.get(AWARE) and not fields.get("optimizer_cpu_offload")
-    if not is_ours or hardware.IS_CUDA:
+def config_of(fields: dict[str, Any], *, runs_here: bool = True) -> OptimizerConfig:
+    """Megatron's configuration, also of what it wants to see Transformer Engine's Adam for.
+
+    Args:
+        runs_here: Whether it is for this machine; on a GPU that Adam must then be there.
+    """
+    looks_for_it = fields.get(AWARE) and not fields.get("optimizer_cpu_offload")
+    if not looks_for_it or (hardware.IS_CUDA and runs_here):
         return OptimizerConfig(**fields)
     asked = {key: fields[key] for key in (AWARE, *DTYPE_KEYS) if key in fields}
     config = OptimizerConfig(**{k: v for k, v in fields.items() if k not in asked})

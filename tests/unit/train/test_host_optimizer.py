@@ -1,11 +1,14 @@
 """Keys of an optimizer on the host: what follows from them, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from megatron_irl.config import recipe_from_mapping
 from megatron_irl.errors import UserError
-from megatron_irl.train.host_optimizer import completed, grad_buffer_fields
+from megatron_irl.train.host_optimizer import DTYPES, completed, grad_buffer_fields
+from megatron_irl.train.optimizer import build_optimizer_config
 
 OFFLOAD = {"optimizer_cpu_offload": True}
 
@@ -78,4 +81,16 @@ def test_numbers_with_a_scale_are_refused_on_a_cpu(key, value):
     options = {"use_precision_aware_optimizer": True, key: value}
     with pytest.raises(UserError, match=f"{key}={value} conflicts with running on CPU"):
         completed(recipe(options), check_hardware=True)
-    assert key not in completed(recipe(options), check_hardware=False)
+    # Planned for elsewhere it is what is asked for.
+    model = SimpleNamespace(bf16=True, params_dtype=torch.bfloat16)
+    config = build_optimizer_config(recipe(options), model, check_hardware=False)
+    assert config.use_precision_aware_optimizer and getattr(config, key) == DTYPES[value]
+
+
+@pytest.mark.parametrize("check_hardware", [True, False])
+def test_a_plan_refuses_what_a_run_does(check_hardware):
+    """Megatron's own condition: narrow moments are the precision-aware optimizer's."""
+    model = SimpleNamespace(bf16=True, params_dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="exp_avg_dtype"):
+        build_optimizer_config(recipe({"exp_avg_dtype": "bf16"}), model,
+                               check_hardware=check_hardware)
