@@ -80,9 +80,7 @@ class NarrowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take groups and states over; states keep their dtypes and places, or get them."""
-        states = dict(self.state)
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state.update(states)
+        load_groups(self, state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, given in state_dict["state"].items():
             param = parameters[number]
@@ -131,6 +129,13 @@ def begin(optimizer: Any, param: Tensor) -> None:
     if not optimizer.state[param]:
         keeps_half = optimizer.store_param_remainders and param.dtype == torch.bfloat16
         optimizer.initialize_state(param, keeps_half)
+
+
+def load_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take over the groups alone; the states stay as and where they are."""
+    states = dict(optimizer.state)
+    torch.optim.Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}})
+    optimizer.state.update(states)
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:
