@@ -10,6 +10,7 @@ from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.state import (
     checkpoint_bytes,
+    copied_bytes,
     element_size,
     offloaded_share,
     training_state,
@@ -99,6 +100,9 @@ def stage_memory(
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
             terms["reference weights"] = terms["weights"]
             parts["reference"] += ("reference weights",)
+    if copied := copied_bytes(setup.recipe):  # which only the distributed optimizer has
+        terms["copies for a checkpoint"] = float(trained * copied / setup.dp)
+        parts["checkpoint"] = (*held, "copies for a checkpoint")
     return StageMemory(
         stage, elements, trained, terms, parts, _reserve(setup), _host(setup, trained, terms),
     )
