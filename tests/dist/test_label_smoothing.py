@@ -6,9 +6,8 @@ import torch
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, logprob_jobs
-from tests.dist.sampled import LAYOUTS
+from tests.dist.layouts import LAYOUTS, SEED
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # printed with a failure
 VOCAB = 131  # not a multiple of anything: the second rank's slice ends in padding
 NAMES = ("one", "tp2", "tp2_sp", "pp2")
 
