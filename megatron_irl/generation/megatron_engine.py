@@ -235,17 +235,19 @@ def _steps(
     intake = Intake(engine, prompts, table, max(1, places // 8) if loop.burst_steps > 1 else 1)
     cut = False  # the last step took fewer prompts than it was given
     while intake.waiting or engine.has_unfinished_requests():
-        waiting = intake.waiting
         free = places - int(engine.context.total_request_count)
-        enough = cut or free >= min(intake.together, waiting)
-        if loop.ready() and not (waiting and enough and intake.fits()):
-            cut = False
-            wanted = max(1, intake.together - free) if waiting else None
-            yield loop.run(table, wanted=wanted, meanwhile=intake.prepare)
-            continue
-        intake.hand_over()
-        # One of Megatron's own steps, collective over the replica. Whether it or a burst comes next
+        enough = cut or free >= min(intake.together, intake.waiting)
+        cut = False
+        if not loop.ready() or (intake.waiting and enough and intake.fits()):
+            intake.hand_over()
+            engine.schedule_waiting_requests()
+            cut = bool(engine.waiting_request_ids)
+        # Whether a burst comes next or one of Megatron's own steps, and how long a burst is,
         # follows from queue and cache, which are the same on every rank of the replica.
-        stepped: Any = engine.step_modern()
-        cut = bool(engine.waiting_request_ids)
-        yield [record[-1].request_id for record in stepped["finished_request_records"]]
+        if loop.ready():
+            free = places - int(engine.context.total_request_count)
+            wanted = max(1, intake.together - free) if intake.waiting else None
+            yield loop.run(table, wanted=wanted, single=cut, meanwhile=intake.prepare)
+        else:
+            stepped: Any = engine.step_modern()
+            yield [record[-1].request_id for record in stepped["finished_request_records"]]
