@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.dist import jobs, memory
-from tests.dist.sampled import BUDGET, LAYOUTS, SEED, assert_same
+from tests.dist.layouts import LAYOUTS, SEED
+from tests.dist.sampled import BUDGET, assert_same
 
 NO_EOS = 10**6
 NAMES = ("one", "tp2", "tp2_sp", "pp2", "pp2_vpp2", "tp2_pp2")
