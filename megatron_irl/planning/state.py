@@ -14,6 +14,12 @@ def element_size(recipe: Recipe) -> int:
     return 4 if recipe.precision == "fp32" else 2
 
 
+def gradient_size(recipe: Recipe) -> int:
+    """Bytes of an element of Megatron's gradient buffer, which is also what replicas exchange."""
+    ddp = grad_buffer_fields(recipe) | recipe.ddp
+    return 4 if ddp.get("grad_reduce_in_fp32", True) else element_size(recipe)
+
+
 def training_state(recipe: Recipe, trained: int, dp: int) -> dict[str, float]:
     """Megatron's gradient buffer, and what Adam keeps on the device: moments, and a float32 copy of
     bf16.
@@ -22,11 +28,9 @@ def training_state(recipe: Recipe, trained: int, dp: int) -> dict[str, float]:
         trained: Elements of this rank.
         dp: Data-parallel size.
     """
-    ddp = grad_buffer_fields(recipe) | recipe.ddp
-    grad = 4 if ddp.get("grad_reduce_in_fp32", True) else element_size(recipe)
     share = dp if shards_optimizer(recipe) else 1
     return {
-        "gradients": float(trained * grad),
+        "gradients": float(trained * gradient_size(recipe)),
         "optimizer": trained * optimizer_bytes(recipe) / share * (1 - offloaded_share(recipe)),
     }
 

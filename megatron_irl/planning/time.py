@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_irl.flops import Tokens, attended, layer_parameters
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.memory import checkpoint_share
-from megatron_irl.planning.state import element_size, offloaded_share
+from megatron_irl.planning.state import element_size, gradient_size, offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
 from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
@@ -201,10 +201,10 @@ def _exchange(setup: Setup, trained: int) -> float:
     """Gradients reduced over data parallelism, parameters gathered; overlapped if asked."""
     if setup.dp == 1:
         return 0.0
-    grad = 4 if setup.recipe.ddp.get("grad_reduce_in_fp32", True) else element_size(setup.recipe)
     speed = LINK * _bandwidth(setup, setup.world_size)
     share = (setup.dp - 1) / setup.dp
-    times = (trained * grad * share / speed, trained * element_size(setup.recipe) * share / speed)
+    sizes = gradient_size(setup.recipe), element_size(setup.recipe)
+    times = [trained * size * share / speed for size in sizes]
     asked = (setup.recipe.ddp.get("overlap_grad_reduce"),
              setup.recipe.ddp.get("overlap_param_gather"))
     return sum(t * (0.2 if overlapped else 1.0) for t, overlapped in zip(times, asked, strict=True))

@@ -146,14 +146,15 @@ def steps_around_scoring(
 
 def generate(
     hf: str, layout: Layout, prompts: list[np.ndarray], sampling: dict[str, Any],
-    budgets: list[int] | None = None, vocab: int = 128,
+    budgets: list[int] | None = None, vocab: int = 128, burst_steps: int = 1,
 ) -> list[tuple[list[int], list[float], str]]:
     """(token ids, log-probabilities, finish reason) per prompt, as this rank sees them."""
     topology, chunks, _, _ = build(hf, layout)
     options = SamplingConfig(**sampling)
     longest = max(map(len, prompts)) + max(budgets or [options.max_new_tokens])
     with MegatronGenerator(
-        chunks, topology, max_sequence_length=longest, vocab_size=vocab, max_requests=4
+        chunks, topology, max_sequence_length=longest, vocab_size=vocab, max_requests=4,
+        burst_steps=burst_steps,
     ) as generator:
         samples = generator.generate(prompts, options, max_new_tokens=budgets)
     return [(s.token_ids.tolist(), s.logprobs.tolist(), s.finish_reason) for s in samples]

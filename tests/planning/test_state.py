@@ -3,14 +3,19 @@
 import pytest
 
 from megatron_irl.config import Recipe, recipe_from_mapping
-from megatron_irl.planning.state import checkpoint_bytes, copied_bytes, optimizer_bytes
+from megatron_irl.planning.state import (
+    checkpoint_bytes,
+    copied_bytes,
+    gradient_size,
+    optimizer_bytes,
+)
 
 
-def recipe(optimizer, precision) -> Recipe:
+def recipe(optimizer, precision, **sections) -> Recipe:
     return recipe_from_mapping({
         "model": {"hf": "m"}, "data": {"train": "d"}, "algorithm": {"name": "irft"},
         "output_dir": "o", "optimizer": optimizer, "precision": precision,
-    })
+    } | sections)
 
 
 FEW = {"use_precision_aware_optimizer": True}
@@ -37,3 +42,10 @@ def test_bytes_a_parameter_of_fp32():
     for options, device in (({}, 8), (FEW, 12)):
         planned = recipe(options, "fp32")
         assert (optimizer_bytes(planned), checkpoint_bytes(planned)) == (device, 16)
+
+
+def test_gradients_have_the_dtype_that_either_section_says():
+    assert gradient_size(recipe({}, "bf16")) == 4
+    for optimizer, ddp in ((FEW | {"main_grads_dtype": "bf16"}, {}),
+                           ({}, {"grad_reduce_in_fp32": False})):
+        assert gradient_size(recipe(optimizer, "bf16", ddp=ddp)) == 2
