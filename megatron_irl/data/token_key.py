@@ -24,10 +24,10 @@ def token_key(
 
     In it are the bytes of every data file, so that a file that was written again with the same
     length in the same second is another one; those of the tokenizer's files; the template with its
-    arguments and date; ``data`` of the recipe, limits and turns included; and the versions of this
-    package, of its code that makes ids, and of the libraries it uses. The date counts where the
-    template prints it. Files are hashed on several
-    cores, at about 1 GB a second each.
+    arguments and date; ``data`` of the recipe, limits and turns included; the rows of the model's
+    embedding where the tokenizer has more ids; and the versions of this package, of its code that
+    makes ids, and of the libraries it uses. The date counts where the template prints it. Files are
+    hashed on several cores, at about 1 GB a second each.
 
     Args:
         preferences: Those that are trained on.
@@ -43,6 +43,7 @@ def token_key(
         "preferences": [asdict(s) if isinstance(s, DataSource) else s for s in preferences],
         "template": written,
         "stop_ids": tokenizer.stop_ids,
+        "embedding_rows": tokenizer.embedding_rows,  # a text with ids beyond them is refused
         "versions": [__version__, *map(_version, LIBRARIES)],
         "code": _digests(sorted(Path(__file__).parent.glob("*.py"))),
         "tokenizer": _digests(_tokenizer_files(Path(data.tokenizer or recipe.model.hf))),

@@ -10,7 +10,6 @@ from megatron_irl.convert.peft_folder import PeftFolder
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.provenance import start_of
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.inputs import Inputs
 from megatron_irl.run.run import BASE, Run
@@ -89,12 +88,16 @@ def write_adapter(run: Run) -> None:
     last = adapters.rounds_merged
     _write(run, folder.round_adapter(last))
     parts = [folder.round_adapter(index) for index in range(last + 1)]
-    base, digest = Path(run.recipe.model.hf), start_of(folder.path)["model.hf"]
-    on_main(lambda: join_adapters(parts, folder.adapter, base=base, digest=digest), run.topology)
+    base = Path(run.recipe.model.hf)
+
+    def join() -> None:
+        join_adapters(parts, folder.adapter, base=base, digest=folder.start["model.hf"])
+
+    on_main(join, run.topology)
 
 
 def _write(run: Run, path: Path) -> None:
     adapters = run.policy.adapters
     assert adapters is not None
-    digest = on_main(lambda: start_of(run.folder.path)["model.hf"], run.topology)
+    digest = on_main(lambda: run.folder.start["model.hf"], run.topology)
     export_adapter(adapters, path, base=Path(run.recipe.model.hf), digest=digest)

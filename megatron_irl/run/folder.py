@@ -116,7 +116,7 @@ class RunFolder:
     @property
     def date(self) -> datetime | None:
         """The date that chat templates print in this run; None before it has begun."""
-        return date_of(self._start())
+        return date_of(self.start)
 
     def check(
         self, recipe: Recipe, data: str, num_demonstrations: int, start: dict[str, str]
@@ -135,7 +135,7 @@ class RunFolder:
         if not known:
             return
         self._check_recipe(recipe, num_demonstrations, known)
-        for name, began in self._start().items():
+        for name, began in self.start.items():
             if start.get(name, began) != began:
                 raise UserError(
                     f"output_dir={self.path} was begun with another {name}: its digest was {began} "
@@ -183,8 +183,11 @@ class RunFolder:
         """Mark the run finished; nothing is done on it again."""
         self._write(self._read() | {"finished": True})
 
-    def _start(self) -> dict[str, str]:
-        """What the run began with; empty before it has, and for runs of earlier versions."""
+    @property
+    def start(self) -> dict[str, str]:
+        """What the run began with, see ``provenance.describe_start``; empty before it has, and for
+        runs of earlier versions.
+        """
         return dict(self._read().get("start") or {})
 
     @property

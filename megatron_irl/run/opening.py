@@ -93,7 +93,13 @@ def predict(inputs: Inputs, topology: Topology, console: Console) -> Prediction 
     """Have the planner say what the run should take, if this is the main rank of known GPUs."""
     if not topology.is_main or (machine := known_machine()) is None:
         return None
-    return Prediction(inputs.recipe, machine.name, topology.world_size, inputs.data, console.warn)
+    try:
+        return Prediction(
+            inputs.recipe, machine.name, topology.world_size, inputs.data, console.warn
+        )
+    except OSError as error:  # no room in /tmp, no process: a plan only shows the run
+        console.warn(f"there is no plan to compare the run with: {error}")
+        return None
 
 
 def open_generator(policy: Policy, recipe: Recipe) -> None:

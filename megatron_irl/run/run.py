@@ -15,7 +15,6 @@ from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.provenance import start_of
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.prediction import Prediction
 from megatron_irl.run.recorder import Recorder
@@ -142,5 +141,5 @@ class Run:
         """What a checkpoint keeps besides weights and optimizer."""
         state = self.state.to_dict() | {"log": self.recorder.log.recent()}
         if self.policy.adapters is not None:
-            state |= {BASE: start_of(self.folder.path).get("model.hf")}
+            state |= {BASE: self.folder.start.get("model.hf")}
         return state

@@ -250,8 +250,6 @@ class Checkpointer(CheckpointFolder):
             UserError: The checkpoint is of another format, or lacks what was asked for.
         """
         path = self.path(step)
-        if not path.is_dir():
-            raise UserError(f"{path} does not exist; the run has {self.steps()} checkpoints.")
         with loadable(optimizer), in_blocks(optimizer):
             loaded = self._read(path, chunks, optimizer)
             if optimizer is not None:
@@ -266,6 +264,8 @@ class Checkpointer(CheckpointFolder):
     def _read(self, path: Path, chunks: Sequence[Any], optimizer: Any) -> dict[str, Any]:
         """This rank's part of a checkpoint; tensors are read into model and optimizer in place."""
         def read_small() -> tuple[Any, Any]:
+            if not path.is_dir():
+                raise UserError(f"{path} does not exist; the run has the steps {self.steps()}.")
             # First, for Megatron unpickles the same file without a look at what is in it.
             return read_metadata(path), dist_checkpointing.load_common_state_dict(str(path))
 

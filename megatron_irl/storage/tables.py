@@ -23,20 +23,28 @@ def write_parquet_of_lines(lines: Path, path: Path) -> None:
     Raises:
         UserError: The disk is full or the path cannot be written.
     """
-    schema = _schema(lines)
+    schema, as_json = _schema(lines)
     with replacing(path) as file, pq.ParquetWriter(file, schema) as writer:
         for records in _batches(lines):
-            columns = [_column([r.get(f.name) for r in records], f.type) for f in schema]
+            columns = [_column([r.get(f.name) for r in records], f.type, f.name in as_json)
+                       for f in schema]
             writer.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
-def _schema(lines: Path) -> pa.Schema:
+def _schema(lines: Path) -> tuple[pa.Schema, set[str]]:
+    """The columns that fit all lines, and which of them hold the JSON of their values."""
     types: dict[str, pa.DataType | None] = {}
+    not_text: set[str] = set()
     for records in _batches(lines):
         for name in dict.fromkeys(key for record in records for key in record):
-            found = _type([record.get(name) for record in records])
+            values = [record.get(name) for record in records]
+            found = _type(values)
             types[name] = _common(types[name], found) if name in types else found
-    return pa.schema({name: _kept(found) for name, found in types.items()})
+            if any(value is not None and not isinstance(value, str) for value in values):
+                not_text.add(name)
+    schema = pa.schema({name: _kept(found) for name, found in types.items()})
+    # Of the whole file and not by batch: every value of a column reads back the same way.
+    return schema, {f.name for f in schema if pa.types.is_string(f.type)} & not_text
 
 
 def _type(values: list[Any]) -> pa.DataType | None:
@@ -67,8 +75,8 @@ def _has_empty_struct(found: pa.DataType) -> bool:
     return any(_has_empty_struct(found.field(i).type) for i in range(found.num_fields))
 
 
-def _column(values: list[Any], wanted: pa.DataType) -> pa.Array:
-    if pa.types.is_string(wanted) and any(v is not None and not isinstance(v, str) for v in values):
+def _column(values: list[Any], wanted: pa.DataType, as_json: bool) -> pa.Array:
+    if as_json:
         values = [None if v is None else json.dumps(v) for v in values]
     if pa.types.is_string(wanted):  # an unpaired surrogate has no UTF-8
         values = [v if v is None else v.encode("utf-8", "replace").decode() for v in values]

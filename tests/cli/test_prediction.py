@@ -1,9 +1,12 @@
 """A run refuses what cannot fit, warns of what hardly does, and says what was off afterwards."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from megatron_irl import hardware
 from megatron_irl.planning.machines import MACHINES
+from megatron_irl.run import opening
 from megatron_irl.run.prediction import compared, shortages
 from tests.cli.harness import refused, run
 
@@ -49,6 +52,20 @@ def test_what_hardly_fits_is_warned_of():
     (said,) = shortages(plan | {"fits": False, "verdict": "does not fit: 90 of 79 GiB"})
     assert "does not fit: 90" in said and "parallel.tensor_model_parallel_size=2" in said
     assert "No layout" in shortages(plan | {"fits": False, "layouts": []})[0]
+
+
+def test_no_room_for_a_plan_is_no_reason_to_stop(monkeypatch):
+    """It only shows the run; and the main rank makes it alone, while the others go on."""
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    warnings = []
+    monkeypatch.setattr(opening, "known_machine", lambda: MACHINES["h100"])
+    monkeypatch.setattr(opening, "Prediction", full)
+    inputs = SimpleNamespace(recipe=None, data=None)
+    topology = SimpleNamespace(is_main=True, world_size=2)
+    assert opening.predict(inputs, topology, SimpleNamespace(warn=warnings.append)) is None
+    assert ["No space left" in text for text in warnings] == [True]
 
 
 @pytest.mark.slow

@@ -34,6 +34,20 @@ def kill_after(monkeypatch, target: str, calls: int, *, after: bool):
     monkeypatch.setattr(owner, name, wrapped)
 
 
+def cut_what_begin_writes(patch):
+    """Leave half of ``run.json``: what the run began with, ``recipe.yaml`` says too."""
+    from megatron_irl.run.folder import RunFolder
+
+    begin = RunFolder.begin
+
+    def and_cut(self, *arguments):
+        begin(self, *arguments)
+        path = self.path / "run.json"
+        path.write_bytes(path.read_bytes()[:50])
+
+    patch.setattr(RunFolder, "begin", and_cut)
+
+
 def small(sections, folder, **algorithm):
     return sections | {
         "output_dir": str(folder),

@@ -56,6 +56,13 @@ def outcomes() -> dict[str, Any]:
     }
 
 
+def load_of_one(folders: list[str]) -> Any:
+    """Each rank loads step 1 of a folder of its own."""
+    topology = initialize(ParallelConfig())
+    checkpointer = Checkpointer(Path(folders[topology.rank]), topology, keep=1)
+    return told(lambda: checkpointer.load(1, []))
+
+
 def probe(folders: list[str]) -> Any:
     """Each rank looks into a folder of its own, or all into one."""
     shared_folder.VISIBLE_SECONDS = 0.5

@@ -37,6 +37,15 @@ def test_a_folder_that_ranks_do_not_share_is_refused(pool, tmp_path):
     assert list((tmp_path / "here").iterdir()) == []
 
 
+def test_a_checkpoint_that_one_rank_does_not_see_is_refused_by_all(pool, tmp_path):
+    """The other rank would wait in a collective for it."""
+    (tmp_path / "here" / "step_000001").mkdir(parents=True)
+    folders = [str(tmp_path / name) for name in ("here", "elsewhere")]
+    first, second = pool.run(2, shared_jobs.load_of_one, timeout=60.0, folders=folders)
+    assert first[0] == second[0] == "UserError"
+    assert "elsewhere/step_000001 does not exist" in second[1]
+
+
 def test_the_ranks_of_a_run_hold_its_folder_together(pool, tmp_path):
     assert pool.run(2, shared_jobs.hold, folder=str(tmp_path)) == [(1, 0), (1, 0)]
 

@@ -166,6 +166,7 @@ def test_key_names_tokenizer_template_and_preferences(recipe, tokenizer, tmp_pat
     keys.append(token_key(recipe, replace(tokenizer, template=template)))
     arguments = replace(tokenizer.template, arguments={"a": 1})
     keys.append(token_key(recipe, replace(tokenizer, template=arguments)))
+    keys.append(token_key(recipe, replace(tokenizer, embedding_rows=9)))  # refuses other texts
     file = tmp_path / "tokenizer" / "tokenizer.json"
     file.write_text(file.read_text() + " ")
     keys.append(token_key(recipe, tokenizer))
