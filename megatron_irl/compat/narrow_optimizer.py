@@ -1,19 +1,22 @@
 """Megatron's precision-aware optimizer: built without Transformer Engine, and told of new weights.
 
 Megatron-Core 0.19 has it with Transformer Engine's FusedAdam alone, for whose state it makes no
-place before a checkpoint is loaded (``initialize_state`` wants an argument more), and whose float32
-copies it does not make anew where weights were changed from outside. To be removed when upstream
-builds it with any optimizer that has these methods, and ``reload_model_params`` reaches them.
+place before a checkpoint is loaded (``initialize_state`` wants an argument more), of whose state it
+lists float32 copies where it wants the groups alone, and whose float32 copies it does not make anew
+where weights were changed from outside. To be removed when upstream builds it with any optimizer
+that has these methods, and ``reload_model_params`` reaches them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_irl import hardware  # must precede megatron
-from megatron_irl.hardware.narrow_adam import NarrowAdam
+from megatron_irl.hardware.narrow_adam import NarrowAdam, begin, load_groups
 
 from megatron.core import optimizer as upstream  # isort: skip
 from megatron.core.optimizer import OptimizerConfig  # isort: skip
@@ -22,10 +25,14 @@ AWARE = "use_precision_aware_optimizer"
 DTYPE_KEYS = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
 
 
-def config_of(fields: dict[str, Any]) -> OptimizerConfig:
-    """Megatron's configuration; on a CPU also of what it looks for Transformer Engine for."""
-    is_ours = fields.get(AWARE) and not fields.get("optimizer_cpu_offload")
-    if not is_ours or hardware.IS_CUDA:
+def config_of(fields: dict[str, Any], *, runs_here: bool = True) -> OptimizerConfig:
+    """Megatron's configuration, also of what it wants to see Transformer Engine's Adam for.
+
+    Args:
+        runs_here: Whether it is for this machine; on a GPU that Adam must then be there.
+    """
+    looks_for_it = fields.get(AWARE) and not fields.get("optimizer_cpu_offload")
+    if not looks_for_it or (hardware.IS_CUDA and runs_here):
         return OptimizerConfig(**fields)
     asked = {key: fields[key] for key in (AWARE, *DTYPE_KEYS) if key in fields}
     config = OptimizerConfig(**{k: v for k, v in fields.items() if k not in asked})
@@ -64,10 +71,40 @@ def keeps_few_bytes(inner: Any) -> bool:
 def give_state(inner: Any) -> None:
     """Make the state of the parameters that have had no step."""
     for parameter in (p for group in inner.param_groups for p in group["params"]):
-        if not inner.state[parameter]:
-            inner.initialize_state(
-                parameter, inner.store_param_remainders and parameter.dtype == torch.bfloat16
-            )
+        begin(inner, parameter)
+
+
+def stored_states(inner: Any, parameter: Tensor) -> dict[str, Tensor]:
+    """States of a parameter by Megatron's names, as a checkpoint has them: themselves.
+
+    But numbers with a scale (fp16, fp8) are float32 copies: one scale is of a rank's whole range,
+    and another layout has other ranges.
+    """
+    has_scale = (torch.float16, torch.uint8)
+    return {
+        "param" if name == "master_param" else name:
+            inner.get_unscaled_state(parameter, name)
+            if inner.name_to_dtype_map[name] in has_scale else state.detach()
+        for name, state in inner.state[parameter].items() if name != "step"
+    }
+
+
+@contextmanager
+def states_in_place(inner: Any) -> Iterator[None]:
+    """Within the block ``state_dict`` holds the states themselves and loading leaves them alone.
+
+    Transformer Engine's copies every state to float32, and to others on the way back; Megatron
+    reads and writes the groups alone so, the states one by one.
+    """
+    if not keeps_few_bytes(inner):
+        yield
+        return
+    inner.state_dict = partial(torch.optim.Optimizer.state_dict, inner)
+    inner.load_state_dict = partial(load_groups, inner)
+    try:
+        yield
+    finally:
+        del inner.state_dict, inner.load_state_dict
 
 
 @torch.no_grad()

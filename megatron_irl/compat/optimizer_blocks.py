@@ -13,7 +13,7 @@ To be removed when ``DistributedOptimizer`` has a format that does both.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.compat.narrow_optimizer import keeps_few_bytes, states_in_place, stored_states
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values  # isort: skip
 from megatron.core.dist_checkpointing.mapping import (  # isort: skip
@@ -52,7 +53,10 @@ def in_blocks(optimizer: Any) -> Iterator[None]:
         part.sharded_param_state_fully_reshardable = partial(sharded_blocks, part)
         part.load_parameter_state_from_fully_reshardable = partial(load_blocks, part)
     try:
-        yield
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(states_in_place(part.optimizer))
+            yield
     finally:
         for part in parts:
             del part.sharded_param_state_fully_reshardable
@@ -64,8 +68,8 @@ def sharded_blocks(
 ) -> dict[str, Any]:
     """What this rank owns of the optimizer's state, by parameter, name of the state and box.
 
-    The tensors are views of the optimizer's where it keeps float32, or 16 bits that a weight lacks;
-    loading fills them in place.
+    The tensors are views of the optimizer's, but for numbers with a scale; loading fills them in
+    place.
     """
     del is_loading, metadata
     kept, _ = extract_sharded_tensors_and_factories(model)
@@ -88,7 +92,7 @@ def sharded_blocks(
 def load_blocks(part: Any, loaded: dict[str, Any]) -> None:
     """Put what was read as ``sharded_blocks`` asked into the optimizer."""
     for number, (parameter, _) in enumerate(_owned(part)):
-        # Copies where the optimizer keeps another type, hence the last line.
+        # Copies of numbers with a scale, hence the last line; what is in 16 bits is itself.
         state = _state_of(part, parameter)
         for name, blocks in loaded[str(number)].items():
             start = 0
@@ -98,8 +102,7 @@ def load_blocks(part: Any, loaded: dict[str, Any]) -> None:
                 start += len(values)
             assert start == state[name].numel(), f"{name}: {start} of {state[name].numel()} read"
         part._set_main_param_and_optimizer_states(parameter, {
-            name: values.float() if values.dtype == torch.bfloat16 else values
-            for name, values in state.items()
+            name: values for name, values in state.items() if values.dtype == torch.float32
         })
     if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
         part.optimizer._sync_hdo_state_to_sub_optimizers()
@@ -141,22 +144,14 @@ def _owned(part: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _state_of(part: Any, parameter: Any) -> dict[str, Tensor]:
-    """Main parameter and moments of a parameter's range as flat tensors, as they are stored.
-
-    In the optimizer's own dtype, but for numbers with a scale (fp16, fp8): one scale is of a whole
-    range, and another layout has other ranges. Of those the float32 values.
-    """
-    kept = getattr(part.optimizer, "name_to_dtype_map", {})
-    found = {}
-    for name, tensor in part._get_main_param_and_optimizer_states(parameter).items():
-        tensor = tensor.detach()
-        if kept.get(name) == torch.bfloat16:
-            tensor = tensor.bfloat16()  # Megatron gives them in float32
-        elif tensor.dtype != torch.int16:
-            tensor = tensor.float()
-        if name != "step":  # torch's Adam has one for each, which is kept in the parameter groups
-            found[name] = tensor
-    return found
+    """Main parameter and moments of a parameter's range as flat tensors, as they are stored."""
+    inner = part.optimizer
+    if keeps_few_bytes(inner):
+        group, place = part.model_param_group_index_map[parameter]
+        return stored_states(inner, inner.param_groups[group]["params"][place])
+    states = part._get_main_param_and_optimizer_states(parameter)
+    # Torch's Adam has a step for each, which is kept in the parameter groups.
+    return {name: tensor.detach().float() for name, tensor in states.items() if name != "step"}
 
 
 def _blocks(

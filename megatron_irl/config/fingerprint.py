@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from megatron_irl.config.former import FORMER
+from megatron_irl.config.former import FORMER, KEY
 from megatron_irl.config.renamed import BEFORE
 from megatron_irl.config.resolve import to_mapping
 from megatron_irl.config.schema import Recipe
@@ -35,7 +35,7 @@ def fingerprint(recipe: Recipe) -> str:
     """
     given = _flat(_non_defaults(recipe))
     values = {BEFORE.get(key, key): value for key, value in _experiment(recipe).items()
-              if key in given and not (key in FORMER and value == FORMER[key])}
+              if key in given and (key, value) != (KEY, FORMER)}
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

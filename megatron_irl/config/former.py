@@ -9,7 +9,7 @@ import dataclasses
 from megatron_irl.algorithms.registry import rules_of
 from megatron_irl.config.schema import Recipe
 
-FORMER = {"algorithm.nll_coefficient": 0.0}  # what was never written into a fingerprint
+KEY, FORMER = "algorithm.nll_coefficient", 0.0  # this value was never in a fingerprint
 
 
 def keep_former(recipe: Recipe, known: Recipe) -> tuple[Recipe, list[str]]:
@@ -22,13 +22,12 @@ def keep_former(recipe: Recipe, known: Recipe) -> tuple[Recipe, list[str]]:
         recipe: Not resolved.
         known: Of the run, as recorded; without the key in a record that is older than the key.
     """
-    key, former = "algorithm.nll_coefficient", FORMER["algorithm.nll_coefficient"]
     rules = rules_of(recipe.algorithm.name)
     silent = recipe.algorithm.nll_coefficient is None and "nll_coefficient" not in rules.unread
-    if not silent or known.algorithm.nll_coefficient not in (None, former):
+    if not silent or known.algorithm.nll_coefficient not in (None, FORMER):
         return recipe, []
-    algorithm = dataclasses.replace(recipe.algorithm, nll_coefficient=former)
+    algorithm = dataclasses.replace(recipe.algorithm, nll_coefficient=FORMER)
     now = rules.default_anchor
-    notes = [] if now == former else [
-        f"{key} is {former:g}, as this run began; a run that begins now has {now:g}."]
+    notes = [] if now == FORMER else [
+        f"{KEY} is {FORMER:g}, as this run began; a run that begins now has {now:g}."]
     return dataclasses.replace(recipe, algorithm=algorithm), notes

@@ -92,6 +92,31 @@ class PagedContext(DynamicInferenceContext):
         self.total_request_count += 1
         self.num_prefill_requests += 1
 
+    def leave_prompts(self, moves_B: np.ndarray) -> None:
+        """Lay out the step after the present one: a token for each request, no prompts.
+
+        Args:
+            moves_B: bool [B], requests that go on. The others compute their last position again,
+                as there may be no cache for a further one.
+        """
+        rows, block = int(self.total_request_count), self.block_size_tokens
+        places = np.arange(rows)
+        offsets, lengths = (
+            self._array(f"request_{name}")[:rows] for name in ("kv_length_offsets", "query_lengths")
+        )
+        offsets += lengths - ~moves_B
+        lengths[:] = 1
+        self._array("request_in_prefill_status_tensor")[:rows] = 0
+        self.num_prefill_requests, self.active_token_count = 0, rows
+        for name, value in (
+            ("token_to_pos_ids", offsets), ("token_to_position_in_request", offsets),
+            ("token_to_request_idx", places),
+            ("token_to_block_idx",
+             self._array("request_to_kv_block_ids")[places, offsets // block]),
+            ("token_to_local_position_within_kv_block", offsets % block),
+        ):
+            self._array(name)[:rows] = value
+
     def _array(self, name: str, tensor: Tensor | None = None) -> np.ndarray:
         """A bookkeeping tensor as numpy sees it; looked up once, as making the view costs."""
         found: Tensor = getattr(self, name) if tensor is None else tensor

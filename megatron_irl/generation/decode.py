@@ -1,11 +1,11 @@
 """Decoding in bursts: several steps on the device between two looks by the host.
 
-Megatron's engine does its bookkeeping on the host after every token. Where all requests decode, a
-burst does the same bookkeeping on the device, step by step, and hands the engine the sum of it.
-Prompts, a cache that is full, and requests that wait for room in it stay the engine's own steps.
+Megatron's engine does its bookkeeping on the host after every token. A burst does the same
+bookkeeping on the device, step by step, and hands the engine the sum of it. Its first step may
+take prompts up. A cache that is full and requests that wait for room in it stay the engine's own
+steps.
 """
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_irl.parallel.topology import Topology
 
 
 class DecodeLoop:
-    """Bursts of decode steps on an engine's context.
+    """Bursts of steps on an engine's context.
 
     Args:
         engine: Megatron's dynamic engine.
@@ -28,7 +28,7 @@ class DecodeLoop:
         captured: The layers run as CUDA graphs, and the sampling shall too.
 
     Attributes:
-        step_count, seconds: Decode steps so far, and the time they took, waiting included.
+        burst_steps: As ``steps``.
 
     Collectives: ``run`` runs over the model-parallel group, whose ranks hold equal requests and so
     take equal decisions.
@@ -45,54 +45,65 @@ class DecodeLoop:
             self._context, rows=self._context.max_requests, steps=steps, vocab_size=vocab_size,
             device=device, capture=captured and topology.pp_size == 1,
         )
-        self.step_count, self.seconds = 0, 0.0
+        # Of the last burst, what the engine has to be told: (request, tokens, count) each, and a
+        # step's result and state in the engine's form.
+        self._untold: tuple[list[Any], dict[str, Any], dict[str, Any]] | None = None
 
     def ready(self) -> bool:
-        """Whether there are requests, and all of them only decode."""
+        """Whether there are requests, and none of them waits for room in the cache."""
         context = self._context
         return (
             context.total_request_count > 0
             and context.paused_request_count == 0
-            and context.num_prefill_requests == 0
             and context.chunked_prefill_request_id == -1
         )
 
     @torch.inference_mode()
     def run(
-        self, table: RequestTable, *, wanted: int | None,
+        self, table: RequestTable, *, wanted: int | None, single: bool = False,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> list[int]:
-        """Decode, at most until ``wanted`` requests have used their budgets up.
+        """One burst: take up the context's new prompts, and decode.
 
         Args:
-            wanted: None where nobody waits for their places.
+            wanted: Stop at the latest when so many requests have used their budgets up; None where
+                nobody waits for their places.
+            single: Stop after one step.
             meanwhile: The host's work for while the device decodes.
 
         Returns:
             The requests that have ended.
         """
-        start, context = time.perf_counter(), self._context
-        rows = context.total_request_count
+        context = self._context
+        rows, prompts = context.total_request_count, context.num_prefill_requests > 0
         ids_B = context.request_ids[:rows].long()  # a copy: the update below moves rows about
         requests = ids_B.tolist()
         left_B = table.left(requests)
-        steps = self._reserve(left_B, self._length(left_B, wanted))
-        input_ids, position_ids, _ = self._controller._dynamic_step_context_init()
-        self._device.begin(table.uniforms(requests, steps), left_B, table.sampling)
+        steps = self._reserve(left_B, 1 if single else self._length(left_B, wanted))
+        input_ids, position_ids, published = self._controller._dynamic_step_context_init(
+            record_bookkeeping_done_event=True  # which leaves the copy to the device in flight
+        )
         for step in range(steps):
-            if step:
+            if step == 1 and prompts:
+                published.synchronize()  # it copies from what is written next
+                input_ids, position_ids = self._leave_prompts(left_B)
+            elif step:
                 # ``advance`` has moved the device's view of the step on; the views of it that the
                 # layers share are made anew, without a look at its numbers.
                 context.follow_device()
-            self._step(input_ids, position_ids)
-        meanwhile()  # before the wait: on CUDA all of the burst is only queued by now
+            logits_BV = self._forward(input_ids, position_ids)
+            if step == 0:  # with the device at work already
+                self._device.begin(table.uniforms(requests, steps), left_B, table.sampling)
+            self._sample(logits_BV)
+        # Before the wait: on CUDA all of the burst is only queued by now.
+        self.tell_engine()
+        meanwhile()
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
         counts = was_live.sum(axis=0)
         table.record(requests, tokens, logprobs, counts)
         live_B = live_B & ~table.has_ended(requests)
-        self.step_count += steps
-        self._settle(ids_B, tokens, counts, torch.from_numpy(live_B))
-        self.seconds += time.perf_counter() - start
+        followed = 2 if prompts else 1  # steps that the host's tensors have seen
+        self._settle(ids_B, tokens, counts, torch.from_numpy(live_B), unseen=steps - followed)
         return [request for request, live in zip(requests, live_B, strict=True) if not live]
 
     def _length(self, left_B: np.ndarray, wanted: int | None) -> int:
@@ -111,7 +122,10 @@ class DecodeLoop:
         if steps == 1:
             return 1  # the engine has seen to the next position
         length, rows = context.block_size_tokens, len(left_B)
-        first_B = context.request_kv_length_offsets[:rows].numpy()
+        # Where the first step writes last: a prompt's end, or the one token of a request.
+        first_B = (
+            context.request_kv_length_offsets[:rows] + context.request_query_lengths[:rows] - 1
+        ).numpy()
         have_B = context.request_kv_block_counts[:rows].numpy()
         allocator = context.kv_block_allocator
         room = min(allocator.total_avail, allocator.get_active_avail())
@@ -136,44 +150,69 @@ class DecodeLoop:
             context.request_kv_block_counts[:rows] += torch.from_numpy(need_B.astype(np.int32))
         return steps
 
-    def _step(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        """Queue one forward pass and its sampling; on CUDA the host runs ahead of the device."""
-        rows = self._context.num_last_token_logits
+    def _leave_prompts(self, left_B: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Publish the layout of the step after one with prompts, while the device computes that.
+
+        Nothing in it depends on what is sampled: the tokens are on the device, where ``advance``
+        has put them, and a request that ended by its token is computed on, as in any burst.
+
+        Returns:
+            The views of token ids and positions, of the size of the new step.
+        """
+        context = self._context
+        context.leave_prompts(left_B > 1)
+        input_ids, position_ids, _ = self._controller._dynamic_step_context_init(
+            transfer_bookkeeping_to_gpu=False
+        )
+        # Without a wait: what it copies from is not written to again before ``collect`` has waited.
+        context.transfer_bookkeeping_to_gpu(skip_token_input_ids=True, record_done_event=True)
+        return input_ids, position_ids
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+        """Queue one forward pass; on CUDA the host runs ahead of the device.
+
+        Returns:
+            Logits [B, V] on the last stage of a pipeline, None elsewhere.
+        """
         logits_1BV = self._controller.inference_wrapped_model.run_one_forward_step(
             {"tokens": input_ids, "position_ids": position_ids, "attention_mask": None}
         )
+        return None if logits_1BV is None else logits_1BV[0, : self._context.num_last_token_logits]
+
+    def _sample(self, logits_BV: Any) -> None:
+        """Queue the sampling of a step, from what ``_forward`` has returned."""
         if self._topology.pp_size > 1:
             # The last stage samples and tells the others tokens, not logits. float64 holds an id
             # and a float32 exactly, so one broadcast does for both. (Its source is counted among
             # the ranks of the run.)
-            told_2B = torch.empty(2, rows, dtype=torch.float64, device=input_ids.device)
+            rows = self._context.num_last_token_logits
+            told_2B = torch.empty(2, rows, dtype=torch.float64, device=self._device.device)
             if self._topology.is_last_stage:
-                token_B, logprob_B = self._device.sample(logits_1BV[0, :rows])
-                told_2B[0], told_2B[1] = token_B, logprob_B
+                told_2B[0], told_2B[1] = self._device.sample(logits_BV)
             group = self._topology.pp_group
             dist.broadcast(told_2B, dist.get_process_group_ranks(group)[-1], group=group)
             self._device.advance(told_2B[0].long(), told_2B[1].float())
-            return
-        logits_BV = logits_1BV[0, :rows]
-        if self._captured:
+        elif self._captured and self._context.using_cuda_graph_this_step():
             # Captured sampling reads from one address.
-            fixed_BV = self._controller._all_logits_cuda[0, :rows]
-            logits_BV = fixed_BV.copy_(logits_BV)
-        self._device.step(logits_BV)
+            fixed_BV = self._controller._all_logits_cuda[0, : len(logits_BV)]
+            self._device.step(fixed_BV.copy_(logits_BV))
+        else:
+            # A step with prompts that is not captured has any number of rows: nothing to record.
+            self._device.advance(*self._device.sample(logits_BV))
 
     def _settle(
-        self, ids_B: Tensor, tokens: np.ndarray, counts: np.ndarray, live_B: Tensor
+        self, ids_B: Tensor, tokens: np.ndarray, counts: np.ndarray, live_B: Tensor, *, unseen: int
     ) -> None:
-        """Tell the context and the engine what the burst did, as if its steps had been theirs."""
-        context, engine, (steps, rows) = self._context, self._engine, tokens.shape
-        sampled_BK = tokens.T.tolist()
-        for request, done, count in zip(ids_B.tolist(), sampled_BK, counts.tolist(), strict=True):
-            # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
-            engine.get_request(request).generated_tokens += done[:count]
+        """Tell the context and the engine what the burst did, as if its steps had been theirs.
+
+        Args:
+            unseen: Positions that the device has moved on without the host's tensors.
+        """
+        context, (steps, rows) = self._context, tokens.shape
         last_B = torch.from_numpy(tokens[counts - 1, np.arange(rows)])
         if steps > 1:
             # Rows that have ended are released below, wherever they are said to be.
-            context.request_kv_length_offsets[:rows] += steps - 1
+            context.request_kv_length_offsets[:rows] += unseen
             position_B = context.request_kv_length_offsets[:rows].long()
             length, width = context.block_size_tokens, context.request_to_kv_block_ids.shape[1]
             column_B1 = (position_B // length).clamp(max=width - 1)[:, None]
@@ -187,13 +226,30 @@ class DecodeLoop:
         }
         updated = context.update_requests(live_B.byte(), last_B.clone()) or {}
         context.step_count += steps
-        # ``async_bookkeep`` is upstream's private end of a step (0.19.2): there is no public one.
-        # To the engine, only those that have ended were in the step: it drops them. For the others
-        # there is nothing left to do.
         ended = ids_B[~live_B]
         result = {
+            # To the engine, only those that have ended were in the step: it drops them. For the
+            # others there is nothing left to do.
             "active_request_ids": ended, "finished_request_ids": ended,
             "sample": last_B[~live_B], "accepted_tokens": None, "log_probs": None,
             "cuda_graph_request_count": None, **updated,
         }
-        engine._run_coroutine_sync(engine.async_bookkeep(result, state, 0.0))
+        sampled = list(zip(ids_B.tolist(), tokens.T.tolist(), counts.tolist(), strict=True))
+        self._untold = (sampled, result, state)
+        if updated.get("evict_request_ids") is not None:
+            self.tell_engine()  # it has to put them back into its queue
+
+    def tell_engine(self) -> None:
+        """Let the engine know of the last burst, if it does not yet.
+
+        It needs to before one of its own steps and after the last burst; otherwise it is told while
+        the next burst runs, when the host has time.
+        """
+        if self._untold is None:
+            return
+        (sampled, result, state), self._untold = self._untold, None
+        for request, tokens, count in sampled:
+            # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
+            self._engine.get_request(request).generated_tokens += tokens[:count]
+        # ``async_bookkeep`` is upstream's private end of a step (0.19.2): there is no public one.
+        self._engine._run_coroutine_sync(self._engine.async_bookkeep(result, state, 0.0))

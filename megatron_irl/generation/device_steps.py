@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_irl import hardware
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.generation.sampling import sample_rows
 from megatron_irl.hardware.replay import Recorder
@@ -31,10 +32,16 @@ class DeviceSteps:
         capture: bool,
     ) -> None:
         self._context, self._vocab_size, self._capture = context, vocab_size, capture
+        self.device = device
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        def on_host(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, pin_memory=hardware.IS_CUDA)
+
+        self._host_uniforms = on_host(steps, rows, dtype=torch.float64)
+        self._host_left = on_host(rows, dtype=torch.long)
         self._step = zeros(1, dtype=torch.long)
         self._uniforms = zeros(steps, rows, dtype=torch.float64)
         self._live = zeros(rows, dtype=torch.bool)
@@ -49,7 +56,7 @@ class DeviceSteps:
         self._graphs: dict[Any, Any] = {}  # (rows, sampling) to a replay, or None once warmed up
 
     def begin(self, uniforms: np.ndarray, left: np.ndarray, sampling: SamplingConfig) -> None:
-        """Start a burst of live rows.
+        """Start a burst of live rows; once its first forward pass is queued.
 
         Args:
             uniforms: float64 [steps, rows], the random numbers of each.
@@ -60,10 +67,12 @@ class DeviceSteps:
         if sampling not in self._stops:
             stops = sorted(sampling.stop_set)
             self._stops[sampling] = torch.tensor(stops, device=self._step.device)
-        # Small transfers to the device, which the host need not wait for. The arrays may go at
-        # once: from memory that is not pinned a copy returns when it has taken the values over.
-        self._uniforms[:count, :rows].copy_(torch.from_numpy(uniforms), non_blocking=True)
-        self._left[:rows].copy_(torch.from_numpy(left), non_blocking=True)
+        # The device is at work on the first step, and the host must not wait for it: from memory
+        # that is not pinned, or in pieces, it might. The host's copies are free after ``collect``.
+        self._host_uniforms[:count, :rows] = torch.from_numpy(uniforms)
+        self._host_left[:rows] = torch.from_numpy(left)
+        self._uniforms[:count].copy_(self._host_uniforms[:count], non_blocking=True)
+        self._left.copy_(self._host_left, non_blocking=True)
         self._live.zero_()  # rows of padding sample, and nothing comes of it
         self._live[:rows] = True
         self._step.zero_()

@@ -7,13 +7,14 @@ time, in numbers that fill a captured size of the step.
 
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.generation.decode import DecodeLoop
 from megatron_irl.generation.requests import RequestTable
 
 from megatron.core.inference.inference_request import DynamicInferenceRequest  # isort: skip
@@ -83,6 +84,39 @@ class Intake:
         lengths = [len(self._prompts[request.request_id]) for request in upcoming]
         for _ in range(take(lengths, int(context.total_request_count), self._captured)):
             engine._add_request(self._prepared.popleft())
+
+
+def steps(
+    engine: Any, loop: DecodeLoop, prompts: Sequence[np.ndarray], table: RequestTable
+) -> Iterator[list[int]]:
+    """Run the engine until all requests are sampled; yield those that have ended, step by step.
+
+    A step with prompts in it costs the host far more than a decode step. So the places of ended
+    requests are filled several at a time, unless the host looks at every step anyway.
+    """
+    places = int(engine.context.max_requests)
+    # An eighth: fewer make too many steps with prompts, more leave too many places empty.
+    intake = Intake(engine, prompts, table, max(1, places // 8) if loop.burst_steps > 1 else 1)
+    cut = False  # the last step took fewer prompts than it was given
+    while intake.waiting or engine.has_unfinished_requests():
+        free = places - int(engine.context.total_request_count)
+        enough = cut or free >= min(intake.together, intake.waiting)
+        cut = False
+        if not loop.ready() or (intake.waiting and enough and intake.fits()):
+            intake.hand_over()
+            engine.schedule_waiting_requests()
+            cut = bool(engine.waiting_request_ids)
+        # Whether a burst comes next or one of Megatron's own steps, and how long a burst is,
+        # follows from queue and cache, which are the same on every rank of the replica.
+        if loop.ready():
+            free = places - int(engine.context.total_request_count)
+            wanted = max(1, intake.together - free) if intake.waiting else None
+            yield loop.run(table, wanted=wanted, single=cut, meanwhile=intake.prepare)
+        else:
+            loop.tell_engine()
+            stepped: Any = engine.step_modern()
+            yield [record[-1].request_id for record in stepped["finished_request_records"]]
+    loop.tell_engine()
 
 
 def start_order(budgets: Sequence[int], places: int) -> list[int]:

@@ -5,7 +5,7 @@ The engine runs on the very module that trains: no copy of the weights, no refit
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.cache_size import default_block_tokens
 from megatron_irl.generation.engine import BURST_STEPS, BuiltEngine, EngineOptions
 from megatron_irl.generation.graphs import why_not_captured
-from megatron_irl.generation.intake import Intake
+from megatron_irl.generation.intake import steps
 from megatron_irl.generation.interface import Ends, Finished, Progress, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
 from megatron_irl.generation.residency import KeepCache, Residency
@@ -210,7 +210,7 @@ class MegatronGenerator:
     ) -> list[Sample]:
         samples: list[Any] = [None] * len(prompts)
         finished = 0
-        for ended in _steps(built, prompts, table):
+        for ended in steps(built.engine, built.loop, prompts, table):
             for request in ended:
                 samples[request] = table.finish(request)
                 if on_finished is not None:
@@ -219,33 +219,3 @@ class MegatronGenerator:
             if on_progress is not None:
                 on_progress(finished, table.token_count)
         return samples
-
-
-def _steps(
-    built: BuiltEngine, prompts: Sequence[np.ndarray], table: RequestTable
-) -> Iterator[list[int]]:
-    """Run the engine until all requests are sampled; yield those that have ended, step by step.
-
-    A step with prompts in it costs the host far more than a decode step. So the places of ended
-    requests are filled several at a time, unless the host looks at every step anyway.
-    """
-    engine, loop = built.engine, built.loop
-    places = int(engine.context.max_requests)
-    # An eighth: fewer make too many steps with prompts, more leave too many places empty.
-    intake = Intake(engine, prompts, table, max(1, places // 8) if loop.burst_steps > 1 else 1)
-    cut = False  # the last step took fewer prompts than it was given
-    while intake.waiting or engine.has_unfinished_requests():
-        waiting = intake.waiting
-        free = places - int(engine.context.total_request_count)
-        enough = cut or free >= min(intake.together, waiting)
-        if loop.ready() and not (waiting and enough and intake.fits()):
-            cut = False
-            wanted = max(1, intake.together - free) if waiting else None
-            yield loop.run(table, wanted=wanted, meanwhile=intake.prepare)
-            continue
-        intake.hand_over()
-        # One of Megatron's own steps, collective over the replica. Whether it or a burst comes next
-        # follows from queue and cache, which are the same on every rank of the replica.
-        stepped: Any = engine.step_modern()
-        cut = bool(engine.waiting_request_ids)
-        yield [record[-1].request_id for record in stepped["finished_request_records"]]

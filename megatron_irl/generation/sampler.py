@@ -1,4 +1,4 @@
-"""Our sampling inside Megatron's own engine step: the steps that also fill the cache of prompts."""
+"""Our sampling inside Megatron's own engine step: the steps of requests that wait for cache."""
 
 from typing import Any
 
@@ -35,8 +35,8 @@ class TableSampler(Sampling):
         token_B, logprob_B = sample_rows(
             logits[:, : self.vocab_size], uniform_B, self.table.sampling
         )
-        # The host waits for the step here: Megatron's bookkeeping needs the tokens. Steps with a
-        # prompt in them are few; all others go through ``DecodeLoop``.
+        # The host waits for the step here: Megatron's bookkeeping needs the tokens. All steps but
+        # those with a full cache go through ``DecodeLoop``.
         tokens = token_B.cpu().numpy()
         logprobs = logprob_B.cpu().numpy()
         once_B = np.ones(len(requests), dtype=np.int64)

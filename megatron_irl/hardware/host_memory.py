@@ -21,7 +21,8 @@ def free(root: Path = Path("/")) -> int:
         machine = 1024 * int(kib)
     except (OSError, ValueError):  # not Linux: all there is
         machine = _physical()
-    # Cached files count as used; the system takes them back before it kills.
+    # Cached files count as used; the system takes them back before it kills. On both of its lists,
+    # as MemAvailable counts them: weights or a checkpoint read twice are on the active one.
     left = (limit - used + cached for limit, used, cached in _limits(root))
     return max(0, min([machine, *left]))
 
@@ -37,18 +38,22 @@ def _physical() -> int:
 
 def _limits(root: Path) -> Iterator[tuple[int, int, int]]:
     """(limit, used, cached files) in bytes of every cgroup above this process that has a limit."""
-    for folder, (limit_name, used_name, cached_name) in _groups(root):
+    for folder, (limit_name, used_name, prefix) in _groups(root):
         limit = _number(folder / limit_name)
         if limit is not None:
-            cached = _field(folder / "memory.stat", cached_name)
+            lists = (f"{prefix}inactive_file", f"{prefix}active_file")
+            cached = sum(_field(folder / "memory.stat", name) for name in lists)
             yield limit, _number(folder / used_name) or 0, cached
 
 
-_V2 = ("memory.max", "memory.current", "inactive_file")
-_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_Names = tuple[str, str, str]
+"""Of the files with limit and use, and what stands before a whole group's lines of statistics."""
+
+_V2: _Names = ("memory.max", "memory.current", "")
+_V1: _Names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
-def _groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+def _groups(root: Path) -> Iterator[tuple[Path, _Names]]:
     """Folders of the memory controllers of this process, from its own up to the mount."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

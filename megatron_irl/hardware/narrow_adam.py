@@ -80,14 +80,11 @@ class NarrowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take groups and states over; states keep their dtypes and places, or get them."""
-        states = dict(self.state)
-        super().load_state_dict({**state_dict, "state": {}})
-        self.state.update(states)
+        load_groups(self, state_dict)
         parameters = [p for group in self.param_groups for p in group["params"]]
         for number, given in state_dict["state"].items():
             param = parameters[number]
-            if not self.state[param]:
-                self._begin(param)
+            begin(self, param)
             for name, value in given.items():
                 # Torch's own would cast all to the parameter's dtype.
                 self.state[param][name].copy_(value)
@@ -102,12 +99,8 @@ class NarrowAdam(torch.optim.Optimizer):
                 if grad is not None:
                     self._step(param, grad.float(), group)
 
-    def _begin(self, param: Tensor) -> None:
-        self.initialize_state(param, self.store_param_remainders and param.dtype == torch.bfloat16)
-
     def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if not self.state[param]:
-            self._begin(param)
+        begin(self, param)
         state = self.state[param]
         moments = [self.get_unscaled_state(param, name) for name in ("exp_avg", "exp_avg_sq")]
         master = state["master_param"]
@@ -126,6 +119,23 @@ class NarrowAdam(torch.optim.Optimizer):
             split(values, param, master)
         elif param.dtype != torch.float32:
             param.copy_(values)
+
+
+def begin(optimizer: Any, param: Tensor) -> None:
+    """Make a parameter's state, if it has none, in this optimizer or Transformer Engine's.
+
+    Of a bf16 parameter's float32 copy the 16 bits that it lacks, unless told to keep it whole.
+    """
+    if not optimizer.state[param]:
+        keeps_half = optimizer.store_param_remainders and param.dtype == torch.bfloat16
+        optimizer.initialize_state(param, keeps_half)
+
+
+def load_groups(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+    """Take over the groups alone; the states stay as and where they are."""
+    states = dict(optimizer.state)
+    torch.optim.Optimizer.load_state_dict(optimizer, {**state_dict, "state": {}})
+    optimizer.state.update(states)
 
 
 def joined(param: Tensor, remainder: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ cache in place instead of gathering it.
 What a request attends to does not depend on who shares the step with it, to the last bit, where
 keys come in multiples of ``LANES``: sums over keys are kept a vector register wide, and hidden
 keys then add zeros to whole registers. A ragged end would be added up in another order, and where
-it is, is the longest request's doing. (So measured for AVX-512; for AVX2 up to 192 tokens.)
+it is, is the longest request's doing. Many keys are taken in pieces (``steady_attention``). (So
+measured for AVX-512; for AVX2 up to 192 tokens.)
 
 Shape letters: B requests, T packed query tokens, S key positions, N query heads, K key heads,
 G = N / K, D head size, L block length in tokens.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_irl.hardware.softcap import attend
+from megatron_irl.hardware.steady_attention import steady_attend
 
 FULL_ATTENTION = (-1, -1)
 LANES = 16  # float32 numbers in a vector register of AVX-512, and a multiple of narrower ones
@@ -157,7 +158,7 @@ def flash_attn_varlen_func(
         out[tokens] = _decode(q[tokens], k_cache, v_cache, decode, softmax_scale, softcap)
     for group in layout.prefill:
         keys, values = (_gather(c, group.blocks, group.longest) for c in (k_cache, v_cache))
-        part = attend(
+        part = steady_attend(
             q[group.tokens].transpose(1, 2), keys, values, group.mask, causal=True,
             scale=softmax_scale, softcap=softcap,
         )
@@ -188,7 +189,7 @@ def _decode(
     else:
         assert layout.blocks is not None
         keys, values = (_gather(c, layout.blocks, layout.longest) for c in (k_cache, v_cache))
-    out = attend(q, keys, values, layout.mask, scale=scale, softcap=softcap)
+    out = steady_attend(q, keys, values, layout.mask, scale=scale, softcap=softcap)
     if layout.slots is not None:
         out = out.index_select(0, layout.slots)
     return out.flatten(1, 2)

@@ -38,7 +38,7 @@ class _BlockedLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_RH: Tensor, weight_VpH: Tensor, targets_R: Tensor, vocab_start: int,
         block_size: int, group: Any, softcap: float | None, make_block: Any, keep: bool,
-        low_Rr: Tensor | None, low_Vpr: Tensor | None, with_mean: bool = False,
+        low_Rr: Tensor | None, low_Vpr: Tensor | None, with_mean: bool,
     ) -> tuple[Tensor, Tensor | None]:
         # Tensor-parallel ranks have equal rows and so equally many blocks: the all-reduces inside
         # each pair up without a word. No rows, no block, no collective, on any of them.
@@ -61,12 +61,13 @@ class _BlockedLogprobs(torch.autograd.Function):
         ctx.vocab_start, ctx.block_size, ctx.group, ctx.softcap, ctx.make_block = (
             vocab_start, block_size, group, softcap, make_block,
         )
-        ctx.with_mean = with_mean
         return logprobs_R, mean_R
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_R, grad_mean_R = grads
+    def backward(
+        ctx: Any, grad_R: Tensor, grad_mean_R: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        # The mean has a gradient where it was asked for, of zeros if nobody used it, and else none.
         hidden_RH, weight_VpH, targets_R, low_Rr, low_Vpr = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden_RH)
         grad_weight: Tensor | None = None
@@ -83,10 +84,10 @@ class _BlockedLogprobs(torch.autograd.Function):
                 block = ctx.make_block(
                     hidden_RH[rows], weight_VpH, targets_R[rows], ctx.vocab_start, ctx.group,
                     ctx.softcap, keep=True, low=_rows_of(low_Rr, low_Vpr, rows),
-                    with_mean=ctx.with_mean,
+                    with_mean=grad_mean_R is not None,
                 )
             grad_logits = block.gradient(
-                grad_R[rows], grad_mean_R[rows] if ctx.with_mean else None)
+                grad_R[rows], None if grad_mean_R is None else grad_mean_R[rows])
             del block
             # Through this rank's slice of the vocabulary alone. The sum over the group is the
             # backward of what ``response_logprobs`` brought the rows here with.

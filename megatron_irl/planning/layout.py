@@ -55,11 +55,6 @@ class Setup:
         return self.arch.transformer["num_layers"] // self.pp
 
     @property
-    def element(self) -> int:
-        """Bytes of a weight or an activation."""
-        return 4 if self.recipe.precision == "fp32" else 2
-
-    @property
     def shards_optimizer(self) -> bool:
         return shards_optimizer(self.recipe)
 

@@ -10,6 +10,8 @@ from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.state import (
     checkpoint_bytes,
+    copied_bytes,
+    element_size,
     offloaded_share,
     training_state,
 )
@@ -98,6 +100,9 @@ def stage_memory(
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
             terms["reference weights"] = terms["weights"]
             parts["reference"] += ("reference weights",)
+    if copied := copied_bytes(setup.recipe):  # which only the distributed optimizer has
+        terms["copies for a checkpoint"] = float(trained * copied / setup.dp)
+        parts["checkpoint"] = (*held, "copies for a checkpoint")
     return StageMemory(
         stage, elements, trained, terms, parts, _reserve(setup), _host(setup, trained, terms),
     )
@@ -151,7 +156,7 @@ def head_memory(setup: Setup, pack: Tokens) -> tuple[float, float]:
     dtype of the weights with as many more rows.
     """
     at_once, hidden = setup.recipe.train.logprob_rows, setup.arch.dims["hidden"]
-    size = setup.element
+    size = element_size(setup.recipe)
     block = min(pack.rows, at_once * (8 // size) if setup.lean else at_once)
     logits = block * setup.vocabulary * (size if setup.lean else 4)
     rows = pack.rows * hidden * size
@@ -176,10 +181,10 @@ def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
         block_tokens=CUDA_BLOCK_TOKENS, kv_cache_gb=options.kv_cache_gb,
     )
     ffn = setup.config.ffn_hidden_size // setup.tp
-    prompt = (3 * ffn + 4 * setup.config.hidden_size) * setup.element
+    prompt = (3 * ffn + 4 * setup.config.hidden_size) * element_size(setup.recipe)
     tokens = min(65536, max(4096, 2 * GIB // prompt // 4096 * 4096),
                  options.max_requests * setup.recipe.data.max_prompt_length)
-    logits = options.max_requests * setup.vocabulary * (setup.element + 4)
+    logits = options.max_requests * setup.vocabulary * (element_size(setup.recipe) + 4)
     return {"KV cache": cache * GIB, "graphs": 0.0 if options.cuda_graphs == "off" else GRAPHS,
             "prefill": tokens * per_token.forward + logits}
 

@@ -26,7 +26,7 @@ from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB, Machine
 from megatron_irl.planning.memory import StageMemory, stage_memory
-from megatron_irl.planning.state import checkpoint_bytes
+from megatron_irl.planning.state import checkpoint_bytes, element_size
 from megatron_irl.planning.time import RoundTime, round_time
 from megatron_irl.planning.workload import Lengths, Workload, workload_of
 
@@ -224,9 +224,9 @@ def _files(setup: Setup, stages: tuple[StageMemory, ...], work: Workload) -> dic
     elements = sum(stage.parameters for stage in stages) * setup.tp
     trained = sum(stage.trainable for stage in stages) * setup.tp
     found = {"checkpoint": trained * checkpoint_bytes(setup.recipe),
-             "hf": elements * float(setup.element)}
+             "hf": elements * float(element_size(setup.recipe))}
     if setup.recipe.adapter.enabled:
-        found["adapter"] = trained * float(setup.element)
+        found["adapter"] = trained * float(element_size(setup.recipe))
     if work.samples:
         lengths = work.lengths
         a_pair = 4 * (lengths.prompt.mean() + lengths.response.mean()) + 8 * lengths.sample.mean()

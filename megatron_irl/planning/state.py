@@ -14,6 +14,12 @@ def element_size(recipe: Recipe) -> int:
     return 4 if recipe.precision == "fp32" else 2
 
 
+def gradient_size(recipe: Recipe) -> int:
+    """Bytes of an element of Megatron's gradient buffer, which is also what replicas exchange."""
+    ddp = grad_buffer_fields(recipe) | recipe.ddp
+    return 4 if ddp.get("grad_reduce_in_fp32", True) else element_size(recipe)
+
+
 def training_state(recipe: Recipe, trained: int, dp: int) -> dict[str, float]:
     """Megatron's gradient buffer, and what Adam keeps on the device: moments, and a float32 copy of
     bf16.
@@ -22,11 +28,9 @@ def training_state(recipe: Recipe, trained: int, dp: int) -> dict[str, float]:
         trained: Elements of this rank.
         dp: Data-parallel size.
     """
-    ddp = grad_buffer_fields(recipe) | recipe.ddp
-    grad = 4 if ddp.get("grad_reduce_in_fp32", True) else element_size(recipe)
     share = dp if shards_optimizer(recipe) else 1
     return {
-        "gradients": float(trained * grad),
+        "gradients": float(trained * gradient_size(recipe)),
         "optimizer": trained * optimizer_bytes(recipe) / share * (1 - offloaded_share(recipe)),
     }
 
@@ -48,10 +52,23 @@ def checkpoint_bytes(recipe: Recipe) -> float:
     weight = element_size(recipe)
     if not _chooses_dtypes(recipe):
         return weight + optimizer_bytes(recipe) + (4 if recipe.precision == "fp32" else 0)
-    scaled = [key for key in ("main_params_dtype", *MOMENTS)
-              if recipe.optimizer.get(key) in ("fp16", "fp8")]
+    scaled = _scaled(recipe)
     main = 4 if "main_params_dtype" in scaled else _main_bytes(recipe)
     return weight + main + sum(4 if key in scaled else _size(recipe, key) for key in MOMENTS)
+
+
+def copied_bytes(recipe: Recipe) -> int:
+    """On the device while a checkpoint is copied out, a parameter: what is stored in another dtype.
+
+    Numbers with a scale, in float32. All else is read from where the optimizer keeps it.
+    """
+    return 4 * len(_scaled(recipe))
+
+
+def _scaled(recipe: Recipe) -> list[str]:
+    """Which of the state's dtypes have a scale."""
+    keys = ("main_params_dtype", *MOMENTS) if _chooses_dtypes(recipe) else ()
+    return [key for key in keys if recipe.optimizer.get(key) in ("fp16", "fp8")]
 
 
 def _chooses_dtypes(recipe: Recipe) -> bool:

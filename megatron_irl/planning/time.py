@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_irl.flops import Tokens, attended, layer_parameters
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.memory import checkpoint_share
-from megatron_irl.planning.state import offloaded_share
+from megatron_irl.planning.state import element_size, gradient_size, offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
 from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
@@ -167,17 +167,17 @@ def elementwise_bytes(setup: Setup) -> float:
     if setup.recipe.parallel.sequence_parallel:
         shared /= setup.tp
     split = wide * dims["ffn"] + 8.0 * (dims["q"] + dims["kv"])
-    return (shared + split / setup.tp) * setup.element / 2
+    return (shared + split / setup.tp) * element_size(setup.recipe) / 2
 
 
 def _head(setup: Setup, pack: Tokens, *, backward: bool) -> float:
     """The head on response rows: three products and one again for all blocks but the last."""
     machine = setup.machine
     product = 2.0 * setup.arch.dims["hidden"] * setup.vocabulary * pack.rows
-    block = setup.recipe.train.logprob_rows * (8 // setup.element)
+    block = setup.recipe.train.logprob_rows * (8 // element_size(setup.recipe))
     again = max(0.0, 1 - block / max(pack.rows, 1))
     passes = 3.0 + again if backward else 1.0
-    moved = pack.rows * setup.vocabulary * setup.element * (6 if backward else 2)
+    moved = pack.rows * setup.vocabulary * element_size(setup.recipe) * (6 if backward else 2)
     peak = machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
     # The other stages wait for the last one.
     return product * passes / (PRODUCTS * peak) + moved / (ELEMENTWISE * machine.bandwidth)
@@ -187,7 +187,7 @@ def _tensor_parallel(setup: Setup, pack: Tokens, passes: float) -> float:
     """Two all-reduces a layer and pass, or what sequence parallelism makes of them."""
     if setup.tp == 1:
         return 0.0
-    size = pack.sum * setup.arch.dims["hidden"] * setup.element
+    size = pack.sum * setup.arch.dims["hidden"] * element_size(setup.recipe)
     ring = 2 * (setup.tp - 1) / setup.tp * size / (LINK * _bandwidth(setup, setup.tp))
     return setup.layers * 2 * min(passes, 2.0 + _recomputed(setup)) * ring
 
@@ -201,10 +201,10 @@ def _exchange(setup: Setup, trained: int) -> float:
     """Gradients reduced over data parallelism, parameters gathered; overlapped if asked."""
     if setup.dp == 1:
         return 0.0
-    grad = 4 if setup.recipe.ddp.get("grad_reduce_in_fp32", True) else setup.element
     speed = LINK * _bandwidth(setup, setup.world_size)
     share = (setup.dp - 1) / setup.dp
-    times = (trained * grad * share / speed, trained * setup.element * share / speed)
+    sizes = gradient_size(setup.recipe), element_size(setup.recipe)
+    times = [trained * size * share / speed for size in sizes]
     asked = (setup.recipe.ddp.get("overlap_grad_reduce"),
              setup.recipe.ddp.get("overlap_param_gather"))
     return sum(t * (0.2 if overlapped else 1.0) for t, overlapped in zip(times, asked, strict=True))
@@ -217,7 +217,7 @@ def update_seconds(setup: Setup, trained: int) -> float:
     moved = offloaded_share(setup.recipe)  # to the host: gradients there, weights back
     device = trained * (everywhere + own / share * (1 - moved)) / setup.machine.bandwidth
     there = trained * moved / share
-    return device + there * (1 / HOST_UPDATE + 2 * setup.element / HOST_LINK)
+    return device + there * (1 / HOST_UPDATE + 2 * element_size(setup.recipe) / HOST_LINK)
 
 
 def _reference(setup: Setup, work: Workload) -> float:
@@ -255,7 +255,7 @@ def _generation(
     prefills = per_replica * max(forward, products * 1.25) * setup.pp
     full = FULL_SLOTS if per_replica > batch else 1.0
     seconds = prefills + per_replica * new / (batch * full) * step
-    seconds += sent * setup.element / (LINK * _bandwidth(setup, setup.world_size))
+    seconds += sent * element_size(setup.recipe) / (LINK * _bandwidth(setup, setup.world_size))
     return seconds, step, work.samples * new / seconds if seconds else 0.0
 
 
@@ -268,10 +268,10 @@ def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) ->
     """
     arch, stages = setup.arch, 1 if setup.replicas else setup.pp
     here = setup.layers * setup.pp // stages
-    cache = 2.0 * here * arch.dims["kv"] / setup.tp * context * batch * setup.element
+    cache = 2.0 * here * arch.dims["kv"] / setup.tp * context * batch * element_size(setup.recipe)
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
-    read = (parameters - embedding * (stages == 1)) * setup.element + cache
+    read = (parameters - embedding * (stages == 1)) * element_size(setup.recipe) + cache
     reading = read / (DECODE * setup.machine.bandwidth)
     products = 2.0 * parameters * batch / (PRODUCTS * _peak(setup))
     layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))

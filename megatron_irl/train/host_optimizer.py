@@ -50,10 +50,6 @@ def completed(recipe: Recipe, *, check_hardware: bool) -> dict[str, Any]:
     if check_hardware and not hardware.IS_CUDA:
         _check_dtypes_of_cpu(recipe, fields)
     _check_grads(recipe, fields)
-    if not check_hardware and not fields.get(_OFFLOAD):
-        fields.pop(AWARE, None)  # Megatron looks for Transformer Engine's Adam
-        for key in DTYPE_KEYS:
-            fields.pop(key, None)
     return fields
 
 

@@ -57,7 +57,7 @@ def build_optimizer_config(
         raise UserError(f"optimizer.lr={fields['lr']!r} is not a number >= 0. Set a learning rate.")
     fields.setdefault("min_lr", fields["lr"] * recipe.schedule.min_lr_ratio)
     try:
-        return narrow_optimizer.config_of(fields)
+        return narrow_optimizer.config_of(fields, runs_here=check_hardware)
     except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"Megatron-Core refuses this optimizer configuration: {error}") from error
 

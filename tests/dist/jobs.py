@@ -9,7 +9,6 @@ import torch
 
 import megatron_irl.hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.compat import narrow_optimizer
-from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
@@ -20,10 +19,11 @@ from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
-from megatron_irl.train.batches import microbatches_for
-from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.scoring import rounded
+from megatron_irl.storage.checkpoint import Checkpointer
+from megatron_irl.train.batches import microbatches_for
+from megatron_irl.train.optimizer import build_megatron_optimizer, reset_optimizer
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import LossOutput, PackedBatch, Pair
 
@@ -98,7 +98,7 @@ def multiple_of(layout: Layout) -> int:
 def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: float) -> None:
     """Commit pairs with references: those of the folder's weights, plus noise in nats."""
     topology, chunks, _, arch = build(hf, {})
-    sequences = [s for p in pairs for s in ((p.prompt_ids, p.demo_ids), (p.prompt_ids, p.sample_ids))]
+    sequences = [(p.prompt_ids, ids) for p in pairs for ids in (p.demo_ids, p.sample_ids)]
     sums = rounded(Policy(chunks, topology, arch).score_sums(sequences).logp)
     shift = noise * np.random.default_rng(seed).standard_normal(len(sums))
     for i, pair in enumerate(pairs):
@@ -146,14 +146,15 @@ def steps_around_scoring(
 
 def generate(
     hf: str, layout: Layout, prompts: list[np.ndarray], sampling: dict[str, Any],
-    budgets: list[int] | None = None, vocab: int = 128,
+    budgets: list[int] | None = None, vocab: int = 128, burst_steps: int = 1,
 ) -> list[tuple[list[int], list[float], str]]:
     """(token ids, log-probabilities, finish reason) per prompt, as this rank sees them."""
     topology, chunks, _, _ = build(hf, layout)
     options = SamplingConfig(**sampling)
     longest = max(map(len, prompts)) + max(budgets or [options.max_new_tokens])
     with MegatronGenerator(
-        chunks, topology, max_sequence_length=longest, vocab_size=vocab, max_requests=4
+        chunks, topology, max_sequence_length=longest, vocab_size=vocab, max_requests=4,
+        burst_steps=burst_steps,
     ) as generator:
         samples = generator.generate(prompts, options, max_new_tokens=budgets)
     return [(s.token_ids.tolist(), s.logprobs.tolist(), s.finish_reason) for s in samples]

@@ -5,19 +5,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_irl.algorithms.advantages import RolloutRows, advantages
+from megatron_irl.algorithms.rft import PolicyConfig
+from megatron_irl.algorithms.rft_objectives import policy_objective, reward_objective
 from megatron_irl.config import Recipe, recipe_from_mapping, resolve
+from megatron_irl.data.pair_index import index_of
 from megatron_irl.data.preferences import Preference
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_ddp_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
-from megatron_irl.train.batches import microbatches_for
-from megatron_irl.algorithms.rft import PolicyConfig
-from megatron_irl.algorithms.rft_objectives import policy_objective, reward_objective
-from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
-from megatron_irl.algorithms.advantages import RolloutRows, advantages
-from megatron_irl.data.pair_index import index_of
 from megatron_irl.policy.policy import Policy
+from megatron_irl.train.batches import microbatches_for
+from megatron_irl.train.optimizer import build_megatron_optimizer, reward_head_group
 from megatron_irl.train.step import Stepper
 from megatron_irl.types import Pair, Rollout
 from tests.dist.jobs import Layout, build, make_pairs, multiple_of, random_sequences
@@ -168,8 +168,10 @@ def moved(
 def half_precision(hf: str, layout: Layout, seed: int) -> dict[str, Any]:
     """Dtypes of trunk and head in a bf16 model, and two reward steps of it."""
     stepper = build_rft(hf, layout, seed, {}, precision="bf16")
-    batches = microbatches_for(make_pairs(seed, 4, 128), stepper.policy.topology, micro_batch_size=2,
-                               multiple_of=multiple_of(layout))
+    batches = microbatches_for(
+        make_pairs(seed, 4, 128), stepper.policy.topology, micro_batch_size=2,
+        multiple_of=multiple_of(layout),
+    )
     objective, heads = reward_objective(rft_recipe())
     losses = [stepper.train_step(batches, objective, heads=heads).loss for _ in range(2)]
     head = reward_head(stepper.policy.chunks)

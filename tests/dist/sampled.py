@@ -1,4 +1,4 @@
-"""What tests of samples on ranks compare: layouts, and responses of one process and of several.
+"""What tests of samples on ranks compare: responses of one process and of several.
 
 Layouts sum in different orders, so in fp32 a logit may differ by about 1e-6; a sampled token
 changes where the uniform number falls that close to a step of the cumulative distribution. Of the
@@ -9,25 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
-VOCAB, BUDGET = 128, 10
-PROMPT_LENGTHS = (5, 1, 17, 9, 30, 2, 8, 3, 4)  # not a multiple of the replicas
-LAYOUTS = {
-    "one": (1, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2_vpp2": (
-        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    ),
-    "pp4": (4, {"pipeline_model_parallel_size": 4}),
-    "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
-    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
-                       "sequence_parallel": True}),
-}
-"""By name (ranks, fields of ``ParallelConfig``)."""
+from tests.dist.layouts import SEED
 
+BUDGET = 10
+PROMPT_LENGTHS = (5, 1, 17, 9, 30, 2, 8, 3, 4)  # not a multiple of the replicas
 Response = tuple[list[int], list[float], str]
 """Ids, log-probabilities, and why it ended."""
 

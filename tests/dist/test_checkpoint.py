@@ -7,9 +7,9 @@ import torch
 from megatron_irl.convert.safe_metadata import read_metadata
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
-from tests.dist.test_parity import LAYOUTS, NUM_PAIRS, SEED, VOCAB
+from tests.dist.layouts import LAYOUTS, SEED, VOCAB
 
-ALL = LAYOUTS | {"one": (1, {})}
+NUM_PAIRS = 16
 ADAM = {"lr": 1e-3}
 
 
@@ -38,12 +38,12 @@ def prepare(pool, root, vocab):
 
 def interrupted(pool, common, folder, saved, resumed, optimizer=ADAM):
     """The same five steps: three, a checkpoint, and two under another layout."""
-    ranks, layout = ALL[saved]
+    ranks, layout = LAYOUTS[saved]
     before = pool.run(
         ranks, jobs.train_and_save, **common, layout=layout, optimizer=optimizer, steps=3,
         out=str(folder),
     )[0]
-    ranks, layout = ALL[resumed]
+    ranks, layout = LAYOUTS[resumed]
     after = pool.run(
         ranks, jobs.resume_and_train, **common, layout=layout, optimizer=optimizer, steps=2,
         out=str(folder), at=3,
@@ -80,7 +80,7 @@ def test_few_bytes_resume_as_they_are(pool, setting, tmp_path, saved, resumed, m
     common = setting[0]
     optimizer = {"lr": 1e-3, "bf16": True, "use_precision_aware_optimizer": True,
                  "exp_avg_dtype": moments, "exp_avg_sq_dtype": moments}
-    ranks, layout = ALL[saved]
+    ranks, layout = LAYOUTS[saved]
     whole = np.array(pool.run(
         ranks, jobs.train_on_bank, **common, layout=layout, optimizer=optimizer, steps=5,
     )[0])
@@ -126,13 +126,13 @@ def test_one_run_under_one_layout_after_another(pool, setting, tmp_path, optimiz
     """TP2, PP2, DP2 and back, a step each; every one saves while it takes a step that is lost."""
     common = setting[0]
     (whole,) = pool.run(1, jobs.train_on_bank, **common, layout={}, optimizer=optimizer, steps=4)
-    ranks, layout = ALL["tp2"]
+    ranks, layout = LAYOUTS["tp2"]
     got = pool.run(
         ranks, jobs.train_and_save, **common, layout=layout, optimizer=optimizer, steps=1,
         out=str(tmp_path),
     )[0]
     for at, name in enumerate(("pp2", "dp2", "tp2"), 1):
-        ranks, layout = ALL[name]
+        ranks, layout = LAYOUTS[name]
         got += pool.run(
             ranks, jobs.resume_and_train, **common, layout=layout, optimizer=optimizer, steps=1,
             out=str(tmp_path), at=at, save=True,

@@ -6,9 +6,8 @@ import torch
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, logprob_jobs
-from tests.dist.sampled import LAYOUTS
+from tests.dist.layouts import LAYOUTS, SEED
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # printed with a failure
 VOCAB = 131  # not a multiple of anything: the second rank's slice ends in padding
 NAMES = ("one", "tp2", "tp2_sp", "pp2")
 
@@ -48,9 +47,10 @@ def test_loss_and_gradient_are_torchs(pool, model, name):
         world_size, logprob_jobs.train_sft, smoothing=0.3, rows_at_once=5, **options)
     for rank in ranks:
         np.testing.assert_allclose(rank, expected, rtol=1e-5, err_msg=f"seed {SEED}")
-    assert abs(expected[0] + expected[2]) > 0.01, "smoothing would not show"
     # What nobody smoothes is as it was, and a share of 0 is the same loss to the last bit.
     plain = pool.run(world_size, logprob_jobs.train_sft, **options)
     none = pool.run(world_size, logprob_jobs.train_sft, smoothing=0.0, **options)
     assert [rank[0] for rank in none] == [rank[0] for rank in plain]
     np.testing.assert_allclose(none, plain, rtol=1e-5)
+    # The loss may be equal by chance; of a gradient from near uniform predictions 0.3 are gone.
+    assert expected[1] < 0.9 * plain[0][1], "smoothing would not show"

@@ -10,22 +10,11 @@ from safetensors.torch import load_file
 from megatron_irl.convert.safe_metadata import read_metadata
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, lora_jobs
+from tests.dist.layouts import LAYOUTS, SEED, SPLIT
 
-SEED = int(np.random.SeedSequence().generate_state(1)[0] % 2**31)  # fresh inputs; printed with a failure
 VOCAB, NUM_PAIRS, STEPS, LR = lora_jobs.VOCAB, 8, 5, 0.05
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 SGD = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0, "clip_grad": 0.0}
-LAYOUTS = {
-    "one": (1, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2_vpp2": (
-        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    ),
-    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-    "dp2": (2, {}),
-}
 
 
 def make_adapter(base, folder, targets, rank=3):
@@ -97,7 +86,7 @@ def setting(tmp_path_factory):
     return base, adapter, pairs, peft_steps(base, adapter, pairs)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["one", *SPLIT])
 def test_five_steps_equal_pefts(pool, setting, tmp_path, name):
     base, adapter, pairs, (losses, gradients, trained) = setting
     world_size, layout = LAYOUTS[name]

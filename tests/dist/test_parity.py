@@ -3,22 +3,11 @@
 import numpy as np
 import pytest
 
-from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, logprob_jobs
+from tests.dist.layouts import LAYOUTS, SEED, SPLIT, VOCAB
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
-VOCAB, NUM_PAIRS = 128, 16
-LAYOUTS = {
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2_vpp2": (
-        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    ),
-    "dp2": (2, {}),
-    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-}
-CASES = [(name, False) for name in LAYOUTS] + [("pp2", True), ("tp2_pp2", True)]
+NUM_PAIRS = 16
+CASES = [(name, False) for name in SPLIT] + [("pp2", True), ("tp2_pp2", True)]
 OPTIMIZERS = {
     # plain: no momentum, no clipping
     "sgd": {"optimizer": "sgd", "lr": 0.05, "sgd_momentum": 0.0, "clip_grad": 0.0},
@@ -27,18 +16,16 @@ OPTIMIZERS = {
 
 
 @pytest.fixture(scope="module")
-def setting(pool, tmp_path_factory):
+def setting(pool, tiny, tmp_path_factory):
     """Folder and bank, by whether the embeddings are tied."""
     root = tmp_path_factory.mktemp("parity")
     made = {}
-    for tied in (False, True):
-        hf = make_tiny_llama(root / f"tied_{tied}", tied=tied, seed=SEED, vocab=VOCAB)
-        bank = root / f"bank_{tied}"
+    for tied, hf in tiny.items():
+        made[tied] = {"hf": hf, "folder": str(root / f"bank_{tied}")}
         pool.run(
-            1, jobs.write_bank, hf=str(hf), folder=str(bank), seed=SEED, noise=3.0,
+            1, jobs.write_bank, **made[tied], seed=SEED, noise=3.0,
             pairs=jobs.make_pairs(SEED, NUM_PAIRS, VOCAB),
         )
-        made[tied] = {"hf": str(hf), "folder": str(bank)}
     return made
 
 
@@ -115,7 +102,7 @@ def test_filling_microbatches_by_tokens_changes_nothing(
     pool, setting, single, name, micro_batch_tokens
 ):
     """A pair has 22 tokens at the mean and 70 at most: each alone, two or three, all together."""
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     ranks = pool.run(
         world_size, jobs.train_on_bank, **setting[False], layout=layout, steps=1,
         optimizer=OPTIMIZERS["sgd"], micro_batch_tokens=micro_batch_tokens,
@@ -132,7 +119,7 @@ def test_demonstrations_are_filled_by_tokens_too(pool, setting, name):
     (expected,) = pool.run(
         1, logprob_jobs.train_sft, layout={}, micro_batch_tokens=None, **options
     )
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     for rank in pool.run(
         world_size, logprob_jobs.train_sft, layout=layout, micro_batch_tokens=50, **options
     ):
@@ -144,7 +131,7 @@ def test_demonstrations_are_filled_by_tokens_too(pool, setting, name):
 @pytest.mark.parametrize("name", ["one", "tp2"])
 def test_fused_blocks_equal_eager_ones(pool, setting, name, softcap, with_mean):
     """What a GPU computes in one pass each way, against the softmax op by op."""
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     for rank in pool.run(
         world_size, logprob_jobs.both_blocks, hf=setting[False]["hf"], layout=layout, seed=SEED,
         block_size=5, softcap=softcap, with_mean=with_mean,
@@ -153,13 +140,13 @@ def test_fused_blocks_equal_eager_ones(pool, setting, name, softcap, with_mean):
             np.testing.assert_allclose(fused, eager, rtol=2e-5, atol=2e-6, err_msg=f"seed {SEED}")
 
 
-@pytest.mark.parametrize("name", ["one", *LAYOUTS])
+@pytest.mark.parametrize("name", ["one", *SPLIT])
 @pytest.mark.parametrize("tied", [False, True])
 def test_token_logprobs_equal_transformers(pool, setting, name, tied):
     import torch
     from transformers import AutoModelForCausalLM
 
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     hf = setting[tied]["hf"]
     ranks = pool.run(
         world_size, jobs.token_logprobs, hf=hf, layout=layout, seed=SEED, num=12, vocab=VOCAB

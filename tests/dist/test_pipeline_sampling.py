@@ -8,7 +8,8 @@ import pytest
 from megatron_irl.data.pair_bank import PairBank
 from megatron_irl.policy.pipeline_sampling import missing
 from tests.dist import pipeline_jobs
-from tests.dist.sampled import BUDGET, LAYOUTS, SEED, VOCAB, assert_same
+from tests.dist.layouts import LAYOUTS, SEED, VOCAB
+from tests.dist.sampled import BUDGET, assert_same
 
 SAMPLING = {"max_new_tokens": BUDGET, "eos_id": 1, "seed": SEED}
 

@@ -3,42 +3,22 @@
 import numpy as np
 import pytest
 
-from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs, rft_jobs
+from tests.dist.layouts import LAYOUTS, SEED, SPLIT, VOCAB
 
-SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
-VOCAB, NUM = 128, 8
-LAYOUTS = {
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp2_vpp2": (
-        2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    ),
-    "dp2": (2, {}),
-    "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
-}
+NUM = 8
 SGD = {"optimizer": "sgd", "sgd_momentum": 0.0, "clip_grad": 0.0}
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("rft_parity")
-    return {
-        tied: str(make_tiny_llama(root / f"tied_{tied}", tied=tied, seed=SEED, vocab=VOCAB))
-        for tied in (False, True)
-    }
-
-
-@pytest.fixture(scope="module")
-def single(pool, models):
+def single(pool, tiny):
     """What one process gets, by whether the embeddings are tied and the trunk's scale."""
     known = {}
 
     def result(tied, scale):
         if (tied, scale) not in known:
             (known[tied, scale],) = pool.run(
-                1, rft_jobs.train_rft, hf=models[tied], layout={}, seed=SEED, optimizer=SGD,
+                1, rft_jobs.train_rft, hf=tiny[tied], layout={}, seed=SEED, optimizer=SGD,
                 vocab=VOCAB, num=NUM, trunk_scale=scale,
             )
         return known[tied, scale]
@@ -46,12 +26,12 @@ def single(pool, models):
     return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", SPLIT)
 @pytest.mark.parametrize(("tied", "scale"), [(False, 0.3), (True, 1.0)])
-def test_equals_one_process(pool, models, single, name, tied, scale):
+def test_equals_one_process(pool, tiny, single, name, tied, scale):
     world_size, layout = LAYOUTS[name]
     ranks = pool.run(
-        world_size, rft_jobs.train_rft, hf=models[tied], layout=layout, seed=SEED, optimizer=SGD,
+        world_size, rft_jobs.train_rft, hf=tiny[tied], layout=layout, seed=SEED, optimizer=SGD,
         vocab=VOCAB, num=NUM, trunk_scale=scale,
     )
     assert all(rank == ranks[0] for rank in ranks), "ranks report different numbers"
@@ -69,11 +49,11 @@ def test_equals_one_process(pool, models, single, name, tied, scale):
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("dp2", 90), ("pp2", 60), ("pp2_vpp2", 90)])
-def test_filling_microbatches_by_tokens_changes_nothing(pool, models, single, name, tokens):
+def test_filling_microbatches_by_tokens_changes_nothing(pool, tiny, single, name, tokens):
     """Reward, anchored and policy steps; preferences and rollouts are filled like pairs."""
     world_size, layout = LAYOUTS[name]
     ranks = pool.run(
-        world_size, rft_jobs.train_rft, hf=models[False], layout=layout, seed=SEED, optimizer=SGD,
+        world_size, rft_jobs.train_rft, hf=tiny[False], layout=layout, seed=SEED, optimizer=SGD,
         vocab=VOCAB, num=NUM, trunk_scale=0.3, micro_batch_tokens=tokens,
     )
     assert all(rank == ranks[0] for rank in ranks), "ranks report different numbers"
@@ -93,17 +73,17 @@ def test_the_steps_do_what_they_claim(single):
 
 
 @pytest.mark.parametrize("name", ["one", "tp2_sp", "pp2"])
-def test_scores_and_gradient_equal_transformers(pool, models, name):
+def test_scores_and_gradient_equal_transformers(pool, tiny, name):
     """The head's own definition: w . (final hidden state at the last response token)."""
     import torch
     from transformers import AutoModel
 
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     ranks = pool.run(
-        world_size, rft_jobs.train_rft, hf=models[False], layout=layout, seed=SEED, optimizer=SGD,
+        world_size, rft_jobs.train_rft, hf=tiny[False], layout=layout, seed=SEED, optimizer=SGD,
         vocab=VOCAB, num=NUM, trunk_scale=0.3,
     )
-    model = AutoModel.from_pretrained(models[False], dtype=torch.float32)
+    model = AutoModel.from_pretrained(tiny[False], dtype=torch.float32)
     model.embed_tokens.padding_idx = None  # else the pad token, drawn at times, has no gradient
     weight = torch.from_numpy(rft_jobs.head_weight(SEED, model.config.hidden_size))
     weight.requires_grad_()
@@ -115,7 +95,9 @@ def test_scores_and_gradient_equal_transformers(pool, models, name):
         return (weight @ scaled)[0]
 
     pairs = jobs.make_pairs(SEED, NUM, VOCAB)
-    rewards = [(reward(p.prompt_ids, p.demo_ids), reward(p.prompt_ids, p.sample_ids)) for p in pairs]
+    rewards = [
+        (reward(p.prompt_ids, p.demo_ids), reward(p.prompt_ids, p.sample_ids)) for p in pairs
+    ]
     np.testing.assert_allclose(
         ranks[0]["before"], [demo.item() for demo, _ in rewards], rtol=1e-4, atol=1e-4
     )
@@ -139,21 +121,21 @@ def test_scores_and_gradient_equal_transformers(pool, models, name):
     ],
 )
 def test_frozen_parameters_stand_still_under_momentum(
-    pool, models, name, frozen, heads, scale, expected
+    pool, tiny, name, frozen, heads, scale, expected
 ):
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     ranks = pool.run(
-        world_size, rft_jobs.moved, hf=models[False], layout=layout, seed=SEED, frozen=frozen,
+        world_size, rft_jobs.moved, hf=tiny[False], layout=layout, seed=SEED, frozen=frozen,
         heads=heads, trunk_scale=scale,
     )
     assert {trunk for trunk, _ in ranks} == {expected[0]}
     assert any(head for _, head in ranks) == expected[1]
 
 
-def test_the_head_stays_fp32_in_a_bf16_model(pool, models):
+def test_the_head_stays_fp32_in_a_bf16_model(pool, tiny):
     """A step of 0.02 on a weight of 0.1 would be rounded in bf16, and 1e-4 lost."""
     layout = {"pipeline_model_parallel_size": 2}
-    first, last = pool.run(2, rft_jobs.half_precision, hf=models[True], layout=layout, seed=SEED)
+    first, last = pool.run(2, rft_jobs.half_precision, hf=tiny[True], layout=layout, seed=SEED)
     assert first["trunk"] == last["trunk"] == {"torch.bfloat16"}
     assert first["head"] is None and last["head"] == "torch.float32"
     assert last["moved"] == pytest.approx(2 * rft_jobs.HEAD_LR, rel=0.3)
@@ -161,11 +143,11 @@ def test_the_head_stays_fp32_in_a_bf16_model(pool, models):
 
 
 @pytest.mark.parametrize("name", ["one", "pp2"])
-def test_policy_steps_raise_the_reward_they_are_given(pool, models, name):
+def test_policy_steps_raise_the_reward_they_are_given(pool, tiny, name):
     """From sampling through advantages and clipped steps to other samples."""
-    world_size, layout = LAYOUTS.get(name, (1, {}))
+    world_size, layout = LAYOUTS[name]
     means = pool.run(
-        world_size, rft_jobs.reward_of_a_quarter, hf=models[False], layout=layout, seed=SEED,
+        world_size, rft_jobs.reward_of_a_quarter, hf=tiny[False], layout=layout, seed=SEED,
         rounds=14,
     )[0]
     assert means[-1] > means[0] + 0.25, f"seed {SEED}: {means}"

@@ -1,4 +1,4 @@
-"""What ranks must agree on, they agree on: results and errors, the folder, the bank, the weights."""
+"""What ranks must agree on, they agree on: results and errors, folder, bank and weights."""
 
 import pytest
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.dist import real_model
+from tests.dist.layouts import LAYOUTS
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,7 +18,7 @@ pytestmark = [
 ]
 EOS = 2
 BUDGET = 12
-LAYOUTS = {"one": (1, {}), "pp2": (2, {"pipeline_model_parallel_size": 2})}
+NAMES = ("one", "pp2")
 QUESTIONS = (
     "Hi", "What is 3 + 4?", "Name a colour.", "Reverse these words: red green blue",
     "Write one sentence about the sea.", "Is the sun hot? Answer yes or no.",
@@ -91,7 +92,7 @@ def greedy(transformers_model, prompts):
     return responses
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_greedy_equals_transformers(ours, greedy, name):
     assert [ids for ids, _, _ in ours(name)[0]] == greedy
     assert any(ids[-1] == EOS for ids in greedy) and any(len(ids) == BUDGET for ids in greedy)
@@ -114,14 +115,14 @@ def score(transformers_model):
     return of
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_token_logprobs_equal_transformers(ours, score, prompts, name):
     got = [response for responses in ours(name) for response in responses]
     for prompt, (ids, _, trainer) in zip(prompts * 2, got, strict=True):
         np.testing.assert_allclose(trainer, score(prompt, ids), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
 def test_engine_logprobs_equal_the_trainers(ours, name):
     greedy, sampled = ours(name)
     for _, engine, trainer in greedy + sampled:

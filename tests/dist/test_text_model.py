@@ -6,14 +6,9 @@ import pytest
 
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import evaluation_jobs
+from tests.dist.layouts import LAYOUTS
 
 MAX_NEW = 12
-LAYOUTS = {
-    "one": (1, {}),
-    "tp2": (2, {"tensor_model_parallel_size": 2}),
-    "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "dp2": (2, {}),
-}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +73,7 @@ def expected(asked, tmp_path_factory):
     return folder, pairs, stop, {"pairs": found, "texts": texts, "free": free, "until": cut}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2", "dp2"])
 def test_scores_and_answers_equal_transformers(pool, asked, expected, layout):
     folder, pairs, stop, right = expected
     size, fields = LAYOUTS[layout]

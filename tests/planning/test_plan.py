@@ -98,6 +98,18 @@ def test_checkpoints_in_the_background_cost_host_memory_and_not_time():
     assert often.time.seconds["checkpoint"] == pytest.approx(4 * stall)
 
 
+def test_moments_with_a_scale_are_on_the_device_twice_while_they_are_stored():
+    """In float32 besides, of what each of four replicas keeps; of other moments nothing is."""
+    one = next(one for one in PLANS if one.path == "llama_8b/recipe.yaml")
+    few = ["optimizer.use_precision_aware_optimizer=true"]
+    scaled = planned(one, [*few, "optimizer.exp_avg_dtype=fp8", "optimizer.exp_avg_sq_dtype=fp16"])
+    for stage in scaled.stages:
+        assert stage.phases["checkpoint"] == pytest.approx(
+            stage.terms["weights"] + stage.terms["gradients"] + stage.terms["optimizer"]
+            + 8 * stage.trainable / 4)
+    assert "checkpoint" not in planned(one, [*few, "optimizer.exp_avg_dtype=bf16"]).fullest.phases
+
+
 def test_the_optimizer_on_the_host_fits_a_host_of_128_gb():
     """All weights of 8 B on one GPU: 16 bytes a parameter of four fifths of them."""
     plan = planned(next(one for one in PLANS if one.path == "llama_8b/one_gpu_full.yaml"))

@@ -1,11 +1,14 @@
 """Requests, keys, bursts and memory: what decoding does beside the model."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_irl import hardware
 from megatron_irl.generation.cache_size import mixed_graph_tokens, step_tokens
+from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.device_steps import DeviceSteps
 from megatron_irl.generation.interface import SAMPLES_PER_PROMPT, SamplingConfig, request_key
 from megatron_irl.generation.requests import RequestTable
@@ -13,6 +16,8 @@ from megatron_irl.generation.residency import Residency
 from megatron_irl.generation.sampling import bisect_nucleus, filter_weights, uniforms
 
 SAMPLING = SamplingConfig(max_new_tokens=6, eos_id=2, stop_ids=(9,))
+# MKL's products for AVX2 depend on the number of rows.
+EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def test_keys_of_prompts_and_samples_never_meet():
@@ -179,3 +184,38 @@ def test_only_training_counts_as_training(monkeypatch):
     residency.note_update()
     residency.begin_generation()
     assert residency.peak_train == 30, "the most there was"
+
+
+def test_prompts_and_the_steps_after_them_are_one_burst(make, monkeypatch):
+    """The host looks at what was sampled once a burst, with prompts in it or without.
+
+    Requests that end with their prompt's step, by budget or by id, and prompts that end where a
+    block of the cache does, have the samples of the engine that looks after every token.
+    """
+    rng, sampling = np.random.default_rng(), SamplingConfig(max_new_tokens=12, seed=3, eos_id=1)
+    prompts = [rng.integers(3, 128, n).astype(np.int32) for n in rng.integers(1, 37, 40)]
+    prompts[:4] = [np.full(n, 7, np.int32) for n in (4, 4, 8, 36)]  # blocks have 4 tokens
+    budgets = rng.integers(1, 13, 40).tolist()
+    budgets[:4] = [1, 12, 1, 12]
+    first = make().generate(prompts, sampling, max_new_tokens=[1] * 40)
+    stops = tuple({int(sample.token_ids[0]) for sample in first[6:7]})
+    sampling = replace(sampling, stop_ids=stops)
+    expected = make().generate(prompts, sampling, max_new_tokens=budgets)
+
+    looks, with_prompts = [], []
+    collect, leave = DeviceSteps.collect, PagedContext.leave_prompts
+    monkeypatch.setattr(
+        DeviceSteps, "collect", lambda *args: looks.append(args[1]) or collect(*args)
+    )
+    monkeypatch.setattr(
+        PagedContext, "leave_prompts", lambda *args: with_prompts.append(0) or leave(*args)
+    )
+    generator = make(burst_steps=16, block_tokens=4, max_requests=8)
+    generator.generate(prompts[:1], sampling)
+    monkeypatch.setattr(type(generator.engine), "step_modern", None)  # its own step waits
+    looks.clear(), with_prompts.clear()
+    found = generator.generate(prompts, sampling, max_new_tokens=budgets)
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish_reason == b.finish_reason
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=0 if EXACT else 1e-5)
+    assert with_prompts and len(looks) < sum(looks)

@@ -153,11 +153,31 @@ def test_windows_hide_what_lies_before(window, total, softcap):
         torch.testing.assert_close(single[row], expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("block", [64, 256])
-def test_a_request_gets_the_same_bits_alone_and_in_any_company(block):
-    keys = [3, 17, 64, 33, 150, 1, 90, 16]
-    queries = [1, 17, 1, 33, 150, 1, 40, 1]
-    paged, q = Paged(keys, block, 60), torch.randn(sum(queries), HEADS, SIZE)
+SHORT = [3, 17, 64, 33, 150, 1, 90, 16], [1, 17, 1, 33, 150, 1, 40, 1]  # keys and queries
+LONG = [384, 17, 1000, 33, 800, 385, 401, 16], [1, 17, 1, 33, 800, 1, 90, 1]
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("window", [None, 50])
+def test_many_keys_are_attended_to(window, softcap):
+    keys, queries = LONG
+    paged, q = Paged(keys, 64, 80), torch.randn(sum(queries), HEADS, SIZE)
+    cu_q, cu_k = (torch.tensor([0, *sizes]).cumsum(0).int() for sizes in (queries, keys))
+    out = flash_attn_varlen_func(
+        q, paged.k_cache, paged.v_cache, cu_q, cu_k, 0, 0, block_table=paged.table,
+        window_size=(-1, -1) if window is None else (window - 1, 0), softcap=softcap or 0.0,
+    )
+    for row, part in enumerate(q.split(queries)):
+        expected = paged.expected(row, part, window, softcap)
+        torch.testing.assert_close(out[cu_q[row] : cu_q[row + 1]], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("block", "sizes"), [(64, SHORT), (256, SHORT), (64, LONG), (1024, LONG)])
+def test_a_request_gets_the_same_bits_alone_and_in_any_company(block, sizes):
+    if sizes is LONG and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("MKL's products for AVX2 add up more than 192 terms in another order")
+    keys, queries = sizes
+    paged, q = Paged(keys, block, 80), torch.randn(sum(queries), HEADS, SIZE)
     starts = np.cumsum([0, *queries])
 
     def attended(rows):

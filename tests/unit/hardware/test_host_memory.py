@@ -8,9 +8,8 @@ from megatron_irl import hardware
 from megatron_irl.hardware import host_memory
 
 GIB = 1024**3
-V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file")
-V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-      "total_inactive_file")
+V2 = ("sys/fs/cgroup", "memory.max", "memory.current", "")
+V1 = ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 NO_LIMIT = {V2: "max", V1: "9223372036854771712"}  # as each of them says it
 PHYSICAL = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -23,13 +22,16 @@ def machine(root, available, cgroup=""):
     return root
 
 
-def group(root, version, path, limit, used=0, cached=0):
-    mount, *names = version
+def group(root, version, path, limit, used=0, inactive=0, active=0):
+    mount, *names, prefix = version
     folder = root / mount / path
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in zip(names, (limit, used), strict=False):
+    for name, value in zip(names, (limit, used), strict=True):
         (folder / name).write_text(f"{value}\n")
-    (folder / "memory.stat").write_text(f"anon 7\n{names[2]} {cached}\nfile 9\n")
+    # A v1 group's plain lines are of its own processes, those of all below begin with ``total_``.
+    (folder / "memory.stat").write_text(
+        f"anon 7\ninactive_file 1\nactive_file 3\nfile 9\n{prefix}inactive_anon 11\n"
+        f"{prefix}inactive_file {inactive}\n{prefix}active_file {active}\n")
 
 
 @pytest.mark.parametrize(("version", "lines"), [
@@ -44,8 +46,10 @@ def test_the_least_of_the_machine_and_every_group_above(tmp_path, version, lines
     assert host_memory.free(root) == 100 * GIB and host_memory.total(root) == PHYSICAL
     group(root, version, "slurm/job_8", 1 * GIB)
     assert host_memory.free(root) == 100 * GIB, "another's limit"
-    group(root, version, "slurm/job_7", 3 * GIB, 2 * GIB, cached=GIB // 2)
+    group(root, version, "slurm/job_7", 3 * GIB, 2 * GIB, inactive=GIB // 2)
     assert host_memory.free(root) == 1.5 * GIB, "what files are cached in is given back"
+    group(root, version, "slurm/job_7", 3 * GIB, 3 * GIB, inactive=GIB // 2, active=GIB)
+    assert host_memory.free(root) == 1.5 * GIB, "also of files that were read twice"
     assert host_memory.total(root) == min(PHYSICAL, 3 * GIB)
     group(root, version, "slurm/job_7/step_0", 1 * GIB, 3 * GIB // 4)
     assert host_memory.free(root) == GIB // 4
