@@ -40,29 +40,29 @@ def previous_pairs(round: Round) -> PairRows:
     """
     # The bank's answers are equal on every rank: what follows is collective.
     bank, topology = round.previous_bank, round.policy.topology
+    pairs = open_pairs(bank, round.index)
     if not bank.has_references(round.index):
         source, before = round.pairs.bank, round.index - 1
-        manifest = source.manifest(before) or {}
+        manifest = source.require(before)
         rows = np.cumsum([0, *(manifest[part].rows for part in sorted(manifest))]).tolist()
         bank.begin_round(round.index, list(zip(rows, rows[1:], strict=False)))
 
         def copy() -> None:
             for part in sorted(manifest):
                 topology.heart.beat()  # for the others too, which wait in ``on_main``
-                pairs = source.read_part(before, part)
-                for pair in pairs:  # so that a run killed before the pass below repeats it
+                copies = source.read_part(before, part)
+                for pair in copies:  # so that a run killed before the pass below repeats it
                     pair.ref_demo_logp = pair.ref_sample_logp = None
-                bank.write_part(round.index, part, pairs)
+                bank.write_part(round.index, part, copies)
 
         on_main(copy, topology)
         bank.finish_round(round.index)  # the pass reads what rank 0 has written
-        rescored = open_pairs(bank, round.index)
+        pairs = open_pairs(bank, round.index)
         add_references(
-            round.policy, rescored, weights_of=round.reference_weights, console=round.console,
+            round.policy, pairs, weights_of=round.reference_weights, console=round.console,
             clock=round.clock,
         )
-        return index_pairs(rescored, topology).rows()
-    return index_pairs(open_pairs(bank, round.index), topology).rows()
+    return index_pairs(pairs, topology).rows()
 
 
 def pair_objective(recipe: Recipe, round_index: int) -> Objective:

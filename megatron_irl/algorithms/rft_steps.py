@@ -26,6 +26,7 @@ def learn_reward(round: Round) -> Work:
     bank, topology = round.pairs.bank, round.policy.topology
     drawn = round.pairs.rows()
     for earlier in reversed(range(max(0, round.index - recipe.reward.mix_rounds), round.index)):
+        bank.require(earlier)
         drawn = index_pairs(open_pairs(bank, earlier), topology).rows() + drawn
     pairs = usable(drawn)
     objective, heads = reward_objective(recipe)

@@ -4,10 +4,11 @@ Rounds of release 0.1.0 (other file names, no digests, no manifest) are brought 
 form; everybody else reads them as they are (see ``pair_file``).
 """
 
+import contextlib
 import json
 from pathlib import Path
 
-from megatron_irl.data.pair_bank import PairBank
+from megatron_irl.data.pair_bank import Manifest, PairBank
 from megatron_irl.errors import UserError
 
 
@@ -15,20 +16,13 @@ def settle(bank: PairBank, round: int) -> str | None:
     """Bring the manifest level with parts rewritten before a kill; say what is wrong if any is.
 
     A part that is not the manifest's, yet has the manifest's samples and says itself that it is
-    whole, was rewritten (references, rewards) and the manifest was not reached. A manifest that is
-    damaged or gone is made again from the parts, if every part of the plan is there.
+    whole, was rewritten (references, rewards) and the manifest was not reached.
 
     Returns:
         None, or which part is missing or damaged. Never writes in that case.
     """
-    try:
-        manifest = bank.manifest(round)
-    except UserError:
-        manifest = None
+    manifest = restore_manifest(bank, round)
     if manifest is None:
-        plan = bank.plan(round)
-        if plan and bank.done_parts(round) == list(range(len(plan))):
-            bank.finish_round(round)
         return None
     found = {}
     for number, known in manifest.items():
@@ -44,6 +38,21 @@ def settle(bank: PairBank, round: int) -> str | None:
             return f"part {number} under {bank.root} has other samples than its manifest says."
     if found != manifest:
         bank.finish_round(round, found.values())
+    return None
+
+
+def restore_manifest(bank: PairBank, round: int) -> Manifest | None:
+    """The round's manifest; one that is damaged or gone is made again if all its parts are there.
+
+    Without a part of the plan it stays as it is, and there is none.
+    """
+    with contextlib.suppress(UserError):
+        manifest = bank.manifest(round)
+        if manifest is not None:
+            return manifest
+    plan = bank.plan(round)
+    if plan and bank.done_parts(round) == list(range(len(plan))):
+        return bank.finish_round(round)
     return None
 
 

@@ -174,6 +174,19 @@ class PairBank:
             raise UserError(f"{path} cannot be read: {error}. Delete it; the parts beside it say "
                             "themselves what they are.") from error
 
+    def require(self, round: int) -> Manifest:
+        """As ``manifest``, of a round that a later one trains on too.
+
+        Raises:
+            UserError: The round is not finished: it was when the later one began.
+        """
+        manifest = self.manifest(round)
+        if manifest is None:
+            raise UserError(f"{self._folder(round)} is gone or lacks parts, and a later round "
+                            "trains on its pairs too. Restore the folder, or start a new "
+                            "output_dir.")
+        return manifest
+
     def parts(self, round: int) -> list[int]:
         """The numbers of the round's parts, ascending: the manifest's, or those that are there."""
         manifest = self.manifest(round)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_irl.data.bank_repair import bring_up_to_date, settle
+from megatron_irl.data.bank_repair import bring_up_to_date, restore_manifest, settle
 from megatron_irl.data.pair_bank import Bounds, Manifest, PairBank
 from megatron_irl.data.pair_table import Part
 from megatron_irl.errors import UserError
@@ -125,10 +125,11 @@ class SharedBank(PairBank):
         known: dict[int, Manifest] = {}
         for number in disk.rounds():
             bring_up_to_date(disk, number)
-            wrong = settle(disk, number) if number == round else None
-            if wrong and inside:
-                raise UserError(wrong)
-            if wrong:
+            if number < round:  # a later round may train on it too
+                restore_manifest(disk, number)
+            elif wrong := settle(disk, number):
+                if inside:
+                    raise UserError(wrong)
                 disk.reopen(number)
             manifest = disk.manifest(number)
             if manifest is not None:

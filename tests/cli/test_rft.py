@@ -51,6 +51,23 @@ def sections(model, data, preferences, tmp_path):
     return rft_recipe(model, data, preferences, tmp_path / "run")
 
 
+def test_earlier_pairs_are_trained_on_or_missed(sections, tmp_path, monkeypatch, no_report):
+    """A resumed run never tells the samples of fewer rounds from demonstrations in silence."""
+    recipe, pairs = write_recipe(tmp_path / "r.yaml", **sections), tmp_path / "run" / "pairs"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_after(patch, "megatron_irl.algorithms.rft_steps.score_round", 2, after=False)
+        run("train", recipe)
+    earlier, aside = pairs / "round_0000", tmp_path / "aside"
+    earlier.rename(aside)
+    refused("train", recipe, named=("round_0000 is gone or lacks parts", "Restore the folder"))
+    aside.rename(earlier)
+    said = (earlier / "manifest.json").read_bytes()
+    (earlier / "manifest.json").unlink()  # as a message of a damaged one advises
+    result = run("train", recipe)
+    assert result.code == 0, result.err
+    assert (earlier / "manifest.json").read_bytes() == said
+
+
 def test_filter_needs_the_last_round(sections, tmp_path, monkeypatch, no_report):
     """A round before has its own demonstrations only; the run, finished, has all."""
     recipe, run_folder = write_recipe(tmp_path / "r.yaml", **sections), tmp_path / "run"
