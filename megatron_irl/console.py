@@ -21,6 +21,9 @@ _STEP_KEYS = (("loss", "loss", ".4f"), ("reward/margin", "margin", "+.3f"),
               ("reward/accuracy", "accuracy", ".2f"), ("policy/clip_fraction", "clipped", ".2f"),
               ("policy/entropy", "entropy", ".2f"), ("grad_norm", "grad norm", ".2f"),
               ("tokens_per_second", "tok/s", ",.0f"))
+_HELD_OUT_KEYS = (("nll", "nll", ".4f"), ("greedy_exact_match", "greedy exact match", ".2f"),
+                  ("exact_match", "exact match", ".2f"),
+                  ("reward_accuracy", "reward accuracy", ".2f"))
 
 
 class Console:
@@ -97,6 +100,21 @@ class Console:
             parts.append(f"ETA {format_seconds(seconds)}")
         where = " ".join(filter(None, (f"round {line.get('round', 0)}", line.get("phase"))))
         self._show("train", f"[{where}] " + "  ".join(parts), ends=is_last)
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Say what a round changed on held-out records, if it was evaluated.
+
+        Args:
+            record: The round's line, as in ``rounds.jsonl``.
+        """
+        before, after = record.get("evaluation_before") or {}, record.get("evaluation") or {}
+        parts = []
+        for key, label, form in _HELD_OUT_KEYS:
+            if after.get(key) is not None:
+                was = f"{before[key]:{form}} -> " if before.get(key) is not None else ""
+                parts.append(f"{label} {was}{after[key]:{form}}")
+        if parts:
+            self.note(f"[round {record['round']}] held out: " + "  ".join(parts))
 
     def note(self, text: str) -> None:
         """Write a line that stays."""

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from megatron_irl import __version__
 from megatron_irl.cli.evaluate_options import add_evaluate_options
-from megatron_irl.cli.ranks import adopt_environment, follow_launcher, run_ranks
+from megatron_irl.cli.ranks import adopt_environment, follow_launcher, may_tell, run_ranks
 from megatron_irl.config.schema import FormatName, Recipe
 from megatron_irl.errors import STOPPED, RunStopped, UserError, is_told_elsewhere
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_told_elsewhere(error):
             time.sleep(1)  # a launcher that sees this rank end ends the one that is just telling
         else:
-            _say(str(error))
+            _say(str(error), once=True)
         return 2
     except RunStopped as stop:
         if os.environ.get("RANK", "0") == "0":
@@ -330,12 +330,19 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
-def _say(message: str) -> None:
-    """Print for the user once: rank 0 at once, another rank only if rank 0 did not fail too."""
+def _say(message: str, *, once: bool = False) -> None:
+    """Print for the user: rank 0 at once, another rank only if rank 0 did not fail too.
+
+    Args:
+        message: What to print.
+        once: Only if no rank of this launcher has yet said why it ends.
+    """
     in_slurm_step = "SLURM_STEP_ID" in os.environ  # before the ranks are taken from it
     rank = os.environ.get("RANK") or (in_slurm_step and os.environ.get("SLURM_PROCID")) or "0"
     if rank != "0":
         time.sleep(5)  # the launcher ends this rank meanwhile if rank 0 had the same to say
+    if once and not may_tell():
+        return
     prefix = "megatron-irl: " if rank == "0" else f"megatron-irl: [rank {rank}] "
     sys.stderr.write(prefix + message + "\n")
     sys.stderr.flush()

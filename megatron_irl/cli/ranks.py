@@ -25,8 +25,10 @@ _FIRST_PORT, _NUM_PORTS = 20000, 12000  # below Linux's ephemeral range, which b
 
 
 _LAUNCHER = "MEGATRON_IRL_LAUNCHER"  # process id, given to the ranks
+_WORD = "MEGATRON_IRL_WORD"  # descriptor of a pipe with one byte, for the rank that may tell
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _LEAVE_SECONDS = 60.0  # between the first rank that stops as asked and the last
+_word: int | None = None  # this rank's, see ``may_tell``
 
 
 def adopt_environment() -> int | None:
@@ -109,10 +111,13 @@ def run_ranks(
     them. Threads are shared out between the ranks unless OMP_NUM_THREADS is set.
     """
     threads = max(1, (os.cpu_count() or 1) // world_size)
+    word, written = os.pipe()
+    os.write(written, b"1")
+    os.set_blocking(word, False)
     shared = os.environ | {
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
-        _LAUNCHER: str(os.getpid()),
+        _LAUNCHER: str(os.getpid()), _WORD: str(word),
     }
     shared.setdefault("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, *program, *argv]
@@ -136,7 +141,7 @@ def run_ranks(
             # can end nobody; its ranks ask the kernel to (see ``follow_launcher``).
             ranks.append(subprocess.Popen(
                 command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,
+                start_new_session=True, pass_fds=(word,),
             ))
         if asked:  # the last rank may have come too late for it
             _signal_each(ranks, signal.SIGTERM)
@@ -146,6 +151,8 @@ def run_ranks(
         return 1
     finally:
         _end(ranks)
+        os.close(word)
+        os.close(written)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -153,14 +160,33 @@ def run_ranks(
 def follow_launcher() -> None:
     """End this process with the command that started it as a rank, if one did; to be called early.
 
+    What the launcher has given to its ranks is taken out of the environment here: a command that a
+    rank starts is none of them.
+
     Otherwise the ranks of a launcher that was killed would work on for as long as they can, and
     hold the run folder.
     """
-    launcher = os.environ.pop(_LAUNCHER, "")
+    global _word
+    word, launcher = os.environ.pop(_WORD, ""), os.environ.pop(_LAUNCHER, "")
+    _word = int(word) if word.isdecimal() else None
     if launcher.isdecimal():
         end_with_parent(int(launcher))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+
+
+def may_tell() -> bool:
+    """Whether the user has not been told yet why the ranks of this launcher end; true once.
+
+    Ranks find the same mistake in a recipe, each when it comes to it, which on a busy machine is
+    seconds apart. Without a launcher on this machine every rank may.
+    """
+    if _word is None:
+        return True
+    try:
+        return os.read(_word, 1) == b"1"
+    except BlockingIOError:  # another rank has read it
+        return False
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], asked: Sequence[int]) -> int:

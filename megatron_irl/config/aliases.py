@@ -33,5 +33,9 @@ ALIASES = {
     "generation.max_length": "generation.max_new_tokens",
     "generation.max_tokens": "generation.max_new_tokens",
     "max_completion_length": "generation.max_new_tokens", "algorithm_name": "algorithm.name",
+    "lora": "adapter.rank", "peft": "adapter.rank", "r": "adapter.rank",
+    "lora_r": "adapter.rank", "lora_rank": "adapter.rank", "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout", "target_modules": "adapter.targets",
+    "lora_target_modules": "adapter.targets", "lora_target": "adapter.targets",
     "loss_type": "algorithm.loss", "kl_coef": "algorithm.beta",
 }  # fmt: skip

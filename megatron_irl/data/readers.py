@@ -211,6 +211,9 @@ def as_object(raw: Any) -> dict[str, Any]:
         except UnicodeDecodeError as error:
             raise RecordError(f"not UTF-8: {error}") from None
         except json.JSONDecodeError as error:
+            if error.msg == "Extra data" and error.doc[error.pos:].strip() == ",":
+                raise RecordError("a comma follows the record, which JSON lines do not have",
+                                  advice="Remove the commas at the ends of lines.") from None
             raise RecordError(f"not JSON: {error.msg} (column {error.colno})") from None
         except RecursionError:
             raise RecordError("not JSON: nested too deeply") from None

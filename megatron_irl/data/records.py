@@ -133,7 +133,7 @@ def _judge(
             problems = {said: e for said, e in problems.items() if said not in set(empty)}
     if problems and reading.bad_records != "drop":
         advice = dict.fromkeys(e.advice for e in problems.values() if e.advice)
-        if purpose in ("demonstration", "preference"):
+        if purpose in ("demonstration", "preference") and len(problems) < count:
             advice["data.bad_records=drop leaves such records out."] = None
         raise UserError(_describe(list(problems), " ".join(advice)))
     if problems:

@@ -126,6 +126,7 @@ class Recorder:
             self.console.warn(warning)
         record["guard"], self._warned = self._warned + found, []
         self.log.log_round(record)
+        self.console.round(record)
 
     def compare(self, prediction: Prediction, generation: dict[str, Any]) -> None:
         """Say what the plan was beside what the first round measured; never raises."""

@@ -86,3 +86,27 @@ def test_the_code_of_a_hang_is_the_launchers(launch):
     process = launch(RANK.replace("sys.exit(75)", "sys.exit(76)") % False)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 76
+
+
+# Ranks that find the same mistake seconds apart, as on a busy machine: rank 1 tells, and rank 0,
+# which the launcher has not ended yet, has the same to say.
+MISTAKEN = """
+import os, signal, sys, time
+from megatron_irl import cli
+from megatron_irl.errors import UserError
+rank = os.environ["RANK"]
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+def fail(options, argv):
+    if rank == "0":
+        time.sleep(6.5)
+    raise UserError("the recipe is wrong")
+cli._train = fail
+open("rank" + rank, "w").close()
+sys.exit(cli.main(["train", "recipe.yaml"]))
+"""
+
+
+def test_a_mistake_that_every_rank_finds_is_told_once(launch, tmp_path, capfd):
+    process = launch(MISTAKEN)
+    assert process.wait(timeout=30) == 2
+    assert capfd.readouterr().err.count("the recipe is wrong") == 1

@@ -117,3 +117,14 @@ def test_a_failed_phase_does_not_claim_to_be_done():
     (0.4, "0s"), (59.6, "1m00s"), (185, "3m05s"), (7620, "2h07m")])
 def test_format_seconds(seconds, text):
     assert format_seconds(seconds) == text
+
+
+def test_a_round_says_what_it_changed_on_held_out_records():
+    stream = io.StringIO()
+    progress, _ = make(stream)
+    progress.round({"round": 1, "evaluation_before": {"nll": 2.5, "exact_match": 0.25},
+                    "evaluation": {"nll": 2.0, "exact_match": 0.5, "reward_accuracy": 1.0,
+                                   "sample_length": 7.0}})
+    progress.round({"round": 2, "evaluation_before": {"nll": 2.0}, "evaluation": {}})
+    assert stream.getvalue() == ("[round 1] held out: nll 2.5000 -> 2.0000  exact match 0.25 -> "
+                                 "0.50  reward accuracy 1.00\n")

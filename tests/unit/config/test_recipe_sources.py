@@ -155,6 +155,7 @@ def test_settings_that_conflict(load):
     ("num_train_epochs", "algorithm.rounds"), ("model_name_or_path", "model.hf"),
     ("generation.max_length", "generation.max_new_tokens"), ("dtype", "precision"),
     ("temprature", "generation.temperature"), ("train.max_grad_norm", "optimizer.clip_grad"),
+    ("lora", "adapter.rank"), ("adapter.r", "adapter.rank"), ("lora_alpha", "adapter.alpha"),
 ])
 def test_keys_of_other_trainers(load, given, meant):
     with pytest.raises(UserError) as raised:

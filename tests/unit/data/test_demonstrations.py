@@ -167,6 +167,16 @@ def test_many_errors_are_one_message_with_the_total(tmp_path, byte_tokenizer):
     assert lines[6:] == ["  ... and 2 more", "data.bad_records=drop leaves such records out."]
 
 
+def test_leaving_out_every_record_is_no_remedy(tmp_path, byte_tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", *['{"prompt": "Q", "response": "A"},'] * 2)
+    with pytest.raises(UserError) as raised:
+        load(path, byte_tokenizer)
+    comma = "a comma follows the record, which JSON lines do not have"
+    assert str(raised.value) == (
+        f"2 records cannot be used:\n  {path}:1: {comma}\n  {path}:2: {comma}\n"
+        "Remove the commas at the ends of lines.")
+
+
 def test_unusable_files(tmp_path, byte_tokenizer):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "a.txt").touch()
