@@ -42,10 +42,12 @@ def time_generation(policy: Policy, case: Case, speed: Speedometer) -> dict[str,
             max_new_tokens=budgets[share],
         )
 
+    policy.generation_costs()  # what is asked for below counts from here
     whole = median_seconds(sample([new] * case.requests), case)
+    host_share = _host_share(policy, whole, case)
     prefill = median_seconds(sample([1] * case.requests), case)
     found = {"seconds": whole, "tokens_per_second": case.requests * new / whole,
-             "prefill_seconds": prefill, "requests": case.requests}
+             "prefill_seconds": prefill, "requests": case.requests, **host_share}
     most = case.recipe.generation.max_requests
     places = min(len(mine), -(-most // ranks.tp_size) * ranks.tp_size) or 1  # as the engine rounds
     steps = -(-len(mine) // places) * (new - 1)  # a queue is worked off place by place
@@ -54,10 +56,17 @@ def time_generation(policy: Policy, case: Case, speed: Speedometer) -> dict[str,
         found |= _bandwidth(policy, speed, mine[:places], found["decode_step_seconds"], new)
     found |= speed.generation(found, places)
     if case.ragged:
-        found |= _ragged(sample, case)
+        found |= _ragged(policy, sample, case)
     costs = policy.generation_costs()
     policy.release_cache()
     return found | {name: costs[name] for name in ("graphs", "replicas") if name in costs}
+
+
+def _host_share(policy: Policy, seconds: float, case: Case) -> dict[str, float]:
+    """Share of a call of ``seconds`` in which the device waited for the host between bursts."""
+    waited = policy.generation_costs().get("host_seconds")
+    calls = case.warmup + case.steps
+    return {} if waited is None else {"host_share": waited / calls / seconds}
 
 
 def _bandwidth(
@@ -96,9 +105,14 @@ def budgets_of(response: Range, requests: int) -> tuple[list[int], list[int]]:
     return equal, [*drawn.tolist(), *(both - drawn).tolist(), *rest]
 
 
-def _ragged(sample: Sample, case: Case) -> dict[str, float]:
+def _ragged(policy: Policy, sample: Sample, case: Case) -> dict[str, float]:
     """Tokens a second with equal and with unequal budgets, and the second over the first."""
     equal, unequal = budgets_of(case.response, case.requests)
-    rates = [sum(budgets) / median_seconds(sample(budgets), case) for budgets in (equal, unequal)]
-    return {"equal_tokens_per_second": rates[0], "ragged_tokens_per_second": rates[1],
-            "ragged_to_equal": rates[1] / rates[0]}
+    even = sum(equal) / median_seconds(sample(equal), case)
+    policy.generation_costs()
+    seconds = median_seconds(sample(unequal), case)
+    waited = _host_share(policy, seconds, case)
+    uneven = sum(unequal) / seconds
+    return {"equal_tokens_per_second": even, "ragged_tokens_per_second": uneven,
+            "ragged_to_equal": uneven / even,
+            **{f"ragged_{name}": share for name, share in waited.items()}}

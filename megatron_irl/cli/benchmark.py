@@ -21,8 +21,9 @@ from megatron_irl.run.inputs import Headers, read_headers
 
 COLUMNS = ("tokens_per_second", "seconds", "prefill_seconds", "decode_step_seconds",
            "train/tflops", "train/mfu", "bandwidth_utilisation", "decode_bandwidth_utilisation",
-           "ragged_to_equal", "graphs", "memory/peak_allocated", "memory/peak_process",
-           "memory/peak_added", "ratio", "memory_ratio")
+           "ragged_to_equal", "host_share", "ragged_host_share", "graphs",
+           "memory/peak_allocated", "memory/peak_process", "memory/peak_added", "ratio",
+           "memory_ratio")
 
 
 def run_benchmark(options: argparse.Namespace, argv: list[str]) -> int:

@@ -6,6 +6,7 @@ take prompts up. A cache that is full and requests that wait for room in it stay
 steps.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,8 @@ class DecodeLoop:
             self._context, rows=self._context.max_requests, steps=steps, vocab_size=vocab_size,
             device=device, capture=captured and topology.pp_size == 1,
         )
+        self._host_seconds = 0.0
+        self._done_at: float | None = None  # when the device had finished the last burst
         # Of the last burst, what the engine has to be told: (request, tokens, count) each, and a
         # step's result and state in the engine's form.
         self._untold: tuple[list[Any], dict[str, Any], dict[str, Any]] | None = None
@@ -83,6 +86,8 @@ class DecodeLoop:
         input_ids, position_ids, published = self._controller._dynamic_step_context_init(
             record_bookkeeping_done_event=True  # which leaves the copy to the device in flight
         )
+        if self._done_at is not None:
+            self._host_seconds += time.perf_counter() - self._done_at
         for step in range(steps):
             if step == 1 and prompts:
                 published.synchronize()  # it copies from what is written next
@@ -99,6 +104,7 @@ class DecodeLoop:
         self.tell_engine()
         meanwhile()
         tokens, logprobs, was_live, live_B = self._device.collect(steps, rows)
+        self._done_at = time.perf_counter()
         counts = was_live.sum(axis=0)
         table.record(requests, tokens, logprobs, counts)
         live_B = live_B & ~table.has_ended(requests)
@@ -239,11 +245,20 @@ class DecodeLoop:
         if updated.get("evict_request_ids") is not None:
             self.tell_engine()  # it has to put them back into its queue
 
+    def pause(self) -> None:
+        """End a series of bursts; before a step of the engine's own, too."""
+        self.tell_engine()
+        self._done_at = None
+
+    def take_host_seconds(self) -> float:
+        """Time since this was asked last in which the device waited for the next burst."""
+        seconds, self._host_seconds = self._host_seconds, 0.0
+        return seconds
+
     def tell_engine(self) -> None:
         """Let the engine know of the last burst, if it does not yet.
 
-        It needs to before one of its own steps and after the last burst; otherwise it is told while
-        the next burst runs, when the host has time.
+        While the next burst runs, as a rule, when the host has time.
         """
         if self._untold is None:
             return

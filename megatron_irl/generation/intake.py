@@ -113,10 +113,10 @@ def steps(
             wanted = max(1, intake.together - free) if intake.waiting else None
             yield loop.run(table, wanted=wanted, single=cut, meanwhile=intake.prepare)
         else:
-            loop.tell_engine()
+            loop.pause()
             stepped: Any = engine.step_modern()
             yield [record[-1].request_id for record in stepped["finished_request_records"]]
-    loop.tell_engine()
+    loop.pause()
 
 
 def start_order(budgets: Sequence[int], places: int) -> list[int]:

@@ -93,7 +93,7 @@ class MegatronGenerator:
         )
         self._sampler = TableSampler(vocab_size, hardware.device())
         self._built: BuiltEngine | None = None
-        self._capture_seconds = 0.0
+        self._capture_seconds = self._host_seconds = 0.0
         self.graphs_used = 0  # captured for the last engine, which may be gone
         self.residency = Residency(keep_cache, topology)
 
@@ -113,22 +113,20 @@ class MegatronGenerator:
         """CUDA graphs of the engine's steps captured at present."""
         return self._built.graph_count if self._built else 0
 
-    def take_capture_seconds(self) -> float:
-        """Seconds spent on capturing graphs since this was asked last."""
-        seconds, self._capture_seconds = self._capture_seconds, 0.0
-        return seconds
-
     def costs(self) -> dict[str, Any]:
         """What generation cost beside its time, on this rank; nothing on CPU.
 
-        ``graphs`` and ``capture_seconds`` since this was asked last, and in GiB the most memory
-        that tensors took in the last phase of generation and in the training before it.
+        ``graphs``; since this was asked last ``capture_seconds`` and ``host_seconds``, in which the
+        device had nothing to do between two bursts of decode steps; and in GiB the most memory that
+        tensors took in the last phase of generation and in the training before it.
         """
         if not hardware.IS_CUDA:
             return {}
+        capturing, waiting = self._capture_seconds, self._host_seconds
+        self._capture_seconds = self._host_seconds = 0.0
         peaks = {"generation": self.residency.peak_generation, "train": self.residency.peak_train}
         return {
-            "graphs": self.graphs_used, "capture_seconds": self.take_capture_seconds(),
+            "graphs": self.graphs_used, "capture_seconds": capturing, "host_seconds": waiting,
             **{f"memory/peak_{name}": peak / 2**30 for name, peak in peaks.items() if peak},
         }
 
@@ -218,4 +216,5 @@ class MegatronGenerator:
             finished += len(ended)
             if on_progress is not None:
                 on_progress(finished, table.token_count)
+        self._host_seconds += built.loop.take_host_seconds()
         return samples

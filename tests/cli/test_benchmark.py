@@ -14,6 +14,7 @@ from megatron_irl.cli.benchmark import case_name, case_of, recipe_of
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.flops import layer_parameters
 from megatron_irl.planning.machines import MACHINES
+from megatron_irl.policy.policy import Policy
 from tests.cli.harness import refused, run, write_recipe
 from tests.planning.cases import ROOT_BASELINE
 
@@ -61,6 +62,8 @@ def test_ragged_budgets_and_what_a_decode_step_reads(bench, capsys, monkeypatch)
     the prompt and half the response.
     """
     monkeypatch.setattr("megatron_irl.run.speed.known_machine", lambda: MACHINES["h100"])
+    # What a GPU tells of the two calls since it was asked last.
+    monkeypatch.setattr(Policy, "generation_costs", lambda _: {"host_seconds": 0.25})
     result = run(*bench, "--phase", "generate", "--lengths", "8,2-6", "--ragged", "--requests",
                  "5", "generation.max_requests=2")
     assert result.code == 0, result.err
@@ -72,6 +75,9 @@ def test_ragged_budgets_and_what_a_decode_step_reads(bench, capsys, monkeypatch)
         read / 3.35e12 / found["decode_step_seconds"])
     assert found["ragged_to_equal"] == pytest.approx(
         found["ragged_tokens_per_second"] / found["equal_tokens_per_second"])
+    assert found["host_share"] == pytest.approx(0.25 / 2 / found["seconds"])
+    assert found["ragged_host_share"] == pytest.approx(
+        0.25 / 2 / (20 / found["ragged_tokens_per_second"]))
 
 
 @pytest.mark.parametrize("requests", [1, 6, 7])

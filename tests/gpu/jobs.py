@@ -54,18 +54,22 @@ def train(
 
 def generate(
     hf: str, layout: Layout, precision: str, seed: int, temperature: float, budget: int = 16,
-    vocab: int = 128,
+    vocab: int = 128, count: int = 12,
 ) -> dict[str, Any]:
-    """Samples of a dozen prompts, and the engine's and the trainer's log-probabilities of them."""
+    """Samples of a queue at 8 places, and the engine's and the trainer's log-probabilities of them.
+
+    Budgets are unequal, so that prompts are taken up among requests that decode.
+    """
     policy = build_policy(hf, layout, precision)
-    prompts = [prompt for prompt, _ in random_sequences(seed, 12, vocab)]
+    prompts = [prompt for prompt, _ in random_sequences(seed, count, vocab)]
+    budgets = np.random.default_rng(seed).integers(1, budget + 1, count).tolist()
     sampling = SamplingConfig(
         temperature=temperature, max_new_tokens=budget, eos_id=EOS, seed=seed
     )
     with MegatronGenerator(
         policy.chunks, policy.topology, max_sequence_length=64, vocab_size=vocab, max_requests=8
     ) as generator:
-        samples = generator.generate(prompts, sampling)
+        samples = generator.generate(prompts, sampling, max_new_tokens=budgets)
     pairs = [(p, s.token_ids) for p, s in zip(prompts, samples, strict=True)]
     return {"ids": [s.token_ids.tolist() for s in samples],
             "engine": np.concatenate([s.logprobs for s in samples]).tolist(),

@@ -81,13 +81,15 @@ def test_generation_equals_one_rank(gpu_pool, hf, name):
 
 @NEEDS_TRANSFORMER_ENGINE
 @NEEDS_FLASH_ATTENTION
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["one", *LAYOUTS])
 def test_engine_equals_trainer_in_bf16(gpu_pool, hf, name):
+    """A queue of five times the places: one read of another's cache would be off by more."""
     for rank in gpu_pool.run(
-        2, jobs.generate, hf=hf, layout=LAYOUTS[name], precision="bf16", seed=SEED, temperature=1.0
+        1 if name == "one" else 2, jobs.generate, hf=hf, layout=LAYOUTS.get(name, {}),
+        precision="bf16", seed=SEED, temperature=1.0, count=40,
     ):
-        difference = np.abs(np.array(rank["engine"]) - rank["trainer"]).mean()
-        assert difference < 0.02, f"seed {SEED}"
+        difference = np.abs(np.array(rank["engine"]) - rank["trainer"])
+        assert difference.mean() < 0.02 and difference.max() < 0.5, f"seed {SEED}"
 
 
 @NEEDS_TRANSFORMER_ENGINE

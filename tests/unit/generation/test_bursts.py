@@ -1,5 +1,6 @@
 """Requests, keys, bursts and memory: what decoding does beside the model."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -219,3 +220,24 @@ def test_prompts_and_the_steps_after_them_are_one_burst(make, monkeypatch):
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish_reason == b.finish_reason
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=0 if EXACT else 1e-5)
     assert with_prompts and len(looks) < sum(looks)
+
+
+def test_the_time_between_bursts_is_told_once(make, monkeypatch):
+    """Of the device's time only what no burst fills, and only since it was asked last."""
+    generator, slow = make(burst_steps=8, max_requests=2), 0.02
+    prompts, sampling = [np.full(3, 7, np.int32)] * 6, SamplingConfig(max_new_tokens=9, eos_id=999)
+    generator.generate(prompts, sampling)
+    monkeypatch.setattr(hardware, "IS_CUDA", True)
+    before = generator.costs()["host_seconds"]
+    assert 0 < before and generator.costs()["host_seconds"] == 0
+    monkeypatch.setattr(hardware, "IS_CUDA", False)
+
+    looks = []
+    generator.generate(
+        prompts, sampling, on_progress=lambda *_: looks.append(0) or time.sleep(slow)
+    )
+    time.sleep(1.0)  # between calls nobody waits
+    generator.generate(prompts[:2], replace(sampling, max_new_tokens=1))
+    monkeypatch.setattr(hardware, "IS_CUDA", True)
+    waited = generator.costs()["host_seconds"]
+    assert slow * (len(looks) - 1) < waited < slow * (len(looks) - 1) + 0.5
