@@ -112,6 +112,11 @@ def find_source(folder: Path, *, reward_model: bool = False) -> Source:
     if is_adapter(folder):
         return Source(folder, model_folder(folder))
     if not (folder / "config.json").exists():
+        if (folder / ".metadata").exists():
+            raise UserError(
+                f"--model {folder} is a checkpoint. Give the run folder it belongs to, or the HF "
+                "folder that tools/convert_megatron_to_hf.py --checkpoint makes of it."
+            )
         raise UserError(
             f"--model {folder} is neither an HF folder (config.json), nor an adapter of peft "
             "(adapter_config.json), nor a run folder (recipe.yaml). Give one of these."

@@ -10,6 +10,7 @@ from megatron_irl.config.layout import (
     padded_vocab_size,
 )
 from megatron_irl.config.load import load_recipe
+from megatron_irl.config.open_sections import check_open_section
 from megatron_irl.config.resolve import resolve, to_yaml
 from megatron_irl.config.schema import (
     AdapterConfig,
@@ -50,6 +51,7 @@ __all__ = [
     "check_field_names",
     "check_layout",
     "check_layout_against_model",
+    "check_open_section",
     "check_recipe",
     "differences",
     "fingerprint",

@@ -150,7 +150,7 @@ def coerce(value: Any, annotation: Any, path: str) -> Any:
     if annotation is float:
         return _to_float(value, path)
     if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
-        raise _wrong_type(path, value, annotation)
+        raise wrong_type(path, value, annotation)
     return value
 
 
@@ -175,17 +175,17 @@ def _to_dataclass(value: Any, cls: Any, path: str) -> Any:
 
 def _to_float(value: Any, path: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise _wrong_type(path, value, float)
+        raise wrong_type(path, value, float)
     try:
         number = float(value)
     except ValueError:
-        raise _wrong_type(path, value, float) from None
+        raise wrong_type(path, value, float) from None
     if not math.isfinite(number):
         raise UserError(f"{path}={value} is not finite; set {path} to an ordinary number.")
     return number
 
 
-def _wrong_type(path: str, value: Any, expected: type) -> UserError:
+def wrong_type(path: str, value: Any, expected: type) -> UserError:
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
     advice = " Put it in quotes if it is meant." if expected is str and value is not None else ""
     return UserError(f"{path}={value!r} is {_describe(value)}; {path} takes {names[expected]}."

@@ -165,9 +165,10 @@ class EvaluationConfig:
     """What is measured on ``data.eval``."""
 
     greedy: bool = True
-    """Generate greedily and score exact match."""
+    """Generate greedily and score exact match, of records that have a field ``answer``; without
+    one there is nothing to score, and nothing is generated."""
     samples: bool = True
-    """Generate at the training temperature: exact match, reward margin and lengths."""
+    """Generate at the training temperature: exact match (as above), reward margin and lengths."""
     interval: Literal["round", "end", "never"] = "round"
     """Evaluate after every round, after the last one, or never."""
     before: bool | None = None

@@ -24,12 +24,16 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [
     (FutureWarning, "`torch.distributed._(all_gather|reduce_scatter)_base` is",
      "called by Megatron"),
     (Warning, "Detected a Jax installation", "Transformer Engine for JAX, not used"),
+    (UserWarning, "torch.distributed is disabled, unavailable or uninitialized, assuming the "
+     "intent is to load in a single process", "a checkpoint that one rank resumes from; so it is"),
+    (UserWarning, "The argument order of load has been changed",
+     "torch's word to Megatron, which names its arguments"),
 ]
 # Only where there is no GPU; with one these say that something runs slower than it could.
 CPU_WARNINGS: list[tuple[type[Warning], str, str]] = [
     (UserWarning, "(Transformer Engine and )?Apex (is|are) not installed", "they need a GPU"),
-    (UserWarning, "When using sequence parallelism it is recommended to set the environment "
-     "variable CUDA_DEVICE_MAX_CONNECTIONS", "about a GPU's queues"),
+    (UserWarning, "When using (sequence parallelism|async grad allreduce) it is recommended to set "
+     "the environment variable CUDA_DEVICE_MAX_CONNECTIONS", "about a GPU's queues"),
 ]
 # Logger, beginning of the message, why.
 LOGS: list[tuple[str, str, str]] = [

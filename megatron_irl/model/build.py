@@ -1,6 +1,5 @@
 """HF architecture + recipe → Megatron-Core ``GPTModel`` chunks, wrapped for data parallelism."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from megatron_irl import hardware
 from megatron_irl.config import (
     ParallelConfig,
     Precision,
-    check_field_names,
     check_layout_against_model,
+    check_open_section,
     padded_vocab_size,
 )
 from megatron_irl.errors import UserError
@@ -70,8 +69,7 @@ def build_config(
             that cannot run here, or a combination that Megatron itself refuses.
     """
     overrides = dict(overrides or {})
-    allowed = [field.name for field in dataclasses.fields(TransformerConfig)]
-    check_field_names("model", overrides, allowed)
+    check_open_section("model", overrides, TransformerConfig)
     _check_shape_overrides(architecture, overrides)
     check_model_layout(architecture, parallel, precision)
     fields = dict(architecture.transformer)
@@ -299,8 +297,7 @@ def build_ddp_config(overrides: dict[str, Any] | None = None) -> DistributedData
         UserError: An unknown key, or values that Megatron refuses.
     """
     overrides = dict(overrides or {})
-    allowed = [field.name for field in dataclasses.fields(DistributedDataParallelConfig)]
-    check_field_names("ddp", overrides, allowed)
+    check_open_section("ddp", overrides, DistributedDataParallelConfig)
     if overrides.get("average_in_collective"):
         raise UserError(
             "ddp.average_in_collective=true conflicts with a loss divided by the global count of "

@@ -158,7 +158,8 @@ def _facts(recipe: Record) -> list[tuple[str, str]]:
     rules = _rules(recipe)
     method = [algorithm.get("name"), *(rules.facts(recipe) if rules else ())]
     versions = section(environment, "versions")
-    optimizer = section(recipe, "optimizer")
+    optimizer, adapter = section(recipe, "optimizer"), section(recipe, "adapter")
+    lora = adapter.get("rank") is not None or adapter.get("path") is not None
     facts = {
         "Model": section(recipe, "model").get("hf"),
         "Algorithm": ", ".join(str(part) for part in method if part is not None),
@@ -167,6 +168,8 @@ def _facts(recipe: Record) -> list[tuple[str, str]]:
                            "reward steps": algorithm.get("reward_steps"),
                            "policy steps": algorithm.get("policy_steps"),
                            "batch": train.get("global_batch_size"), "lr": optimizer.get("lr")}),
+        "Adapters": _join({**{key: adapter.get(key) for key in ("rank", "alpha", "path")},
+                           "on": _listed(adapter.get("targets"))}) if lora else None,
         "Layout": layout,
         "Precision": recipe.get("precision"),
         "Data": _data(section(recipe, "data")),
@@ -187,8 +190,11 @@ def _join(parts: Mapping[str, Any]) -> str:
 
 
 def _data(section: Record) -> str:
-    train = section.get("train")
-    return ", ".join(map(str, train)) if isinstance(train, list | tuple) else str(train or "")
+    return _listed(section.get("train"))
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value or "")
 
 
 def _status(recipe: Record, metrics: Sequence[Record],

@@ -1,6 +1,5 @@
 """Megatron's optimizer and learning-rate schedule from the recipe."""
 
-import dataclasses
 import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +7,7 @@ from typing import Any, Literal
 
 from megatron_irl import hardware
 from megatron_irl.compat import cpu_updates, narrow_optimizer
-from megatron_irl.config import Recipe, check_field_names
+from megatron_irl.config import Recipe, check_open_section
 from megatron_irl.errors import UserError
 from megatron_irl.model.reward_head import PARAMETER
 from megatron_irl.parallel.topology import Topology
@@ -39,8 +38,7 @@ def build_optimizer_config(
     Raises:
         UserError: An unknown key, or values that Megatron refuses.
     """
-    allowed = [field.name for field in dataclasses.fields(OptimizerConfig)]
-    check_field_names("optimizer", recipe.optimizer, allowed)
+    check_open_section("optimizer", recipe.optimizer, OptimizerConfig)
     fields = DEFAULTS | {
         "bf16": config.bf16,
         "params_dtype": config.params_dtype,

@@ -36,7 +36,10 @@ def heard():
 
 
 NAMED = [(UserWarning, "full scope is deprecated. Use empty cuda_graph_modules to capture."),
-         (DeprecationWarning, "Warning: tp_group is None, using default tp group.")]
+         (DeprecationWarning, "Warning: tp_group is None, using default tp group."),
+         (UserWarning, "The argument order of load has been changed. Please check the document."),
+         (UserWarning, "torch.distributed is disabled, unavailable or uninitialized, assuming the "
+          "intent is to load in a single process.")]
 
 
 @pytest.mark.parametrize("is_cuda", [False, True])
@@ -61,6 +64,14 @@ def test_missing_gpu_packages_are_heard_on_a_gpu(heard):
     heard.clear()
     quiet.silence(is_cuda=False)
     warnings.warn(text, UserWarning, stacklevel=1)
+    assert heard == []
+
+
+def test_a_gpus_queues_are_nobodys_business_on_a_cpu(heard):
+    quiet.silence(is_cuda=False)
+    for what in ("sequence parallelism", "async grad allreduce"):
+        warnings.warn(f"When using {what} it is recommended to set the environment variable "
+                      "CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup", stacklevel=1)
     assert heard == []
 
 

@@ -233,3 +233,11 @@ def test_rft_shows_both_phases():
                  "Held-out preferences"):
         assert text in page, text
     assert "Implicit rewards" not in page
+
+
+def test_a_run_of_adapters_says_so():
+    adapter = {"rank": 8, "alpha": None, "targets": ["q_proj", "v_proj"]}
+    page = Balanced(render_report("r", RECIPE | {"adapter": adapter}, METRICS, ROUNDS)).text
+    assert "rank 8, on q_proj, v_proj" in page
+    page = Balanced(render_report("r", RECIPE | {"adapter": adapter | {"rank": None}}, [], [])).text
+    assert "q_proj, v_proj" not in page.partition("Recipe")[0]
