@@ -90,7 +90,7 @@ class Console:
         self._step_seconds += line.get("time/step") or 0.0
         self._rounds_seen.add(line.get("round", 0))
         parts = [f"step {step}/{total_steps}" if total_steps else f"step {step}"]
-        parts += [f"{label} {line[key]:{form}}" for key, label, form in _STEP_KEYS
+        parts += [f"{label} {_shown(line[key], form)}" for key, label, form in _STEP_KEYS
                   if line.get(key) is not None]
         if generation_share > 0:
             parts.append(f"generating {generation_share:.0%} of the time")
@@ -203,6 +203,12 @@ class Console:
     @property
     def _stream(self) -> TextIO:
         return sys.stderr if self._given_stream is None else self._given_stream
+
+
+def _shown(value: float, form: str) -> str:
+    """A number in a form; one that is rounded to zero has no sign."""
+    text = f"{value:{form}}"
+    return text if text.strip("+-0.,") else text.lstrip("+-")
 
 
 def format_seconds(seconds: float) -> str:

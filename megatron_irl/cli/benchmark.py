@@ -111,7 +111,8 @@ def case_name(case: Case, headers: Headers, phase: str) -> str:
     at_once = (f"{train.micro_batch_tokens} tokens" if train.micro_batch_tokens else
                train.micro_batch_size)
     work = (f"{case.requests} requests" if phase in ("generate", "reference") else
-            f"{at_once} of {train.global_batch_size} pairs")
+            f"{at_once} of {train.global_batch_size} "
+            f"{'pairs' if headers.algorithm.draws_samples else 'sequences'}")
     places = case.recipe.generation.max_requests
     if phase == "generate" and places < case.requests:
         work = f"{work} at {places} places"

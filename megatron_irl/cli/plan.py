@@ -21,7 +21,7 @@ from megatron_irl.planning.plan import Plan, make_plan
 from megatron_irl.planning.report import draw_plan, plan_json, plan_lines, search_lines
 from megatron_irl.planning.search import Found, layouts_that_fit
 from megatron_irl.planning.workload import Lengths
-from megatron_irl.run.inputs import Inputs, read_headers, read_inputs
+from megatron_irl.run.inputs import Headers, Inputs, read_headers, read_inputs
 
 DOES_NOT_FIT = 2
 WITHOUT_DATA = 10_000  # records, where the recipe's data are not looked at
@@ -81,6 +81,7 @@ class _Known:
     lengths: Lengths
     notes: list[str]
     algorithm: Any
+    lr: float
     inputs: Inputs | None = None
 
 
@@ -88,7 +89,7 @@ def _read(recipe: Recipe, lengths: Lengths | None, *, shows: bool) -> _Known:
     if lengths is None and (shows or is_small(recipe)):
         inputs = read_inputs(recipe, check_hardware=False, keeps_tokens=False)
         return _Known(inputs.recipe, inputs.architecture, lengths_of(inputs.data.demonstrations),
-                      inputs.notes, inputs.algorithm, inputs)
+                      inputs.notes, inputs.algorithm, _lr(inputs), inputs)
     headers = read_headers(recipe, check_hardware=False)
     notes, hf_dir = [], Path(recipe.model.hf)
     if lengths is None or any(hf_dir.glob("*.safetensors")):
@@ -102,7 +103,13 @@ def _read(recipe: Recipe, lengths: Lengths | None, *, shows: bool) -> _Known:
         )
         lengths = sample_lengths(recipe, tokenizer)
     resolved = resolve(recipe, lengths.records)
-    return _Known(resolved, headers.architecture, lengths, notes, headers.algorithm)
+    return _Known(
+        resolved, headers.architecture, lengths, notes, headers.algorithm, _lr(headers)
+    )
+
+
+def _lr(of: Inputs | Headers) -> float:
+    return of.optimizer_config.lr or 0.0
 
 
 def _given_lengths(text: str) -> Lengths:
@@ -163,7 +170,11 @@ def _work(known: _Known) -> list[str]:
     else:
         steps = algorithm.rounds * (algorithm.steps_per_round or 0)
         passes = steps * recipe.train.global_batch_size / records
-    return [*lines, f"{passes:.2f} passes over the demonstrations"]
+    head_lr, schedule = rules.head_lr(recipe), recipe.schedule
+    head = "" if head_lr is None else f", of the reward head {head_lr:g} (reward.lr)"
+    return [*lines, f"{passes:.2f} passes over the demonstrations",
+            f"learning rate {known.lr:g} (optimizer.lr){head}; warmup over "
+            f"{schedule.lr_warmup_fraction:.0%} of the steps, then {schedule.lr_decay_style}"]
 
 
 def _layout(plan: Plan) -> list[str]:

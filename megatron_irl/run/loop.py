@@ -105,8 +105,10 @@ def train_rounds(run: Run) -> None:
     except RunStopped as stop:
         run.save_unless_saved()
         run.finish_saving()
+        rounds = run.recipe.algorithm.rounds
+        where = f"round {state.round}" if state.round < rounds else "the last, before the export"
         raise RunStopped(
-            f"{stop}; stopped at step {state.step}, round {state.round}. The run goes on from "
+            f"{stop}; stopped at step {state.step}, {where}. The run goes on from "
             f"{run.checkpointer.describe_latest()} when the same command is started again."
         ) from None
     with run.topology.heart.within("export", slow=True):

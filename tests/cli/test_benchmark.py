@@ -168,6 +168,16 @@ def test_the_runs_of_the_gpu_are_those_of_its_baseline():
     assert len(eager) == 1 and not eager & recorded
 
 
+@pytest.mark.parametrize(("override", "batch"), [
+    ("algorithm.name=sft", "2 of 4 sequences"), ("seed=3", "2 of 4 pairs")])
+def test_a_case_names_what_a_batch_is_of(bench, sections, override, batch):
+    command, path, *rest = bench
+    sections["algorithm"] = {"name": "irft", "rounds": 1}
+    write_recipe(path, **sections)
+    options = cli._parse([command, str(path), override, *rest, "--phase", "train"])
+    assert f" {batch} " in case_name(*case_of(options, recipe_of(options)), "train")
+
+
 def test_ranks_save_into_one_folder(bench):
     result = run(*bench, "--phase", "save", "parallel.data_parallel_size=2")
     assert result.code == 0, result.err

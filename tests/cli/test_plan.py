@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_irl import hardware
-from tests.cli.harness import refused, run
+from tests.cli.harness import refused, run, write_recipe
 from tests.convert.tiny import make_tiny_llama
 
 RECIPE = Path(__file__).parents[2] / "examples" / "llama_70b" / "recipe.yaml"
@@ -45,4 +45,16 @@ def test_training_it_here_is_refused(fp8, monkeypatch):
 
 def test_other_precisions_have_nothing_unchecked(recipe, capsys):
     assert run("plan", recipe).code == 0
-    assert "hardware" not in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert "hardware" not in plan
+    assert "learning rate 0.001 (optimizer.lr); warmup over 10% of the steps, then linear" in plan
+
+
+def test_both_learning_rates_of_rft_are_said(sections, tmp_path, capsys):
+    sections["algorithm"] = {"name": "rft", "rounds": 2, "reward_steps": 1, "policy_steps": 1}
+    del sections["optimizer"]
+    recipe = write_recipe(tmp_path / "rft.yaml", **sections, reward={"lr": 2e-4})
+    result = run("plan", recipe)
+    assert result.code == 0, result.err
+    assert ("learning rate 5e-07 (optimizer.lr), of the reward head 0.0002 (reward.lr); "
+            in capsys.readouterr().out)

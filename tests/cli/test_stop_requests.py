@@ -57,6 +57,7 @@ CASES = {
     "in the reference pass": (SCORE, 1, signal.SIGTERM, 0),
     "in evaluation": ("megatron_irl.evaluation.heldout.Evaluator._greedy_ids", 2, signal.SIGTERM,
                       2),
+    "after the last round": ("megatron_irl.run.recorder.Recorder.round", 2, signal.SIGTERM, 4),
 }
 
 
@@ -72,6 +73,7 @@ def test_stops_and_goes_on(name, sections, uninterrupted, tmp_path, monkeypatch,
         assert len(calls) - call <= 1, "it went on"
     message = result.err[result.err.rindex("megatron-irl: ") :]
     assert signal.Signals(number).name in message and f"stopped at step {step}," in message
+    assert (", the last, before the export." in message) == (step == 4)
     assert "Traceback" not in result.err and not (folder / "hf").exists()
     if step:
         assert f"step_{step:06d}" in message

@@ -88,6 +88,15 @@ def test_sft_steps_have_no_reward():
     assert stream.getvalue() == "[round 0] step 3/3  loss 2.0000\n"
 
 
+@pytest.mark.parametrize(("margin", "shown"), [
+    (-1e-5, "0.000"), (0.0, "0.000"), (1e-5, "0.000"), (-6e-4, "-0.001"), (10.0, "+10.000")])
+def test_a_zero_has_no_sign(margin, shown):
+    stream = io.StringIO()
+    progress, _ = make(stream)
+    progress.step({"step": 1, "reward/margin": margin}, total_steps=1, generation_share=0.0)
+    assert stream.getvalue() == f"[round 0] step 1/1  margin {shown}\n"
+
+
 def test_disabled_is_silent(capsys):
     progress = Console(False)
     with progress.generation(2) as advance:
