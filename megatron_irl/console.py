@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 Advance = Callable[..., None]
 """``advance(done, tokens=0)``: totals so far, not increments."""
 
+MUCH = 1 << 30  # bytes of weights whose reading is told
 _REFRESH_SECONDS = 0.1
 _CLEAR = "\r\x1b[2K"
 _STEP_KEYS = (("loss", "loss", ".4f"), ("reward/margin", "margin", "+.3f"),
@@ -44,11 +46,21 @@ class Console:
         self._interval = interval_seconds
         self._clock = clock
         self._last_write: dict[str, float] = {}
+        self._about = ""
         self._live = ""  # what the terminal's unfinished line shows
         self._opened = clock()
         self._step_seconds = 0.0
         self._steps_seen = 0
         self._rounds_seen: set[int] = set()
+
+    @contextmanager
+    def about(self, what: str) -> Iterator[None]:
+        """Within the block the lines of phases begin with whose records they are about."""
+        before, self._about = self._about, f"{what}: "
+        try:
+            yield
+        finally:
+            self._about = before
 
     @contextmanager
     def generation(self, total: int) -> Iterator[Advance]:
@@ -116,6 +128,14 @@ class Console:
         if parts:
             self.note(f"[round {record['round']}] held out: " + "  ".join(parts))
 
+    def reading(self, folder: Path) -> None:
+        """Say that the weights in a folder are read, before that, where it takes a while."""
+        if self.enabled:
+            size = sum(path.stat().st_size for path in folder.glob("*")
+                       if path.suffix in (".safetensors", ".distcp"))
+            if size >= MUCH:
+                self.note(f"reading {size / 2**30:.1f} GiB of weights from {folder}")
+
     def note(self, text: str) -> None:
         """Write a line that stays."""
         self._write_line(text)
@@ -133,7 +153,7 @@ class Console:
 
     @contextmanager
     def _phase(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        started = self._clock()
+        name, started = self._about + name, self._clock()
         latest = [0, 0]
 
         def text() -> str:

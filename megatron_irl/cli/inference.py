@@ -164,7 +164,9 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         attach_reward_head(chunks, topology)
     policy = Policy(chunks, topology, arch)
     model = OpenModel(source, policy, tokenizer, precision, weights="")
+    console = Console(enabled=topology.is_main)
     if source.checkpoints is None:
+        console.reading(model_folder(source.hf_dir))
         policy.load_weights(source.hf_dir)
         model.weights = _state_of_files(source.hf_dir)
         if with_reward_head and source.hf_reward is not None:
@@ -173,6 +175,7 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
         checkpointer = Checkpointer(source.checkpoints, topology, keep=1)
         step = checkpointer.latest()
         assert step is not None
+        console.reading(source.checkpoints / f"step_{step:06d}")
         if recipe is not None and recipe.adapter.enabled:
             load_adapted(policy, options.model, recipe, parallel, checkpointer, step)
         else:
@@ -302,6 +305,7 @@ def _score(
         model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     policy = model.policy
     logps = np.array(rounded(policy.score_sums(sequences).logp))
+    progress.reading(model_folder(reference))
     policy.load_weights(reference)
     rewards = implicit_rewards(
         logps, np.array(rounded(policy.score_sums(sequences).logp)),

@@ -105,9 +105,9 @@ class Evaluator:
             return
         pairs = self._pairs(round_index)
         if pairs.parts and not self.bank.has_references(round_index):
-            add_references(
-                self.policy, pairs, weights_of=weights_of, console=self.console, clock=self.clock
-            )
+            with self.console.about("held out"):
+                add_references(self.policy, pairs, weights_of=weights_of, console=self.console,
+                               clock=self.clock)
 
     def judge_reward(self, round_index: int, weights_of: Path | None) -> dict[str, Any]:
         """The reward on held-out demonstrations and preferences, explicit or implicit.
@@ -147,11 +147,12 @@ class Evaluator:
         return numbers
 
     def _sample(self, round_index: int, demonstrations: Sequence[Demonstration]) -> list[Pair]:
-        sample_pairs(
-            self.policy, self.bank, round_index, demonstrations, sampling=self.sampling,
-            part_size=self.recipe.generation.part_size, stream=HELDOUT_STREAM, scheme=self.scheme,
-            console=self.console, clock=self.clock,
-        )
+        with self.console.about("held out"):
+            sample_pairs(
+                self.policy, self.bank, round_index, demonstrations, sampling=self.sampling,
+                part_size=self.recipe.generation.part_size, stream=HELDOUT_STREAM,
+                scheme=self.scheme, console=self.console, clock=self.clock,
+            )
         self._opened = None  # what was read of the round before is not these
         return self._read(round_index)
 
@@ -235,7 +236,7 @@ class Evaluator:
         size = self.recipe.generation.part_size
         greedy = replace(self.sampling, seed=GREEDY_SEED, temperature=0.0)
         ids: list[np.ndarray] = []
-        with self.clock.timed("generation"):
+        with self.clock.timed("generation"), self.console.about("held out, greedy"):
             for start in range(0, len(demonstrations), size):
                 stop_if_asked(self.policy.topology)
                 prompts = [d.prompt_ids for d in demonstrations[start : start + size]]

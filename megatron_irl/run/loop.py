@@ -117,10 +117,11 @@ def train_rounds(run: Run) -> None:
 
 def run_round(run: Run) -> None:
     """A round, or what is left of it. Its pairs go out of memory when it returns."""
-    round, summary = open_round(run)
-    for phase in run.algorithm.phases(run.recipe):
-        run_phase(run, round, phase)
-    close_round(run, summary | run.state.summary)
+    with run.console.about("training"):
+        round, summary = open_round(run)
+        for phase in run.algorithm.phases(run.recipe):
+            run_phase(run, round, phase)
+        close_round(run, summary | run.state.summary)
 
 
 def run_phase(run: Run, round: Round, phase: Phase) -> None:

@@ -53,6 +53,10 @@ def open_run(inputs: Inputs, topology: Topology, argv: list[str], lease: Lease) 
     checkpointer, resume = open_checkpoints(inputs, topology, lease, console)
     # Made while weights are read, so that a warning comes before they are all there.
     prediction = predict(inputs, topology, console) if resume is None else None
+    if resume is None or inputs.adapter:
+        console.reading(Path(recipe.model.hf))
+    if resume is not None:
+        console.reading(folder.checkpoints / f"step_{resume:06d}")
     policy = build_policy(inputs, topology, weights=resume is None or bool(inputs.adapter))
     trainer = build_trainer(inputs, policy)
     state, saved = RunState(), {}

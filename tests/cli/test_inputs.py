@@ -61,8 +61,9 @@ def test_a_string_prompt_is_noted_once(model, tmp_path):
     assert read_jsonl(tmp_path / "o.jsonl")[0]["prompt"] == "2+2"
 
 
-def test_what_generate_writes_fits_score(finished, tmp_path):
+def test_what_generate_writes_fits_score(finished, tmp_path, monkeypatch):
     """The response that was sampled is scored, not the one that the record came with."""
+    monkeypatch.setattr("megatron_irl.console.MUCH", 0)
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"messages": [USER, GOOD]}, {"prompt": "2+2"},
                                                  {"question": "2+2", "answer": "4"}])
     said = generate(finished, prompts, tmp_path / "o.jsonl")
@@ -74,6 +75,7 @@ def test_what_generate_writes_fits_score(finished, tmp_path):
         result = run("score", "--model", finished, "--pairs", given, "--out",
                      tmp_path / f"{name}.jsonl")
         assert result.code == 0, result.err
+        assert result.err.count("reading 0.0 GiB of weights from ") == 2  # policy and reference
         assert result.err.endswith(f"\nwrote rewards of 3 responses to {tmp_path / name}.jsonl\n")
     ours, expected = read_jsonl(tmp_path / "a.jsonl"), read_jsonl(tmp_path / "b.jsonl")
     assert [line["rewards"] for line in ours] == [line["rewards"] for line in expected]

@@ -226,6 +226,19 @@ def test_a_run_folder_is_as_private_as_the_umask_says(finished):
         assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
 
 
+def test_lines_of_phases_say_whose_records_they_are_about(finished):
+    """The reference pass of held-out pairs too, which comes first in a round."""
+    said = (finished.parent / "output.txt").read_text()
+    phases = [line.rpartition("  ")[0].split("  ")[0] for line in said.splitlines()
+              if "generation " in line or "reference pass " in line]
+    assert phases[:2] == ["held out: generation 5/5 responses",
+                          "held out, greedy: generation 3/3 responses"]  # a part of 3, and one of 2
+    assert "training: generation 8/8 responses" in phases
+    for about in ("held out", "training"):
+        assert any(line.startswith(f"{about}: reference pass ") for line in phases)
+    assert all(line.startswith(("held out", "training: ")) for line in phases), phases
+
+
 def test_keys_of_trackers_are_in_nothing_that_a_run_writes(finished):
     written = [finished.parent / "output.txt",
                *(path for path in finished.rglob("*") if path.is_file())]

@@ -97,6 +97,37 @@ def test_a_zero_has_no_sign(margin, shown):
     assert stream.getvalue() == f"[round 0] step 1/1  margin {shown}\n"
 
 
+def test_phases_say_whose_records_they_are_about():
+    stream = io.StringIO()
+    progress, _ = make(stream)
+    with progress.about("training"):
+        with pytest.raises(KeyError), progress.about("held out"):
+            with progress.generation(2):
+                pass
+            raise KeyError
+        with progress.reference(4):
+            pass
+    with progress.generation(1):
+        pass
+    assert stream.getvalue().splitlines() == [
+        "held out: generation 2/2 responses  0s", "training: reference pass 4/4 sequences  0s",
+        "generation 1/1 responses  0s"]
+
+
+def test_reading_much_is_told_and_little_is_not(tmp_path):
+    stream = io.StringIO()
+    progress, _ = make(stream)
+    for name, size in (("a.safetensors", 2**30), ("b.safetensors", 2**29), ("c.bin", 2**32)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size)  # a hole: it takes no room
+        progress.reading(tmp_path)
+    said = f"reading {{}} GiB of weights from {tmp_path}\n"
+    assert stream.getvalue() == said.format("1.0") + said.format("1.5") * 2
+    (tmp_path / "a.safetensors").unlink()
+    progress.reading(tmp_path)
+    assert len(stream.getvalue().splitlines()) == 3
+
+
 def test_disabled_is_silent(capsys):
     progress = Console(False)
     with progress.generation(2) as advance:
