@@ -188,8 +188,9 @@ def read_demonstrations(
         return encode_turns(tokenizer, batch, turns)
 
     def build(record: Conversation, found: Turned | RecordError) -> bool | None:
-        built = builder.build(record, found)
-        for demonstration in built or ():
+        del record
+        built = builder.build(found)
+        for demonstration in built:
             keep(demonstration)
         return bool(built) or None  # only how many there are counts here
 
@@ -211,15 +212,12 @@ class _Builder:
         self._remarks = Remarks()
         self._prompt_lengths, self._response_lengths = array("i"), array("i")
 
-    def build(
-        self, record: Conversation, found: Turned | RecordError
-    ) -> list[Demonstration] | None:
-        """The demonstrations of a record that are within the limits; None if none is."""
-        del record
+    def build(self, found: Turned | RecordError) -> list[Demonstration]:
+        """The demonstrations of a record that are within the limits."""
         if isinstance(found, RecordError):
             raise found
         built = [self._demonstration(*turn) for turn in found]
-        return [demonstration for demonstration in built if demonstration is not None] or None
+        return [demonstration for demonstration in built if demonstration is not None]
 
     def _demonstration(
         self, conversation: Conversation, encoded: Encoded

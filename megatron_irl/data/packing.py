@@ -109,7 +109,7 @@ def _joined_masks(masks: Sequence[np.ndarray | None], response_S: np.ndarray) ->
     return np.concatenate(parts)
 
 
-def lengthen(batch: PackedBatch, num_tokens: int, *, pad_id: int = 0) -> PackedBatch:
+def lengthen(batch: PackedBatch, num_tokens: int) -> PackedBatch:
     """Return the pack with its masked padding segment made or grown so that T is ``num_tokens``."""
     missing = num_tokens - batch.tokens_T.shape[1]
     if missing < 0:
@@ -117,11 +117,11 @@ def lengthen(batch: PackedBatch, num_tokens: int, *, pad_id: int = 0) -> PackedB
     if missing == 0:
         return batch
     bounds = batch.cu_seqlens[: batch.num_sequences + 1]
-    padding = num_tokens - int(bounds[-1])
     num_kept = int(bounds[-1])
+    padding = num_tokens - num_kept
     return replace(
         batch,
-        tokens_T=F.pad(batch.tokens_T, (0, missing), value=pad_id),
+        tokens_T=F.pad(batch.tokens_T, (0, missing)),
         position_ids_T=torch.cat(
             [batch.position_ids_T[:, :num_kept], torch.arange(padding)[None]], dim=1
         ),

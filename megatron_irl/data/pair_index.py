@@ -60,9 +60,9 @@ def usable_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     return [pair for pair in pairs if kind_of(pair) == USABLE]
 
 
-def repetition(ids: np.ndarray, size: int = NGRAM) -> float:
+def repetition(ids: np.ndarray) -> float:
     """Share of n-grams that repeat an earlier one of the same response; 0 where there is none."""
-    if len(ids) < size:
+    if len(ids) < NGRAM:
         return 0.0
-    grams = np.lib.stride_tricks.sliding_window_view(ids, size)
+    grams = np.lib.stride_tricks.sliding_window_view(ids, NGRAM)
     return 1.0 - len(np.unique(grams, axis=0)) / len(grams)

@@ -21,7 +21,6 @@ def collect[T](
     paths: Paths | Reading,
     build: Callable[[list[Conversation], dict[str, Any]], T | None],
     purpose: Purpose = "demonstration",
-    limit: int | None = None,
 ) -> list[T]:
     """Return ``build(conversations, record)`` of every record, leaving out where it returns None.
 
@@ -32,7 +31,7 @@ def collect[T](
         return conversations, record
 
     return _collect(Reading.of(paths), purpose, prepare, lambda batch: batch,
-                    lambda prepared, _: build(*prepared), limit)
+                    lambda prepared, _: build(*prepared), None)
 
 
 def collect_in_batches[Prepared, Shared, T](

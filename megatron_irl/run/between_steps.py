@@ -12,14 +12,12 @@ from megatron_irl.train.finite import NotFinite
 from megatron_irl.train.step import StepResult
 
 
-def between_steps(
-    run: Run, phase: Phase, wanted: Set[str] = frozenset(), failure: Exception | None = None
-) -> None:
+def between_steps(run: Run, phase: Phase, wanted: Set[str], failure: Exception | None) -> None:
     """Save if it is time to, or stop if any rank was asked to. Collective over every rank.
 
     Args:
         wanted: What the main rank's guards ask for.
-        failure: Why the main rank could not record the step.
+        failure: Why the main rank could not record the step; None elsewhere, and if it could.
 
     Raises:
         RunStopped: On every rank; whoever catches it saves.

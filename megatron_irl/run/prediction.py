@@ -132,9 +132,9 @@ def compared(
     pairs: dict[str, tuple[float, float, str]] = {}
     peaks = [line["memory/peak_allocated"] for line in steps if "memory/peak_allocated" in line]
     if peaks:
-        planned = max(stage["phases"]["training"] for stage in plan["stages"]) / 2**30
+        planned = max(stage["phases"]["training"] for stage in plan["stages"]) / GIB
         pairs["memory while training"] = planned, max(peaks), "GiB"
-    later = [line for line in steps[1:]] or list(steps)
+    later = steps[1:] or steps
     for name, seconds in plan["step_seconds"].items():
         of_phase = sorted(line["time/step"] for line in later if line.get("phase", name) == name)
         if of_phase:

@@ -1,7 +1,7 @@
 """The start of a round: sample from the policy, cache the reference, commit both to the bank."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -74,9 +74,9 @@ def fill_bank(run: Run, round_index: int) -> tuple[RoundPairs, dict[str, Any]]:
         run.recorder.warn(f"{summary_path} is missing or damaged; the line of round {round_index} "
                           "will lack what was measured at the round's start")
         return open_pairs(run.bank, round_index), {"generation": {}, "mismatch": {}}
-    with ExitStack() as stack:  # around sampling only: a reference pass needs less than training
-        if run.recipe.generation.offload_optimizer:
-            stack.enter_context(offloaded(run.policy.chunks, run.trainer.optimizer))
+    is_offloaded = run.recipe.generation.offload_optimizer
+    # Around sampling only: a reference pass needs less than training.
+    with offloaded(run.policy.chunks, run.trainer.optimizer) if is_offloaded else nullcontext():
         generation = sample_pairs(
             run.policy, run.bank, round_index,
             round_demonstrations(

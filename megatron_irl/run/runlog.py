@@ -54,12 +54,12 @@ class RunLog:
             UserError: The line could not be written (disk full, ...); the file is as before.
         """
         self._fence()
-        self._metrics.append(_append(self.metrics_path, record, needs=("step", "round")))
+        self._metrics.append(_append(self.metrics_path, record))
 
     def log_round(self, record: Mapping[str, Any]) -> None:
         """Append the line of one finished round; as ``log_metrics``."""
         self._fence()
-        self._rounds.append(_append(self.rounds_path, record, needs=("step", "round")))
+        self._rounds.append(_append(self.rounds_path, record))
 
     def recent(self) -> dict[str, list[dict[str, Any]]]:
         """The newest lines of both logs, for a checkpoint to keep; see ``level``."""
@@ -106,9 +106,9 @@ class RunLog:
         return _read(self.rounds_path)
 
 
-def _append(path: Path, record: Mapping[str, Any], needs: tuple[str, ...]) -> dict[str, Any]:
+def _append(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Write a line; returns what it says."""
-    missing = [key for key in needs if key not in record]
+    missing = [key for key in ("step", "round") if key not in record]
     assert not missing, f"a line of {path.name} needs {missing}"
     said = _plain(record)
     line = json.dumps(said, allow_nan=False).encode() + b"\n"

@@ -126,9 +126,9 @@ def read_json(path: str | Path) -> dict[str, Any] | None:
     return value if said in (None, _crc32_of_json(value)) else None
 
 
-def checked_json(value: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+def checked_json(value: Mapping[str, Any]) -> bytes:
     """An object as JSON with a checksum of itself in it, for ``read_json``."""
-    return json.dumps({**value, _CHECKSUM: _crc32_of_json(value)}, indent=indent).encode()
+    return json.dumps({**value, _CHECKSUM: _crc32_of_json(value)}).encode()
 
 
 def _crc32_of_json(value: Mapping[str, Any]) -> str:

@@ -136,8 +136,8 @@ class Lease:
         if not _is_mine(self.folder, self.number, self.token) or _path(
             self.folder, self.number + 1
         ).exists():
-            other = _newest(self.folder)
-            who = f" by {other[1].describe()}" if other else ""
+            other = _newest_holder(self.folder)
+            who = f" by {other.describe()}" if other else ""
             raise LeaseLost(
                 f"output_dir={self.folder} was taken over{who}: this process gave no sign for "
                 f"{STALE_SECONDS:.0f} seconds or its {_path(self.folder, self.number).name} was "
@@ -250,13 +250,10 @@ def _numbers(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in names if match)
 
 
-def _newest(folder: Path) -> tuple[int, Holder] | None:
-    """The newest lease that can be read, and its holder."""
-    for number in reversed(_numbers(folder)):
-        holder = _read(folder, number)
-        if holder is not None:
-            return number, holder
-    return None
+def _newest_holder(folder: Path) -> Holder | None:
+    """Of the newest lease that can be read."""
+    holders = (_read(folder, number) for number in reversed(_numbers(folder)))
+    return next((holder for holder in holders if holder is not None), None)
 
 
 def _read(folder: Path, number: int) -> Holder | None:

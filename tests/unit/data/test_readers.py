@@ -110,7 +110,7 @@ def test_nulls_inside_messages_are_left_out_and_fields_stay(tmp_path):
 BROKEN = [
     ("a.jsonl", "ÿþ".encode("latin1") + "{}".encode("utf-16-le"), "is UTF-16, JSON is UTF-8"),
     ("a.jsonl", b'{"prompt": "caf\xe9"}\n', ":1: not UTF-8"),
-    ("a.jsonl", b'{"a": 1},\n{"a": 1}\n', ":1: not JSON: Extra data"),
+    ("a.jsonl", b'{"a": 1},\n{"a": 1}\n', ":1: a comma follows the record"),
     ("a.jsonl", b'{"a": 1}\n["b"]\n', ":2: must be a JSON object, not a list"),
     ("a.json", b'[{"a": 1}\n {"a": 2}]', ":2: not JSON: a comma or ] must follow"),
     ("a.json", b'[{"a": 1},\n\n {"a": }]', ":3: not JSON: Expecting value"),
