@@ -88,6 +88,7 @@ def _generate(
     try:
         _generate_rest(options, model, sampling, records, prompts, partial)
         on_main(lambda: partial.finish() if partial is not None else None, model.topology)
+        progress.note(f"wrote {len(records) * options.num_samples} responses to {options.out}")
     finally:
         if partial is not None:
             partial.close()

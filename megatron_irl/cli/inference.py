@@ -287,7 +287,7 @@ def _score_explicit(
     sequences = scored_sequences(
         model.tokenizer, records, max_length=model.architecture.max_sequence_length)
     rewards = model.policy.score_rewards(sequences)
-    _write_rewards(options, model, records, rewards)
+    _write_rewards(options, progress, records, rewards)
 
 
 def _score(
@@ -308,18 +308,20 @@ def _score(
         np.array([len(response) for _, response in sequences]), beta=beta,
         length_normalize=model.source.length_normalize,
     )
-    _write_rewards(options, model, records, rewards.tolist())
+    _write_rewards(options, progress, records, rewards.tolist())
 
 
 def _write_rewards(
-    options: argparse.Namespace, model: OpenModel, records: list[ScoreRecord], rewards: list[float]
+    options: argparse.Namespace, progress: Console, records: list[ScoreRecord],
+    rewards: list[float],
 ) -> None:
-    if model.topology.is_main:
+    if progress.enabled:
         left = iter(rewards)
         write_records(options.out, (
             record.record | {"rewards": [next(left) for _ in record.responses]}
             for record in records
         ))
+        progress.note(f"wrote rewards of {len(rewards)} responses to {options.out}")
 
 
 def check_reference(reference: Path, arch: Architecture, flag: str = "--reference") -> None:

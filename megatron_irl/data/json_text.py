@@ -48,7 +48,7 @@ def is_stream(head: bytes) -> bool:
 
 def array_items(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     """Yield (``file:line``, item) of an array; the line is the one that the item begins on."""
-    text = _decode(path, content)
+    text = content.removeprefix(_BOM).decode("utf-8")
     start = text.index("[") + 1
     place = _Lines(path, text)
     while True:
@@ -69,7 +69,7 @@ def array_items(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
 
 def stream_values(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     """Yield (``file:line``, value) of values with nothing but white space between them."""
-    text = _decode(path, content)
+    text = content.removeprefix(_BOM).decode("utf-8")
     place = _Lines(path, text)
     start = _skip(text, 0)
     while start < len(text):
@@ -99,13 +99,6 @@ def _value(place: _Lines, start: int) -> tuple[Any, int]:
         raise UserError(f"{place.source(max(start, error.pos))}: not JSON: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{place.source(start)}: not JSON: nested too deeply") from None
-
-
-def _decode(path: Path, content: bytes) -> str:
-    try:
-        return content.removeprefix(_BOM).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error}") from None
 
 
 def _skip(text: str, start: int) -> int:

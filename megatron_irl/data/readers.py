@@ -1,8 +1,6 @@
 """The rows of a data file, whatever its kind, each with the place it stands at."""
 
-import bz2
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -11,11 +9,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from megatron_irl.data.compression import COMPRESSED, kind_of, open_binary
 from megatron_irl.data.json_text import (
     array_items,
     is_array,
@@ -25,13 +24,14 @@ from megatron_irl.data.json_text import (
 )
 from megatron_irl.errors import UserError
 
-COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 LINES = {".jsonl", ".ndjson", ".json"}
 TABLES = {".csv": ",", ".tsv": "\t"}
 ARROW = {".arrow", ".ipc", ".feather"}
 SUFFIXES = frozenset({*LINES, *TABLES, *ARROW, ".parquet"})
 HEAD = 1 << 20  # bytes looked at to tell one kind of JSON text from another
 ROWS = 1000  # of a column file at a time
+CONVERT = "Convert it, as in iconv -f {} -t UTF-8 OLD > NEW."
+LATIN = "It may be Latin-1 or Windows-1252. " + CONVERT.format("WINDOWS-1252")
 
 Row = tuple[str, Any]
 """(source, record): ``file:line`` or ``file:row N``, and a JSON line as bytes or a value."""
@@ -71,17 +71,11 @@ def read_rows(path: Path) -> Iterator[Row]:
         rows = _reader(path)
     try:
         yield from rows
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error, pyarrow.ArrowException,
-            UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {_not_utf8(error)}") from error
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error,
+            pyarrow.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def kind_of(path: Path) -> str:
-    """The suffix that says how a file is read, in lower case, compression left out."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
 
 
 def _reader(path: Path) -> Iterator[Row]:
@@ -89,7 +83,7 @@ def _reader(path: Path) -> Iterator[Row]:
     if kind in LINES:
         return _read_json(path)
     if kind in TABLES:
-        return _read_table(path, TABLES[kind])
+        return _read_table(path)
     if kind in (".parquet", *ARROW) and path.suffix.lower() in COMPRESSED:
         raise UserError(f"{path}: a compressed {kind} file. Unpack it; its columns are compressed "
                         "by themselves.")
@@ -103,44 +97,55 @@ def _reader(path: Path) -> Iterator[Row]:
     )
 
 
-def _open(path: Path) -> BinaryIO:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if suffix == ".bz2":
-        return cast(BinaryIO, bz2.open(path))
-    if suffix == ".xz":
-        return cast(BinaryIO, lzma.open(path))
-    if suffix == ".zst":  # Arrow brings the codec, so no library of its own is needed
-        stream: Any = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
-        return cast(BinaryIO, io.BufferedReader(stream, 1 << 16))
-    return open(path, "rb")
-
-
 def _read_json(path: Path) -> Iterator[Row]:
     """Lines; or where the beginning says so an array, or values that go over several lines."""
-    with closing(_open(path)) as file:
+    with closing(open_binary(path)) as file:
         head = file.read(HEAD)
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16, JSON is UTF-8. Convert it, as in iconv -f UTF-16 -t "
-                        "UTF-8.")
+        raise UserError(f"{path}: is UTF-16, JSON is UTF-8. {CONVERT.format('UTF-16')}")
     if is_array(head):
-        with closing(_open(path)) as file:
+        with closing(open_binary(path)) as file:
             yield from array_items(path, file.read())
     elif is_stream(head):
-        with closing(_open(path)) as file:
+        with closing(open_binary(path)) as file:
             yield from stream_values(path, file.read())
     else:
-        with closing(_open(path)) as file:
+        with closing(open_binary(path)) as file:
             for number, line in enumerate(file, start=1):
                 if not line.isspace():
                     yield f"{path}:{number}", line
 
 
-def _read_table(path: Path, delimiter: str) -> Iterator[Row]:
-    """Rows of a table with a header line; an empty cell is a field that is not there."""
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    """What a text is instead, as far as its bytes say, and what to do."""
+    if error.object[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return f"is UTF-16, not UTF-8. {CONVERT.format('UTF-16')}"
+    return f"is not UTF-8 (byte 0x{error.object[error.start]:02x}). {LATIN}"
+
+
+def delimiter_of(path: Path) -> str:
+    """What separates the cells of a table: that of its kind, or what the header of a .csv has.
+
+    Spreadsheets write semicolons where the comma is a decimal sign. A comma outside of quotes in
+    the header is what it says it is.
+    """
     csv.field_size_limit(sys.maxsize)
-    with closing(_open(path)) as file:
+    if TABLES[kind_of(path)] != ",":
+        return TABLES[kind_of(path)]
+    with closing(open_binary(path)) as file:
+        header = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="").readline()
+
+    def names(delimiter: str) -> int:
+        return len(next(csv.reader([header], delimiter=delimiter), []))
+
+    other = max(";\t", key=names)
+    return other if names(",") < 2 <= names(other) else ","
+
+
+def _read_table(path: Path) -> Iterator[Row]:
+    """Rows of a table with a header line; an empty cell is a field that is not there."""
+    delimiter = delimiter_of(path)
+    with closing(open_binary(path)) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
         for number, row in enumerate(csv.DictReader(text, delimiter=delimiter), start=1):
             source = f"{path}:row {number}"
@@ -209,7 +214,7 @@ def as_object(raw: Any) -> dict[str, Any]:
         try:
             raw = parsed_line(raw.removeprefix(b"\xef\xbb\xbf").decode())
         except UnicodeDecodeError as error:
-            raise RecordError(f"not UTF-8: {error}") from None
+            raise RecordError(f"not UTF-8: {error}", advice=LATIN) from None
         except json.JSONDecodeError as error:
             if error.msg == "Extra data" and error.doc[error.pos:].strip() == ",":
                 raise RecordError("a comma follows the record, which JSON lines do not have",

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from megatron_irl.config.data_schema import BadRecords
 from megatron_irl.config.schema import DataConfig, DataSource
+from megatron_irl.data.compression import kind_of
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import Normaliser
 from megatron_irl.data.forms import Purpose
-from megatron_irl.data.readers import RecordError, Row, as_object, read_rows
+from megatron_irl.data.readers import TABLES, RecordError, Row, as_object, delimiter_of, read_rows
 from megatron_irl.data.trees import assembled, is_tree_row
 from megatron_irl.errors import UserError
 
@@ -174,7 +175,8 @@ class Records:
 
     def note(self) -> None:
         """Add what was recognised to the reading's notes: a line for every file."""
-        lines = [f"{path}: {_counted(seen)}" for path, seen in self._seen.items() if seen.counts]
+        lines = [f"{path}: {_table(Path(path))}{_counted(seen)}"
+                 for path, seen in self._seen.items() if seen.counts]
         if len(lines) > MAX_NOTES:
             rest = len(lines) - MAX_NOTES
             forms = sorted({name for seen in self._seen.values() for name in seen.counts})
@@ -193,6 +195,14 @@ def _with_trees(rows: Iterator[Row]) -> Iterator[Row]:
         has_trees = False
     rows = chain([first], rows)
     return assembled(rows) if has_trees else rows
+
+
+def _table(path: Path) -> str:
+    """Of a table whose name says other than its header does what was taken."""
+    usual = TABLES.get(kind_of(path))
+    if usual is None or path.is_dir() or (taken := delimiter_of(path)) == usual:
+        return ""
+    return f"cells separated by {'semicolons' if taken == ';' else 'tabs'}, "
 
 
 def _counted(seen: _Seen) -> str:

@@ -80,7 +80,7 @@ def read_inputs(
     Args:
         check_hardware: Otherwise the recipe may ask for what this machine does not have.
         keeps_tokens: Keep token ids in the output folder, for the other ranks and the next start.
-            Otherwise nothing is written.
+            Otherwise nothing is written, and a folder of another run is a note.
         check: Called before the data are read, which may take long.
 
     Raises:
@@ -107,6 +107,11 @@ def read_inputs(
     data, resolved, tokens = _read_data(
         recipe, algorithm, folder, tokenizer, start, keeps=keeps_tokens
     )
+    if not keeps_tokens:
+        try:
+            folder.check(resolved, data.digest, len(data.demonstrations), start)
+        except UserError as error:
+            kept = [*kept, f"train would refuse this: {error}"]
     return Inputs(
         resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
         headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
@@ -164,7 +169,7 @@ def _read_data(
 
     if not keeps:
         data = read(None)
-        return data, _resolved(recipe, folder, data, start), None
+        return data, resolve(recipe, len(data.demonstrations)), None
     tokens = Tokens(TokenStore(folder.tokens))
     data = tokens.corpus(
         lambda: token_key(recipe, tokenizer, trained_on[1] if trained_on else ()), read

@@ -65,7 +65,8 @@ def test_what_generate_writes_fits_score(finished, tmp_path):
     """The response that was sampled is scored, not the one that the record came with."""
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"messages": [USER, GOOD]}, {"prompt": "2+2"},
                                                  {"question": "2+2", "answer": "4"}])
-    generate(finished, prompts, tmp_path / "o.jsonl")
+    said = generate(finished, prompts, tmp_path / "o.jsonl")
+    assert said.endswith(f"\nwrote 3 responses to {tmp_path / 'o.jsonl'}\n")
     lines = read_jsonl(tmp_path / "o.jsonl")
     asked = [{"prompt": line["prompt"], "responses": [line["response"]]} for line in lines]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", asked)
@@ -73,6 +74,7 @@ def test_what_generate_writes_fits_score(finished, tmp_path):
         result = run("score", "--model", finished, "--pairs", given, "--out",
                      tmp_path / f"{name}.jsonl")
         assert result.code == 0, result.err
+        assert result.err.endswith(f"\nwrote rewards of 3 responses to {tmp_path / name}.jsonl\n")
     ours, expected = read_jsonl(tmp_path / "a.jsonl"), read_jsonl(tmp_path / "b.jsonl")
     assert [line["rewards"] for line in ours] == [line["rewards"] for line in expected]
     assert [line["token_ids"] for line in ours] == ids(lines)

@@ -241,6 +241,16 @@ def test_folder_of_another_recipe(finished, override):
     assert snapshot(finished) == before
 
 
+def test_plan_of_another_recipe_than_the_folder_s(finished, capsys):
+    before = snapshot(finished)
+    result = run("plan", finished.parent / "recipe.yaml", "optimizer.lr=2e-3")
+    assert result.code == 0, result.err
+    note, *plan = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"train would refuse this: output_dir={finished} belongs to another")
+    assert "optimizer.lr=0.001 there and 0.002 now" in note and len(plan) > 9
+    assert snapshot(finished) == before
+
+
 @pytest.mark.parametrize(
     "override", ["logging.interval=5", "checkpoint.keep=9", "train.micro_batch_size=1"]
 )

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_irl.data.readers import as_object, read_rows
+from megatron_irl.data.readers import as_object, delimiter_of, read_rows
+from megatron_irl.data.records import collect
+from megatron_irl.data.sources import Reading
 from megatron_irl.errors import UserError
 
 RECORDS = [{"prompt": "a é\n", "response": "c"}, {"prompt": "b", "response": "d, \"e\""}]
@@ -45,6 +47,9 @@ TEXTS = {
     "a.jsonl.xz": lzma.compress(LINES),
     "a.csv": b'prompt,response\n"a \xc3\xa9\n",c\nb,"d, ""e"""\n',
     "a.tsv": b'\xef\xbb\xbfprompt\tresponse\n"a \xc3\xa9\n"\tc\nb\t"d, ""e"""\n',
+    "semicolons.csv": b'\xef\xbb\xbf"prompt";response\n"a \xc3\xa9\n";c\nb;"d, ""e"""\n',
+    "tabs.csv": b'prompt\tresponse\r"a \xc3\xa9\n"\tc\rb\t"d, ""e"""\r',
+    "semicolons.csv.gz": gzip.compress(b'prompt;response\n"a \xc3\xa9\n";c\nb;"d, ""e"""\n'),
 }
 
 
@@ -119,7 +124,9 @@ BROKEN = [
     ("a.json", b'{\n "a": 1\n}\n{\n "a": \n}', ":6: not JSON: Expecting value"),
     ("a.jsonl", b'{"a": ' + b"[" * 100_000, ":1: not JSON"),
     ("a.csv", b"prompt,response\na,b,c\n", ":row 1: the row has more cells than"),
-    ("a.csv", b"prompt,response\n\xff,b\n", "cannot be read"),
+    ("a.csv", b"prompt,response\n\xff,b\n", "is not UTF-8 (byte 0xff). It may be Latin-1"),
+    ("a.csv", b"\xff\xfe" + "prompt,a".encode("utf-16-le"), "is UTF-16, not UTF-8. Convert it"),
+    ("a.json", b'[{"prompt": "caf\xe9"}]', "iconv -f WINDOWS-1252 -t UTF-8"),
     ("a.jsonl.zst", b"not zstd at all", "cannot be read"),
     ("a.jsonl.xz", b"not xz at all", "cannot be read"),
     ("a.arrow", b"ARROW1 cut", "cannot be read"),
@@ -146,3 +153,26 @@ def test_broken_files_are_named(tmp_path, name, content, message):
 def test_cells_that_are_empty_are_not_there(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,response,answer\na,b,\n")
     assert rows(tmp_path / "a.csv")[0][1] == {"prompt": "a", "response": "b", "answer": None}
+
+
+@pytest.mark.parametrize(("header", "delimiter"), [
+    ("prompt,response", ","), ("prompt,a;b", ","), ("a;b;c,d", ","), ("text", ","), ("", ","),
+    ('"a,b";"c"', ";"), ('"a;b"', ","), ("a;b\tc\td", "\t"), ("a\tb", "\t")])
+def test_the_header_says_what_separates_cells(tmp_path, header, delimiter):
+    (tmp_path / "a.csv").write_text(header + "\n1;2,3\n")
+    assert delimiter_of(tmp_path / "a.csv") == delimiter
+
+
+def test_what_was_taken_for_a_table_is_said_and_an_encoding_once(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question;answer\n1,5 + 1?;2,5\n")
+    reading = Reading.of(str(path))
+    ((found, record),) = collect(reading, lambda found, record: (found[0], record))
+    assert record == {"question": "1,5 + 1?", "answer": "2,5"}
+    assert reading.notes[0].startswith(f"{path}: cells separated by semicolons, 1 records as ")
+    lines = tmp_path / "a.jsonl"
+    lines.write_bytes(b'{"prompt": "caf\xe9", "response": "b"}\n' * 3)
+    with pytest.raises(UserError) as raised:
+        collect(str(lines), lambda found, record: record)
+    assert str(raised.value).count("not UTF-8: ") == 3
+    assert str(raised.value).count("It may be Latin-1 or Windows-1252. Convert it, as in ") == 1
