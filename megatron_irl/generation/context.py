@@ -96,8 +96,8 @@ class PagedContext(DynamicInferenceContext):
         """Lay out the step after the present one: a token for each request, no prompts.
 
         Args:
-            moves_B: bool [B], requests that go on. The others compute their last position again,
-                as there may be no cache for a further one.
+            moves_B: bool [B], requests that go on. The others, for which there may be no cache any
+                more, compute what is written to nobody's block: their last one may be shared.
         """
         rows, block = int(self.total_request_count), self.block_size_tokens
         places = np.arange(rows)
@@ -111,9 +111,11 @@ class PagedContext(DynamicInferenceContext):
         for name, value in (
             ("token_to_pos_ids", offsets), ("token_to_position_in_request", offsets),
             ("token_to_request_idx", places),
-            ("token_to_block_idx",
-             self._array("request_to_kv_block_ids")[places, offsets // block]),
-            ("token_to_local_position_within_kv_block", offsets % block),
+            ("token_to_block_idx", np.where(
+                moves_B, self._array("request_to_kv_block_ids")[places, offsets // block],
+                self.kv_block_allocator.dummy_block_idx,
+            )),
+            ("token_to_local_position_within_kv_block", np.where(moves_B, offsets % block, 0)),
         ):
             self._array(name)[:rows] = value
 

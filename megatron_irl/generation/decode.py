@@ -82,6 +82,7 @@ class DecodeLoop:
         ids_B = context.request_ids[:rows].long()  # a copy: the update below moves rows about
         requests = ids_B.tolist()
         left_B = table.left(requests)
+        self._device.choose(table.sampling)
         steps = self._reserve(left_B, 1 if single else self._length(left_B, wanted))
         input_ids, position_ids, published = self._controller._dynamic_step_context_init(
             record_bookkeeping_done_event=True  # which leaves the copy to the device in flight
@@ -98,8 +99,9 @@ class DecodeLoop:
                 context.follow_device()
             logits_BV = self._forward(input_ids, position_ids)
             if step == 0:  # with the device at work already
-                self._device.begin(table.uniforms(requests, steps), left_B, table.sampling)
+                self._device.begin(table.uniforms(requests, steps), left_B)
             self._sample(logits_BV)
+            del logits_BV  # large, and the next step makes its own
         # Before the wait: on CUDA all of the burst is only queued by now.
         self.tell_engine()
         meanwhile()

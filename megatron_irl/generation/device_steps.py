@@ -6,6 +6,7 @@ graph once per batch size and replayed with no work on the host.
 Shape letters: B rows of the step, R rows there is room for, K steps of a burst, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,15 @@ class DeviceSteps:
         self._recorder = Recorder()
         self._graphs: dict[Any, Any] = {}  # (rows, sampling) to a replay, or None once warmed up
 
-    def begin(self, uniforms: np.ndarray, left: np.ndarray, sampling: SamplingConfig) -> None:
+    def choose(self, sampling: SamplingConfig) -> None:
+        """How the next bursts sample; before a burst is queued, as the host may wait here."""
+        # What a step does with logits depends on neither; every round has another seed.
+        self._sampling = replace(sampling, seed=0, max_new_tokens=1)
+        if self._sampling not in self._stops:
+            stops = sorted(sampling.stop_set)
+            self._stops[self._sampling] = torch.tensor(stops, device=self.device)
+
+    def begin(self, uniforms: np.ndarray, left: np.ndarray) -> None:
         """Start a burst of live rows; once its first forward pass is queued.
 
         Args:
@@ -63,10 +72,6 @@ class DeviceSteps:
             left: int64 [rows], what their budgets still allow, 1 or more.
         """
         count, rows = uniforms.shape
-        self._sampling = sampling
-        if sampling not in self._stops:
-            stops = sorted(sampling.stop_set)
-            self._stops[sampling] = torch.tensor(stops, device=self._step.device)
         # The device is at work on the first step, and the host must not wait for it: from memory
         # that is not pinned, or in pieces, it might. The host's copies are free after ``collect``.
         self._host_uniforms[:count, :rows] = torch.from_numpy(uniforms)

@@ -18,6 +18,7 @@ from megatron_irl.generation.decode import DecodeLoop
 from megatron_irl.generation.graphs import LayerGraphs
 from megatron_irl.generation.pipeline import StageWrapper
 from megatron_irl.generation.sampler import TableSampler
+from megatron_irl.parallel.agreement import any_of_replica
 from megatron_irl.parallel.topology import Topology
 
 from megatron.core.inference.batch_dimensions_utils import (  # isort: skip
@@ -122,27 +123,35 @@ class BuiltEngine:
         self.engine.controller._all_logits_cuda = None
 
     def _build_with_graphs(self) -> None:
-        graphs = LayerGraphs(self._models)
-        start = time.perf_counter()
+        graphs, start = LayerGraphs(self._models), time.perf_counter()
+        error = self._capture(graphs)
+        # Steps that are captured are padded, so the ranks of a replica must run one kind.
+        if not any_of_replica(error is not None, self._topology):
+            hardware.synchronize()  # the clock is the host's, and capturing queues work
+            self.capture_seconds = time.perf_counter() - start
+            self.graphs = graphs
+            return
+        graphs.drop()
+        if error is None:
+            self.engine.context.release()
+        hardware.release_cached_memory()
+        reason = str(error).split("\n")[0] if error else "another rank of the replica says why."
+        warnings.warn(
+            "decoding runs without CUDA graphs, several times slower, because capturing them "
+            f"failed: {reason} Set generation.cuda_graphs=off to decode so from the start, or "
+            "lower generation.max_requests or generation.kv_cache_gb if memory ran out.",
+            stacklevel=2,
+        )
+
+    def _capture(self, graphs: LayerGraphs) -> Exception | None:
+        """Build the engine with graphs; or what a kernel or a capture does not like."""
         try:
             with graphs.lent():
                 self.engine = self._build(self._options.cuda_graphs)
         except (RuntimeError, AssertionError) as error:
-            # Whatever a kernel or a capture does not like, decoding goes on without graphs. (Out
-            # of memory and CUDA's own errors are RuntimeErrors, Megatron's refusals assertions.)
-            graphs.drop()
-            hardware.release_cached_memory()
-            reason = str(error).split("\n")[0]
-            warnings.warn(
-                "decoding runs without CUDA graphs, several times slower, because capturing them "
-                f"failed: {reason} Set generation.cuda_graphs=off to decode so from the start, or "
-                "lower generation.max_requests or generation.kv_cache_gb if memory ran out.",
-                stacklevel=2,
-            )
-            return
-        hardware.synchronize()  # the clock is the host's, and capturing queues work
-        self.capture_seconds = time.perf_counter() - start
-        self.graphs = graphs
+            # Out of memory and CUDA's own errors are RuntimeErrors, Megatron's refusals assertions.
+            return error
+        return None
 
     def _build(self, cuda_graphs: int | None) -> DynamicInferenceEngine:
         options, models, tp_size = self._options, self._models, self._topology.tp_size

@@ -2,10 +2,8 @@
 
 from typing import Literal
 
-import torch
-import torch.distributed as dist
-
 from megatron_irl import hardware
+from megatron_irl.parallel.agreement import any_of_replica
 from megatron_irl.parallel.topology import Topology
 
 KeepCache = Literal["auto", "true", "false"]
@@ -82,6 +80,4 @@ class Residency:
         stays = self.fits(hardware.total_memory(), hardware.foreign_memory())
         # Memory differs between ranks (first and last stages hold embeddings). One that has no room
         # decides for all of its replica.
-        vote = torch.tensor(int(stays), device=hardware.device())
-        dist.all_reduce(vote, op=dist.ReduceOp.MIN, group=self._topology.groups.mp)
-        return bool(vote)
+        return not any_of_replica(not stays, self._topology)

@@ -22,6 +22,11 @@ def agree(numbers: Sequence[int], topology: Topology) -> list[int]:
     return _largest(numbers, None) if topology.world_size > 1 else list(numbers)
 
 
+def any_of_replica(flag: bool, topology: Topology) -> bool:
+    """Whether any rank of this model replica says so. Collective over its ranks."""
+    return bool(_largest([int(flag)], topology.groups.mp)[0])
+
+
 def stop_if_asked(topology: Topology) -> None:
     """Stop here if any rank was asked to. Collective over every rank of the run.
 

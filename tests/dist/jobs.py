@@ -1,8 +1,11 @@
 """What the ranks of a distributed test run; importable by name."""
 
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -14,7 +17,9 @@ from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.data.packing import alignment
 from megatron_irl.data.pair_bank import PairBank
-from megatron_irl.generation import SamplingConfig
+from megatron_irl.generation import SamplingConfig, megatron_engine
+from megatron_irl.generation.engine import BuiltEngine
+from megatron_irl.generation.graphs import LayerGraphs
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
@@ -158,6 +163,34 @@ def generate(
     ) as generator:
         samples = generator.generate(prompts, options, max_new_tokens=budgets)
     return [(s.token_ids.tolist(), s.logprobs.tolist(), s.finish_reason) for s in samples]
+
+
+def capture_fails_on_one(
+    hf: str, layout: Layout, prompts: list[np.ndarray], vocab: int = 128
+) -> tuple[list[list[int]], int, list[str]]:
+    """Samples where the last rank of a replica cannot capture; graphs kept, and what is warned."""
+    topology, chunks, _, _ = build(hf, layout)
+    last = topology.groups.mp.rank() == topology.groups.mp.size() - 1
+    build_engine = BuiltEngine._build
+
+    def plant(self: BuiltEngine, graphs: int | None) -> Any:
+        engine = build_engine(self, None)  # a CPU has no graphs
+        if graphs is not None and last:
+            raise torch.OutOfMemoryError("planted")
+        return engine
+
+    with (
+        mock.patch.object(BuiltEngine, "_build", plant),
+        mock.patch.object(megatron_engine, "why_not_captured", lambda *_: None),
+        mock.patch.object(LayerGraphs, "lent", lambda _: nullcontext()),
+        warnings.catch_warnings(record=True) as caught,
+        MegatronGenerator(chunks, topology, max_sequence_length=64, vocab_size=vocab,
+                          max_requests=4, cuda_graphs=3) as generator,
+    ):
+        warnings.simplefilter("always")
+        samples = generator.generate(prompts, SamplingConfig(max_new_tokens=6, temperature=0.0))
+        return ([s.token_ids.tolist() for s in samples], generator.graph_count,
+                [str(w.message) for w in caught if "CUDA graphs" in str(w.message)])
 
 
 def engine_and_trainer(

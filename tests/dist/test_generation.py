@@ -113,6 +113,17 @@ def test_engine_logprobs_equal_the_trainers(pool, tiny, prompts, name, tied):
     assert np.std(trainer) > 0.3, "flat predictions would hide a wrong model"
 
 
+@pytest.mark.parametrize("name", ["tp2", "pp2"])
+def test_a_capture_that_fails_on_one_rank_is_given_up_by_its_replica(pool, tiny, prompts, name):
+    world_size, layout = LAYOUTS[name]
+    ranks = pool.run(
+        world_size, jobs.capture_fails_on_one, hf=tiny[False], layout=layout, prompts=prompts
+    )
+    for ids, graphs, warned in ranks:
+        assert ids == ranks[0][0] and graphs == 0 and len(warned) == 1
+    assert "failed: another rank" in ranks[0][2][0] and "failed: planted" in ranks[-1][2][0]
+
+
 @pytest.mark.parametrize("name", ["one", "tp2", "pp2_vpp2"])
 def test_cache_memory_is_released(pool, tiny, prompts, name):
     world_size, layout = LAYOUTS[name]

@@ -106,7 +106,8 @@ def test_rows_advance_stop_and_stay_by_hand():
     steps = DeviceSteps(
         context, rows=4, steps=3, vocab_size=12, device=torch.device("cpu"), capture=False
     )
-    steps.begin(np.zeros((3, 2)), np.array([3, 3]), SAMPLING)
+    steps.choose(SAMPLING)
+    steps.begin(np.zeros((3, 2)), np.array([3, 3]))
     for tokens in ([5, 6], [7, 2], [8, 1]):  # the second row ends with 2, padding rows never live
         steps.advance(torch.tensor([*tokens, 0, 0]), torch.zeros(4))
     tokens, _, was_live, live = steps.collect(3, 2)
@@ -220,6 +221,29 @@ def test_prompts_and_the_steps_after_them_are_one_burst(make, monkeypatch):
         assert a.token_ids.tolist() == b.token_ids.tolist() and a.finish_reason == b.finish_reason
         np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=0 if EXACT else 1e-5)
     assert with_prompts and len(looks) < sum(looks)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_request_that_ends_with_its_prompt_leaves_shared_blocks_alone(make, share):
+    """Its prompt ends where a block does, and the others read that block."""
+    prompts = [np.arange(3, 11, dtype=np.int32)] * 6
+    sampling, budgets = SamplingConfig(max_new_tokens=12, seed=3, eos_id=999), [12, 1, 12, 1, 12, 5]
+    expected = make().generate(prompts, sampling, max_new_tokens=budgets)
+    generator = make(burst_steps=16, block_tokens=4, max_requests=4, share_prompts=share)
+    found = generator.generate(prompts, sampling, max_new_tokens=budgets)
+    for a, b in zip(found, expected, strict=True):
+        assert a.token_ids.tolist() == b.token_ids.tolist()
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
+
+
+def test_another_seed_or_budget_needs_no_other_recording():
+    steps = DeviceSteps(
+        _Context(), rows=4, steps=3, vocab_size=12, device=torch.device("cpu"), capture=False
+    )
+    for seed in range(3):
+        steps.choose(replace(SAMPLING, seed=seed, max_new_tokens=9 + seed))
+    steps.choose(replace(SAMPLING, temperature=0.5))
+    assert len(steps._stops) == 2
 
 
 def test_the_time_between_bursts_is_told_once(make, monkeypatch):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megatron_irl import hardware
-from megatron_irl.generation import residency
 from megatron_irl.generation.residency import Residency
 
 
@@ -22,15 +21,15 @@ class Device:
         ):
             monkeypatch.setattr(hardware, name, value)
         self.votes = []
-        monkeypatch.setattr(residency.dist, "all_reduce", self.vote)
-        self.others = 1
+        monkeypatch.setattr(torch.distributed, "all_reduce", self.vote)
+        self.others = 0  # what another rank brings: 1 where it has no room
 
     def reset(self):
         self.peak = 0
 
     def vote(self, tensor, op, group):
         self.votes.append((int(tensor), op, group))
-        tensor.fill_(min(int(tensor), self.others))
+        tensor.fill_(max(int(tensor), self.others))
 
 
 @pytest.fixture
@@ -68,7 +67,7 @@ def test_what_fits_beside_training_stays(device, training, cache, weights, stays
     kept = make()
     assert phases(kept, device, training=training, cache=cache, weights=weights) is stays
     assert kept.peak_train == training and kept.peak_generation == 90
-    assert device.votes == [(int(stays), torch.distributed.ReduceOp.MIN, "mp")]
+    assert device.votes == [(int(not stays), torch.distributed.ReduceOp.MAX, "mp")]
 
 
 def test_what_stays_is_not_counted_as_training(device):
@@ -81,7 +80,7 @@ def test_what_stays_is_not_counted_as_training(device):
 
 
 def test_one_rank_without_room_decides_for_its_replica(device):
-    device.others = 0
+    device.others = 1
     assert not phases(make(), device, training=10, cache=10)
 
 
