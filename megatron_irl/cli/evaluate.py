@@ -106,7 +106,7 @@ class _Judge:
             if name in REFUSALS:
                 better: Any = REFUSALS[name]
                 found.rows.append(
-                    mean_of(name, "refusal rate", better, refusal_items(answers)))
+                    mean_of(name, "refusal rate", better, refusal_items(answers), is_share=True))
             else:
                 found.rows += toxicity_rows(self._toxicity(answers))
         if self._plan.stereotypes:

@@ -55,9 +55,9 @@ def stereotype_rows(
     """
     items = [float(a > b) + 0.5 * (a == b) for a, b in zip(logps[0::2], logps[1::2], strict=True)]
     metric = "stereotype likelier"
-    rows = [mean_of("stereotypes", metric, "half", items)]
+    rows = [mean_of("stereotypes", metric, "half", items, is_share=True)]
     kinds = sorted({pair.kind for pair in pairs} - {""})
     for kind in kinds if len(kinds) > 1 else ():
         of_kind = [item for item, pair in zip(items, pairs, strict=True) if pair.kind == kind]
-        rows.append(mean_of(f"stereotypes/{kind}", metric, "half", of_kind))
+        rows.append(mean_of(f"stereotypes/{kind}", metric, "half", of_kind, is_share=True))
     return rows

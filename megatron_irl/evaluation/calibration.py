@@ -53,11 +53,11 @@ def preference_rows(
     margin_P = reward_P2[:, 0] - reward_P2[:, 1]
     longer_P = length_P2[:, 0] - length_P2[:, 1]
     right_P = (margin_P > 0) + 0.5 * (margin_P == 0)
-    rows = [mean_of(SET, "accuracy", "higher", right_P)]
+    rows = [mean_of(SET, "accuracy", "higher", right_P, is_share=True)]
     for name, of in (("accuracy, chosen is shorter", longer_P < 0),
                      ("accuracy, chosen is longer", longer_P > 0)):
         if of.any():
-            rows.append(mean_of(SET, name, "higher", right_P[of]))
+            rows.append(mean_of(SET, name, "higher", right_P[of], is_share=True))
     rows.append(mean_of(SET, "margin", None, margin_P))
     count = len(margin_P)
     rows += [
@@ -65,6 +65,7 @@ def preference_rows(
                     count),
         Measurement(SET, "correlation with length", None, length_correlation(reward_P2, length_P2),
                     None, count),
-        mean_of(SET, "longer answer chosen", None, (longer_P > 0) + 0.5 * (longer_P == 0)),
+        mean_of(SET, "longer answer chosen", None, (longer_P > 0) + 0.5 * (longer_P == 0),
+                is_share=True),
     ]
     return rows

@@ -21,6 +21,7 @@ from megatron_irl.evaluation.measurements import Measurement
 from megatron_irl.evaluation.task_sets import TASK_SETS, TaskChoice
 
 SEED = 1234  # of few-shot draws; lm-eval's own default
+SHARES = ("acc", "acc_norm", "exact_match")  # metrics whose items are right or wrong
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ def _measurement(
         of=name, metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
         better=None if direction is None else "higher" if direction else "lower", value=value,
         stderr=float(error) if isinstance(error, int | float) else None,
-        count=len(items) or _count(results, name), items=items if is_mean else None)
+        count=len(items) or _count(results, name), items=items if is_mean else None,
+        is_share=is_mean and metric in SHARES and bool(np.isin(items, (0, 1)).all()))
 
 
 def _leaves(results: Mapping[str, Any], name: str) -> list[str]:

@@ -54,4 +54,4 @@ def toxicity_rows(scores: Sequence[float]) -> list[Measurement]:
     """Mean score, and the share of toxic answers."""
     return [mean_of("toxicity", "mean score", "lower", scores),
             mean_of("toxicity", f"share from {TOXIC} on", "lower",
-                    [float(score >= TOXIC) for score in scores])]
+                    [float(score >= TOXIC) for score in scores], is_share=True)]

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from megatron_irl.run.comparison import share_of, wilson_interval
+from megatron_irl.evaluation.intervals import wilson_interval
+from megatron_irl.run.comparison import share_of
 
 Record = Mapping[str, Any]
 

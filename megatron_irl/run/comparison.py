@@ -1,24 +1,11 @@
 """Evaluations side by side: the columns, their text, and confidence intervals."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_irl.evaluation.intervals import wilson_interval
+
 Evaluation = Mapping[str, Any]
-
-
-def wilson_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's score interval of a share, 95% by default (Wilson, 1927).
-
-    Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at ``total``.
-    """
-    assert 0 <= count <= total and total > 0, f"{count} of {total}"
-    share = count / total
-    scale = 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    # At the ends the interval closes on the share itself; rounding must not push it outside.
-    return (0.0 if count == 0 else centre - half), (1.0 if count == total else centre + half)
 
 
 def compare_table(rows: Sequence[tuple[str, Evaluation]]) -> str:

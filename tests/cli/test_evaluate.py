@@ -97,7 +97,9 @@ def test_a_run_beside_its_start_on_sets_of_ones_own(finished, model, sets, tmp_p
     assert rows["stereotypes", "stereotype likelier"]["count"] == 2
     assert rows["stereotypes/digits", "stereotype likelier"]["before"] in (0, 0.5, 1)
     assert rows["harmful", "refusal rate"]["after"] == 0  # six bytes are no refusal
+    assert rows["harmful", "refusal rate"]["after_interval"] == pytest.approx([0, 0.6576], abs=5e-5)
     assert rows["toxicity", "mean score"]["before"] is not None
+    assert rows["toxicity", "mean score"]["after_interval"] is None
     assert rows["preferences", "accuracy"]["before"] is None, "the start has no reward"
     shown = capsys.readouterr().out
     assert re.search(r"\d better, \d worse", shown) and "calibration error" in shown
@@ -148,6 +150,8 @@ def test_tasks_of_every_request_type(finished, model, tmp_path, no_report):
     shots = found["lm_eval"]["after"]["n-shot"]
     assert shots["tiny_choice"] == 1 and shots["tiny_answer"] == 0, "a task's own 0 stays"
     assert rows["tiny", "acc"]["count"] == 8 and rows["tiny", "acc"]["change_stderr"] is not None
+    assert rows["tiny", "acc"]["after_interval"] and not rows["tiny_text", "byte_perplexity"][
+        "after_interval"]
     samples = read_jsonl(written[0].with_suffix(".samples.jsonl"))
     assert len(samples) == 2 * 4 * 4
     prompts = {side: [s["arguments"] for s in samples if s["of"] == side]

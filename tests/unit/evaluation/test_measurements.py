@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from megatron_irl.evaluation.intervals import paired_share_error
 from megatron_irl.evaluation.measurements import Measurement, mean_of, side_by_side, text_table
 
 
@@ -51,3 +52,31 @@ def test_the_table_counts():
     shown = text_table(side_by_side(before, after))
     assert "+1.0000 [+1.0000, +1.0000]  better" in shown
     assert shown.endswith("1 better, 0 worse, 0 within their interval (~), 1 the same (=)")
+
+
+def test_few_items_that_are_all_alike_claim_little():
+    """By hand: z²/(2 + z²) = 0.6576. Of the change, with half a pair in each of four cells: mean
+    2/4, variance 3/4 - 1/4, error sqrt(0.5/4) about 2/4, so sqrt(0.5) about 1: 0 is within 1.96.
+    """
+    def rows(old, new, **how):
+        return side_by_side([mean_of("t", "acc", "higher", old, **how)],
+                            [mean_of("t", "acc", "higher", new, **how)])
+
+    (row,) = rows([0, 0], [1, 1], is_share=True)
+    assert row["before_interval"] == pytest.approx((0, 0.6576), abs=5e-5)
+    assert row["change_stderr"] == pytest.approx(np.sqrt(0.5)) and row["verdict"] == "unclear"
+    shown = text_table([row])
+    assert "0.0000 [0.0000, 0.6576]  1.0000 [0.3424, 1.0000]  +1.0000 [-0.3859, +1.0000]" in shown
+    assert text_table([{k: v for k, v in row.items() if "interval" not in k}]).count("±0.0000") == 2
+    assert rows([0] * 20, [1] * 20, is_share=True)[0]["verdict"] == "better"
+    (row,) = rows([0, 0], [0, 0], is_share=True)
+    assert row["verdict"] == "same" and row["change_stderr"] == pytest.approx(0.5)
+    (row,) = rows([0.0, 0.0], [3.5, -2.0])  # no shares: margins, say
+    assert row["before_interval"] is None and row["after_interval"] is None
+
+
+def test_the_error_of_many_pairs_is_the_usual_one():
+    rng = np.random.default_rng(1)
+    old, new = (rng.integers(0, 2, 5000).astype(float) for _ in range(2))
+    usual = (new - old).std(ddof=1) / np.sqrt(5000)
+    assert paired_share_error(new - old) == pytest.approx(usual, rel=1e-3)

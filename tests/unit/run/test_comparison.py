@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_irl.run.comparison import compare_table, wilson_interval
+from megatron_irl.evaluation.intervals import wilson_interval
+from megatron_irl.run.comparison import compare_table
 
 
 @pytest.mark.parametrize(("count", "total", "low", "high"), [
