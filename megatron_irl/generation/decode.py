@@ -211,7 +211,7 @@ class DecodeLoop:
     def _settle(
         self, ids_B: Tensor, tokens: np.ndarray, counts: np.ndarray, live_B: Tensor, *, unseen: int
     ) -> None:
-        """Tell the context and the engine what the burst did, as if its steps had been theirs.
+        """Tell the context what the burst did, and keep it for the engine, as if by its own steps.
 
         Args:
             unseen: Positions that the device has moved on without the host's tensors.
