@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -116,7 +117,7 @@ def run_ranks(
     os.set_blocking(word, False)
     shared = os.environ | {
         "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         _LAUNCHER: str(os.getpid()), _WORD: str(word),
     }
     shared.setdefault("OMP_NUM_THREADS", str(threads))
@@ -241,7 +242,14 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port() -> int:
+    """A port of this machine that nobody listens on.
+
+    Rank 0 does so some seconds later, when it has read its libraries; a port of those that the
+    kernel deals out would by then be another connection's once in a while.
+    """
+    while True:
+        port = _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

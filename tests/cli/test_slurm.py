@@ -1,10 +1,11 @@
 """What a task of a Slurm step takes from its environment, and what it says where that is wrong."""
 
 import os
+import socket
 
 import pytest
 
-from megatron_irl.cli.ranks import adopt_environment
+from megatron_irl.cli.ranks import adopt_environment, free_port
 from megatron_irl.errors import UserError
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
@@ -101,3 +102,12 @@ def test_the_command_ends_with_code_2(step, capsys, monkeypatch, tmp_path):
         step(scontrol="exit 1")
     assert main(["train", str(recipe)]) == 2
     assert "scontrol" in capsys.readouterr().err
+
+
+def test_a_port_is_free_and_none_that_linux_deals_out():
+    """Rank 0 listens on it only after it has read its libraries."""
+    with socket.socket() as listening:
+        taken = free_port()
+        listening.bind(("127.0.0.1", taken))
+        ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40 and taken not in ports and all(20000 <= port < 32768 for port in ports)

@@ -8,7 +8,6 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
+
+from megatron_irl.cli.ranks import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_WORKERS = 4
@@ -51,7 +52,7 @@ class Pool:
         """
         assert 1 <= world_size <= MAX_WORKERS
         self._start(world_size)
-        port = _free_port()
+        port = free_port()
         for rank, pipe in enumerate(self._pipes[:world_size]):
             environment = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
@@ -114,9 +115,3 @@ class Pool:
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return answers
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
