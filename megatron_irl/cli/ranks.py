@@ -2,16 +2,14 @@
 
 import contextlib
 import os
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Sequence
 
+from megatron_irl.cli.ports import free_port, slurm_port
 from megatron_irl.errors import HUNG, STOPPED, UserError
 from megatron_irl.storage.processes import end_with_parent
 
@@ -22,8 +20,6 @@ _SLURM = {
     "WORLD_SIZE": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS"),
     "LOCAL_RANK": ("SLURM_LOCALID",),
 }
-_FIRST_PORT, _NUM_PORTS = 20000, 12000  # below Linux's ephemeral range, which begins at 32768
-
 
 _LAUNCHER = "MEGATRON_IRL_LAUNCHER"  # process id, given to the ranks
 _WORD = "MEGATRON_IRL_WORD"  # descriptor of a pipe with one byte, for the rank that may tell
@@ -48,7 +44,7 @@ def adopt_environment() -> int | None:
             found["MASTER_ADDR"] = "127.0.0.1" if found["WORLD_SIZE"] == "1" else (
                 _first_slurm_host())
         os.environ.update(found)
-        os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
+        os.environ.setdefault("MASTER_PORT", str(slurm_port()))
         return _world_size()
     return None
 
@@ -61,16 +57,6 @@ def _slurm_value(sources: Sequence[str]) -> str:
                         f"{'is' if len(sources) == 1 else 'are'} not set. Start with srun, or set "
                         "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.")
     return value
-
-
-def _slurm_port() -> int:
-    """A port that the ranks of a step agree on and that another step on its node does not have.
-
-    Steps of one job have ports of their own; jobs are spread, so that they rarely meet.
-    """
-    job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ["SLURM_STEP_ID"]
-    number = int(step) if step.isdecimal() else zlib.crc32(step.encode())
-    return _FIRST_PORT + (zlib.crc32(job.encode()) + number) % _NUM_PORTS
 
 
 def _world_size() -> int:
@@ -240,16 +226,3 @@ def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
     _signal(ranks, signal.SIGKILL)
     for process in ranks:
         process.wait()
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on.
-
-    Rank 0 does so some seconds later, when it has read its libraries; a port of those that the
-    kernel deals out would by then be another connection's once in a while.
-    """
-    while True:
-        port = _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

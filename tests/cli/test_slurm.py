@@ -5,7 +5,8 @@ import socket
 
 import pytest
 
-from megatron_irl.cli.ranks import adopt_environment, free_port
+from megatron_irl.cli.ports import free_port
+from megatron_irl.cli.ranks import adopt_environment
 from megatron_irl.errors import UserError
 
 STEP = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from megatron_irl.cli.ranks import free_port
+from megatron_irl.cli.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_WORKERS = 4
