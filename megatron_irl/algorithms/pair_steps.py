@@ -40,7 +40,6 @@ def previous_pairs(round: Round) -> PairRows:
     """
     # The bank's answers are equal on every rank: what follows is collective.
     bank, topology = round.previous_bank, round.policy.topology
-    pairs = open_pairs(bank, round.index)
     if not bank.has_references(round.index):
         source, before = round.pairs.bank, round.index - 1
         manifest = source.require(before)
@@ -50,19 +49,18 @@ def previous_pairs(round: Round) -> PairRows:
         def copy() -> None:
             for part in sorted(manifest):
                 topology.heart.beat()  # for the others too, which wait in ``on_main``
-                copies = source.read_part(before, part)
-                for pair in copies:  # so that a run killed before the pass below repeats it
+                pairs = source.read_part(before, part)
+                for pair in pairs:  # so that a run killed before the pass below repeats it
                     pair.ref_demo_logp = pair.ref_sample_logp = None
-                bank.write_part(round.index, part, copies)
+                bank.write_part(round.index, part, pairs)
 
         on_main(copy, topology)
         bank.finish_round(round.index)  # the pass reads what rank 0 has written
-        pairs = open_pairs(bank, round.index)
         add_references(
-            round.policy, pairs, weights_of=round.reference_weights, console=round.console,
-            clock=round.clock,
+            round.policy, open_pairs(bank, round.index), weights_of=round.reference_weights,
+            console=round.console, clock=round.clock,
         )
-    return index_pairs(pairs, topology).rows()
+    return index_pairs(open_pairs(bank, round.index), topology).rows()
 
 
 def pair_objective(recipe: Recipe, round_index: int) -> Objective:

@@ -42,12 +42,12 @@ def time_generation(policy: Policy, case: Case, speed: Speedometer) -> dict[str,
             max_new_tokens=budgets[share],
         )
 
-    policy.generation_costs()  # what is asked for below counts from here
-    whole = median_seconds(sample([new] * case.requests), case)
-    host_share = _host_share(policy, whole, case)
+    whole, host_share = _timed(policy, sample([new] * case.requests), case)
     prefill = median_seconds(sample([1] * case.requests), case)
     found = {"seconds": whole, "tokens_per_second": case.requests * new / whole,
-             "prefill_seconds": prefill, "requests": case.requests, **host_share}
+             "prefill_seconds": prefill, "requests": case.requests}
+    if host_share is not None:
+        found["host_share"] = host_share
     most = case.recipe.generation.max_requests
     places = min(len(mine), -(-most // ranks.tp_size) * ranks.tp_size) or 1  # as the engine rounds
     steps = -(-len(mine) // places) * (new - 1)  # a queue is worked off place by place
@@ -62,11 +62,15 @@ def time_generation(policy: Policy, case: Case, speed: Speedometer) -> dict[str,
     return found | {name: costs[name] for name in ("graphs", "replicas") if name in costs}
 
 
-def _host_share(policy: Policy, seconds: float, case: Case) -> dict[str, float]:
-    """Share of a call of ``seconds`` in which the device waited for the host between bursts."""
+def _timed(
+    policy: Policy, work: Callable[[int], Any], case: Case
+) -> tuple[float, float | None]:
+    """Median seconds of a call, and the share in which a GPU waited for the host between bursts."""
+    policy.generation_costs()  # what it tells below counts from here
+    seconds = median_seconds(work, case)
     waited = policy.generation_costs().get("host_seconds")
     calls = case.warmup + case.steps
-    return {} if waited is None else {"host_share": waited / calls / seconds}
+    return seconds, None if waited is None else waited / calls / seconds
 
 
 def _bandwidth(
@@ -109,10 +113,8 @@ def _ragged(policy: Policy, sample: Sample, case: Case) -> dict[str, float]:
     """Tokens a second with equal and with unequal budgets, and the second over the first."""
     equal, unequal = budgets_of(case.response, case.requests)
     even = sum(equal) / median_seconds(sample(equal), case)
-    policy.generation_costs()
-    seconds = median_seconds(sample(unequal), case)
-    waited = _host_share(policy, seconds, case)
+    seconds, host_share = _timed(policy, sample(unequal), case)
     uneven = sum(unequal) / seconds
-    return {"equal_tokens_per_second": even, "ragged_tokens_per_second": uneven,
-            "ragged_to_equal": uneven / even,
-            **{f"ragged_{name}": share for name, share in waited.items()}}
+    found = {"equal_tokens_per_second": even, "ragged_tokens_per_second": uneven,
+             "ragged_to_equal": uneven / even}
+    return found if host_share is None else found | {"ragged_host_share": host_share}

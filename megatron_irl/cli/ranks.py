@@ -147,11 +147,11 @@ def run_ranks(
 def follow_launcher() -> None:
     """End this process with the command that started it as a rank, if one did; to be called early.
 
-    What the launcher has given to its ranks is taken out of the environment here: a command that a
-    rank starts is none of them.
-
     Otherwise the ranks of a launcher that was killed would work on for as long as they can, and
     hold the run folder.
+
+    What the launcher has given to its ranks is taken out of the environment here: a command that a
+    rank starts is none of them.
     """
     global _word
     word, launcher = os.environ.pop(_WORD, ""), os.environ.pop(_LAUNCHER, "")

@@ -7,7 +7,7 @@ import numpy as np
 Z = 1.96  # half the width of a 95% interval, in standard errors
 
 
-def wilson_interval(count: float, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(count: float, total: int, z: float = Z) -> tuple[float, float]:
     """Return Wilson's score interval of a share, 95% by default (Wilson, 1927).
 
     Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at ``total``.

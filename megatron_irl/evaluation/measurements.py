@@ -64,8 +64,8 @@ def side_by_side(
     A row has ``of``, ``metric``, ``better``, ``count``; ``before`` and ``after`` with their
     ``_stderr`` and, of shares, ``_interval``; where both are known ``change``, ``change_stderr``
     and a ``verdict``: ``better`` or ``worse`` if the change is more than its 95% interval,
-    ``unclear`` if it is not, ``same`` if
-    there is none. Items that both models answered are compared pair by pair.
+    ``unclear`` if it is not, ``same`` if there is none. Items that both models answered are
+    compared pair by pair.
     """
     known = {(m.of, m.metric): m for m in before}
     return [_row(known.get((m.of, m.metric)), m) for m in after]
