@@ -51,6 +51,7 @@ def check_layout_against_model(
     vocab_size: int,
     hidden_size: int,
     ffn_hidden_size: int,
+    num_moe_experts: int | None = None,
     precision: Precision = "bf16",
 ) -> None:
     """Check the layout against the model's sizes, before any rank is started.
@@ -63,6 +64,11 @@ def check_layout_against_model(
         UserError: A size does not divide; the message lists the parallel sizes that would work.
     """
     tensor = parallel.tensor_model_parallel_size
+    if num_moe_experts and tensor > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tensor} without parallel.sequence_parallel "
+            f"conflicts with a model of {num_moe_experts} experts a layer; each rank routes its "
+            "own part of the tokens. Set parallel.sequence_parallel to true.")
     split = {"num_attention_heads": num_attention_heads, "num_query_groups": num_query_groups,
              "ffn_hidden_size": ffn_hidden_size}
     rules = {"num_attention_heads": "attention heads are split over tensor-parallel ranks",

@@ -11,15 +11,20 @@ NAME = "Qwen3ForCausalLM"
 
 
 def _read(hf_config: dict[str, Any]) -> Architecture:
+    return qwen3_attention(hf_config, NAME)
+
+
+def qwen3_attention(hf_config: dict[str, Any], family: str, **options: Any) -> Architecture:
+    """An architecture with this attention; ``options`` as of ``llama_like``."""
     refuse(hf_config, "mlp_bias")
     heads = size(hf_config, "num_attention_heads")
-    groups = required_size(hf_config, "num_key_value_heads", heads, NAME)
-    head_dim = required_size(hf_config, "head_dim", default_head_dim(hf_config, groups), NAME)
+    groups = required_size(hf_config, "num_key_value_heads", heads, family)
+    head_dim = required_size(hf_config, "head_dim", default_head_dim(hf_config, groups), family)
     return llama_like(
-        hf_config, NAME, groups=groups, head_dim=head_dim,
+        hf_config, family, groups=groups, head_dim=head_dim,
         windows=window_in_some_layers(hf_config), qk_layernorm=True,
         add_qkv_bias=flag(hf_config, "attention_bias"),
-        proj_bias=flag(hf_config, "attention_bias"),
+        proj_bias=flag(hf_config, "attention_bias"), **options,
     )
 
 

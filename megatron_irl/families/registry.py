@@ -11,13 +11,17 @@ from megatron_irl.families.gemma3 import GEMMA3
 from megatron_irl.families.gpt_neox import GPT_NEOX
 from megatron_irl.families.llama import LLAMA
 from megatron_irl.families.mistral import MISTRAL
+from megatron_irl.families.mixtral import MIXTRAL
 from megatron_irl.families.phi3 import PHI3
 from megatron_irl.families.qwen2 import QWEN2
 from megatron_irl.families.qwen3 import QWEN3
+from megatron_irl.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GEMMA2, GEMMA3, GPT_NEOX)
+    for family in (
+        LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, PHI3, GEMMA2, GEMMA3, GPT_NEOX
+    )
 }
 
 

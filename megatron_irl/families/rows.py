@@ -1,6 +1,6 @@
 """A row: one Megatron parameter and the HF tensors that it is made of, used both ways.
 
-``{}`` is the global layer number. Dimensions are names of ``Architecture.dims``, so that a folder
+``{}`` is the global layer number, a second one the expert's. Dimensions are names of ``Architecture.dims``, so that a folder
 can be checked from its headers alone. A row with ``when`` applies only where the architecture has
 that property: a TransformerConfig field that is on, ``untied`` embeddings, or a property of the
 ``Architecture`` itself (``reward``, ``mlp_bias`` and the like).
@@ -37,10 +37,15 @@ class Row:
         shapes = [t.shape(arch) for t in self.hf]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def at(self, layer: int) -> "Row":
-        """The row of one layer."""
-        hf = tuple(HfTensor(t.name.format(layer), t.dims) for t in self.hf)
-        return Row(self.megatron.format(layer), self.transform, hf, self.when)
+    def at(self, layer: int, expert: int | None = None) -> "Row":
+        """The row of one layer, and of one expert where it is a row of experts."""
+        hf = tuple(HfTensor(t.name.format(layer, expert), t.dims) for t in self.hf)
+        return Row(self.megatron.format(layer, expert), self.transform, hf, self.when)
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether there is one for every expert of a layer."""
+        return self.megatron.startswith(EXPERT)
 
     def applies(self, arch: Architecture) -> bool:
         """Whether the architecture has this parameter."""
@@ -62,6 +67,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
 ADAPTER = "adapter"  # the attribute that ``adapters`` gives a linear layer
 LAYER = "decoder.layers.{}."  # what Megatron's names of a layer's parameters begin with
+EXPERT = LAYER + "mlp.experts.local_experts.{}."  # and of one of its experts'
 
 # transformers' sequence classifiers of every family call it that.
 REWARD_ROW = Row(

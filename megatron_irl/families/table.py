@@ -39,8 +39,17 @@ def row_groups(arch: Architecture) -> Iterator[tuple[str, list[Row]]]:
     single = [r for r in table if "{}" not in r.megatron]
     yield "embedding", [r for r in single if r.megatron == EMBEDDING]
     for layer in range(arch.transformer["num_layers"]):
-        yield f"layer {layer}", [r.at(layer) for r in table if "{}" in r.megatron]
+        yield f"layer {layer}", list(_layer_rows(table, layer, arch.dims["experts"]))
     yield "head", [r for r in single if r.megatron != EMBEDDING]
+
+
+def _layer_rows(table: Sequence[Row], layer: int, experts: int) -> Iterator[Row]:
+    of_experts = [row for row in table if row.of_experts]
+    for row in table:
+        if row.of_experts and row is of_experts[0]:
+            yield from (r.at(layer, expert) for expert in range(experts) for r in of_experts)
+        elif "{}" in row.megatron and not row.of_experts:
+            yield row.at(layer)
 
 
 def rows(arch: Architecture) -> Iterator[Row]:

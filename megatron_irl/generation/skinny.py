@@ -58,7 +58,8 @@ def _either(usual: Callable[..., Tensor], *, copies: bool) -> Callable[..., Tens
         input: Tensor, weight: Tensor, bias: Tensor | None, *, sequence_parallel: bool, **rest: Any
     ) -> Tensor:
         rows = input.numel() // input.shape[-1]
-        if rows > MAX_ROWS or sequence_parallel or weight.dtype != torch.float32:
+        # An expert may have no rows at all.
+        if not 0 < rows <= MAX_ROWS or sequence_parallel or weight.dtype != torch.float32:
             return usual(
                 input=input, weight=weight, bias=bias, sequence_parallel=sequence_parallel, **rest
             )

@@ -199,6 +199,7 @@ def check_model_layout(
         vocab_size=architecture.vocab_size,
         hidden_size=transformer["hidden_size"],
         ffn_hidden_size=transformer["ffn_hidden_size"],
+        num_moe_experts=transformer.get("num_moe_experts"),
         precision=precision,
     )
     if parallel.context_parallel_size > 1:

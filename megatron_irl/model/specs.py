@@ -114,11 +114,14 @@ def block_spec(
         architecture: What its layers are like beyond Megatron's own configuration.
     """
     if name == "transformer_engine":
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
         layer = _local_layer_spec(config)
-    if config.use_te_activation_func:  # in megatron-core 0.19 a spec's MLP is a partial
-        layer.submodules.mlp.keywords["submodules"].activation_func = SwiGLU
+    if config.use_te_activation_func:
+        _mlp(layer.submodules, config).activation_func = SwiGLU
     if hardware.IS_CUDA:
         layer.submodules.self_attn_bda = layer.submodules.mlp_bda = residual_add
     if architecture.parallel_residual:
@@ -133,6 +136,12 @@ def block_spec(
     # Upstream would give the block of a single layer spec its own final norm; see ``LocalNorm``.
     num_layers = get_num_layers_to_build(config, vp_stage, pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=LocalNorm)
+
+
+def _mlp(layer: Any, config: TransformerConfig) -> Any:
+    """What an MLP is made of, an expert's in a mixture; megatron-core 0.19 has partials there."""
+    parts = layer.mlp.keywords["submodules"]
+    return parts.experts.keywords["submodules"] if config.num_moe_experts else parts
 
 
 def _set_biases(layer: Any, architecture: Architecture) -> None:
@@ -164,7 +173,8 @@ def _set_softcap(layer: Any, softcap: float | None) -> None:
 
 def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     submodules = get_gpt_layer_local_submodules(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
     submodules.input_layernorm = LocalNorm
     submodules.pre_mlp_layernorm = LocalNorm

@@ -56,6 +56,15 @@ MODELS = {
             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
     },
+    "mixtral": {"family": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "family": "qwen3_moe", "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32, "norm_topk_prob": True,
+    },
+    "qwen3_moe_unnormalised": {
+        "family": "qwen3_moe", "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64, "norm_topk_prob": False, "tied": True,
+    },
     "gpt_neox": {"family": "gpt_neox", "scale": 0.25},
     "gpt_neox_tied": {"family": "gpt_neox", "scale": 0.25, "tied": True},
 }
@@ -66,7 +75,13 @@ LAYOUTS = {
 }
 TP_ONLY_ONE = ("llama_mqa",)  # one query group cannot be split
 # The full matrix is for the families above; of these each way of splitting is seen once.
+SPARSE = ("mixtral", "qwen3_moe", "qwen3_moe_unnormalised")
+SPARSE_LAYOUTS = {
+    "tp4_sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
+    "tp2_sp_pp2": (4, TP2 | PP2 | {"sequence_parallel": True}),
+}
 FEW = {
+    **dict.fromkeys(SPARSE, ("one", "tp2_sp", "pp2", *SPARSE_LAYOUTS)),
     **dict.fromkeys(("phi3", "gemma2", "gemma3"), ("one", "tp2", "tp2_sp", "pp2", "tp4")),
     **dict.fromkeys(("llama_attention_bias", "llama_mlp_bias"), ("one", "tp2", "tp2_sp", "pp2")),
     **dict.fromkeys(("llama_yarn", "phi3_longrope"), ("one", "tp2", "pp2")),
@@ -109,7 +124,7 @@ def reference(folder):
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout):
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     ranks = pool.run(
         world_size, jobs.token_logprobs, hf=str(folder(name)), layout=sizes, seed=SEED, num=8,
         vocab=VOCAB,
@@ -131,7 +146,7 @@ def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout
 @pytest.mark.parametrize(("name", "layout"), [
     c for c in CASES if c[1] in ("one", "tp4", "pp2") or c[1] == "tp2" and c[0] in FEW])
 def test_greedy_generation_equals_transformers(pool, folder, reference, name, layout):
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 6, VOCAB)]
     ranks = pool.run(
         world_size, jobs.generate, hf=str(folder(name)), layout=sizes, prompts=prompts,
@@ -156,7 +171,7 @@ def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
     """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary
     padding has none.
     """
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     setting = {
         "hf": str(folder(name)), "folder": str(tmp_path / "bank"), "steps": 2,
         "optimizer": {"optimizer": "sgd", "lr": 0.05, "sgd_momentum": 0.0, "clip_grad": 0.0},
