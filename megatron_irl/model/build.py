@@ -1,6 +1,5 @@
 """HF architecture + recipe → Megatron-Core ``GPTModel`` chunks, wrapped for data parallelism."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from megatron_irl.families.architecture import Architecture
 from megatron_irl.model.kernels import check_environment
 from megatron_irl.model.lean_layers import has_swiglu
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
+from megatron_irl.model.mixtures import mixture_fields
 from megatron_irl.model.precision import precision_fields
 from megatron_irl.model.scales import set_scales
 from megatron_irl.model.specs import SpecName, block_spec, choose_spec
@@ -31,10 +31,6 @@ from megatron_irl.model.weight_gradients import (
 from megatron_irl.parallel.logprobs import mark_vocabulary_end
 from megatron_irl.parallel.topology import Topology
 
-from megatron.core.distributed import (  # isort: skip
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-)
 from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
 from megatron.core.transformer.enums import AttnBackend  # isort: skip
 from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
@@ -97,11 +93,14 @@ def build_config(
             "model.use_te_activation_func=true conflicts with this model's activation; there is "
             "one for gated SiLU only. Remove model.use_te_activation_func."
         )
+    grouped = False
     if check_hardware:
-        _set_layer_fields(fields, overrides, architecture, spec)
+        grouped = _set_layer_fields(fields, overrides, architecture, spec) == "transformer_engine"
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
         _set_swiglu(fields, overrides)
+    experts = architecture.transformer.get("num_moe_experts")
+    fields = mixture_fields(experts, overrides, grouped=grouped) | fields
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
@@ -111,7 +110,7 @@ def build_config(
 def _set_layer_fields(
     fields: dict[str, Any], overrides: dict[str, Any], architecture: Architecture,
     asked: SpecName | None,
-) -> None:
+) -> SpecName:
     """Fill in place what depends on the layers that this machine builds the model of."""
     spec = choose_spec(
         fields["params_dtype"], fields.get("fp8"), asked=asked, local_only=architecture.local_only
@@ -124,6 +123,7 @@ def _set_layer_fields(
     check_accumulation(
         spec, fields.setdefault("gradient_accumulation_fusion", spec == "transformer_engine")
     )
+    return spec
 
 
 def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
@@ -287,57 +287,6 @@ def _set_rotary(
         if architecture.local_inv_freq is not None:
             chunk.rotary_pos_emb.local_inv_freq = architecture.local_inv_freq.to(hardware.device())
     chunk.rotary_pos_emb.inv_freq = architecture.inv_freq.to(hardware.device(), torch.float32)
-
-
-def build_ddp_config(overrides: dict[str, Any] | None = None) -> DistributedDataParallelConfig:
-    """Megatron's DDP configuration: our defaults, then the recipe's ``ddp:`` keys.
-
-    The defaults are a distributed optimizer and gradients accumulated and reduced in fp32.
-
-    Raises:
-        UserError: An unknown key, or values that Megatron refuses.
-    """
-    overrides = dict(overrides or {})
-    check_open_section("ddp", overrides, DistributedDataParallelConfig)
-    if overrides.get("average_in_collective"):
-        raise UserError(
-            "ddp.average_in_collective=true conflicts with a loss divided by the global count of "
-            "items: gradients are summed over data parallelism. Remove ddp.average_in_collective."
-        )
-    fields: dict[str, Any] = {
-        "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": True,
-        "overlap_grad_reduce": False,
-        "check_for_nan_in_grad": False,  # our own finite check names the step and keeps the state
-    }
-    try:
-        return DistributedDataParallelConfig(**(fields | overrides))
-    except (ValueError, AssertionError, TypeError) as error:
-        raise UserError(f"Megatron-Core refuses this ddp configuration: {error}") from error
-
-
-def wrap_data_parallel(
-    chunks: Sequence[nn.Module],
-    config: TransformerConfig,
-    topology: Topology,
-    ddp_config: DistributedDataParallelConfig,
-) -> list[DistributedDataParallel]:
-    """Wrap chunks in Megatron's DDP, which owns the gradient buffers.
-
-    Args:
-        ddp_config: As ``build_ddp_config`` makes it.
-    """
-    return [
-        DistributedDataParallel(
-            config,
-            ddp_config,
-            chunk,
-            # Only the first chunk's gradients are on the critical path of the interleaved schedule.
-            disable_bucketing=index > 0,
-            pg_collection=topology.groups,
-        )
-        for index, chunk in enumerate(chunks)
-    ]
 
 
 def unwrap(chunk: Any) -> Any:

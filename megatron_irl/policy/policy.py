@@ -15,7 +15,7 @@ from megatron_irl.data.packing import alignment
 from megatron_irl.generation.borrow import complete_gather
 from megatron_irl.generation.interface import Ends, Finished, SamplingConfig
 from megatron_irl.generation.interface import Progress as OnGenerated
-from megatron_irl.model.build import wrap_data_parallel
+from megatron_irl.model.data_parallel import wrap_data_parallel
 from megatron_irl.parallel.reduce import gather_in_turn
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.pipeline_sampling import PolicyGenerator

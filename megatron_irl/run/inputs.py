@@ -21,7 +21,8 @@ from megatron_irl.data.token_store import TokenStore
 from megatron_irl.data.tokenizer import Tokenizer, fitted, load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.generation.cache_size import cache_gb, default_block_tokens
-from megatron_irl.model.build import build_config, build_ddp_config
+from megatron_irl.model.build import build_config
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.policy.provenance import describe_start, today
 from megatron_irl.run.folder import RunFolder
 from megatron_irl.run.tokens import Tokens

@@ -10,6 +10,23 @@ from megatron_irl.model.forward import HeadProcessor, forward_packed
 from tests.dist.jobs import build, random_sequences
 
 
+def as_stored(tensors: dict[str, Tensor], *, mixtral: bool) -> dict[str, Tensor]:
+    """transformers' tensors by the names they have in files: one for every matrix of an expert."""
+    stored: dict[str, Tensor] = {}
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for name, value in tensors.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if mixtral else name
+        head, found, kind = name.partition("experts.")
+        if not found:
+            stored[name] = value
+            continue
+        parts = [value] if kind == "down_proj" else list(value.chunk(2, dim=1))
+        for part, matrix in zip(parts, names[2:] if len(parts) == 1 else names[:2], strict=True):
+            for expert, tensor in enumerate(part):
+                stored[f"{head}experts.{expert}.{matrix}.weight"] = tensor
+    return stored
+
+
 def likelihood_step(hf: str, seed: int, num: int, vocab: int) -> dict[str, Tensor]:
     """Gradients of the summed negative log-likelihood of responses, as HF tensors by name."""
     _, (chunk,), _, arch = build(hf, {})

@@ -21,7 +21,8 @@ from megatron_irl.generation import SamplingConfig, megatron_engine
 from megatron_irl.generation.engine import BuiltEngine
 from megatron_irl.generation.graphs import LayerGraphs
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import build_chunks, build_config, build_ddp_config
+from megatron_irl.model.build import build_chunks, build_config
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.policy.policy import Policy

@@ -9,7 +9,7 @@ from megatron_irl.adapters.adapters import Adapters, add_adapters
 from megatron_irl.adapters.export import export_adapter
 from megatron_irl.adapters.spec import adapter_spec
 from megatron_irl.config import AdapterConfig, ParallelConfig
-from megatron_irl.model.build import build_ddp_config
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.policy.policy import Policy
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.batches import microbatches_for

@@ -11,7 +11,7 @@ from megatron_irl import hardware
 from megatron_irl.console import Console
 from megatron_irl.errors import UserError
 from megatron_irl.generation import SamplingConfig
-from megatron_irl.model.build import build_ddp_config
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.policy.pairs import sample_pairs
 from megatron_irl.policy.policy import Policy
 from megatron_irl.policy.whole_model import WholeModel

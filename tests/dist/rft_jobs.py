@@ -13,7 +13,7 @@ from megatron_irl.data.pair_index import index_of
 from megatron_irl.data.preferences import Preference
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import build_ddp_config
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.model.reward_head import attach_reward_head, reward_head
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import microbatches_for

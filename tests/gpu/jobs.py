@@ -10,7 +10,7 @@ import torch
 import megatron_irl.hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import build_ddp_config
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.policy.pipeline_sampling import PolicyGenerator
 from megatron_irl.policy.policy import Policy
 from megatron_irl.train.batches import microbatches_for

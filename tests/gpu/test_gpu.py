@@ -174,7 +174,7 @@ def test_lean_layers_equal_plain_ones(setup):
 def test_training_lowers_the_loss_and_its_checkpoint_loads(setup, precision, tmp_path):
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_irl.model.build import build_ddp_config
+    from megatron_irl.model.data_parallel import build_ddp_config
     from megatron_irl.storage.checkpoint import Checkpointer
     from megatron_irl.train.batches import microbatches_for
     from megatron_irl.train.optimizer import build_megatron_optimizer

@@ -16,7 +16,7 @@ OFFLOAD = {"optimizer_cpu_offload": True, "use_precision_aware_optimizer": True,
 def stepper_of(setup, options, *, fp32_grads=True):
     from megatron.core.optimizer import OptimizerConfig
 
-    from megatron_irl.model.build import build_ddp_config
+    from megatron_irl.model.data_parallel import build_ddp_config
     from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper
 

@@ -22,7 +22,7 @@ def stepper_of(setup, precision, *, spec=None, lr=0.0, **overrides):
     from megatron_irl.adapters.spec import adapter_spec
     from megatron_irl.config import AdapterConfig, ParallelConfig
     from megatron_irl.convert.hf_config import architecture, read_hf_config
-    from megatron_irl.model.build import build_ddp_config
+    from megatron_irl.model.data_parallel import build_ddp_config
     from megatron_irl.policy.policy import Policy
     from megatron_irl.train.optimizer import build_megatron_optimizer
     from megatron_irl.train.step import Stepper

@@ -9,7 +9,8 @@ import torch
 import megatron_irl.hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture
-from megatron_irl.model.build import build_chunks, build_config, build_ddp_config, unwrap
+from megatron_irl.model.build import build_chunks, build_config, unwrap
+from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.planning.fake_world import Ledger
 from megatron_irl.policy.policy import Policy

@@ -13,12 +13,8 @@ from megatron_irl.compat.optimizer_blocks import in_blocks
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.hardware.narrow_adam import NarrowAdam
-from megatron_irl.model.build import (
-    build_chunks,
-    build_config,
-    build_ddp_config,
-    wrap_data_parallel,
-)
+from megatron_irl.model.build import build_chunks, build_config
+from megatron_irl.model.data_parallel import build_ddp_config, wrap_data_parallel
 from megatron_irl.parallel.topology import build_topology, initialize, shutdown
 from megatron_irl.storage.checkpoint import Checkpointer
 from megatron_irl.train.optimizer import build_megatron_optimizer

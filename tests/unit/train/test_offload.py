@@ -8,12 +8,8 @@ import torch
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.model.build import (
-    build_chunks,
-    build_config,
-    build_ddp_config,
-    wrap_data_parallel,
-)
+from megatron_irl.model.build import build_chunks, build_config
+from megatron_irl.model.data_parallel import build_ddp_config, wrap_data_parallel
 from megatron_irl.parallel.topology import initialize, shutdown
 from megatron_irl.train.offload import _state_storages, offloaded
 from megatron_irl.train.optimizer import build_megatron_optimizer
