@@ -8,6 +8,9 @@ it is another routine, which adds up in another order. So one row is computed as
 sample would have other log-probabilities, in the last bits, if a killed run samples it again
 without the requests that it shared its steps with. (So measured with AVX-512. With AVX2 more than
 one routine serves more than one row: there the last bits of samples may depend on their company.)
+
+A router's weight has few rows itself, as many as there are experts, and few tokens at a time are
+several routines then. There a few more are added, and taken away again.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +27,10 @@ from megatron.core.tensor_parallel.layers import (  # isort: skip
     RowParallelLinear,
 )
 
+from megatron.core.transformer.moe.router import Router  # isort: skip
+
 MAX_ROWS = 64
+STEADY_ROWS = 16  # of a router; 8 were enough
 
 
 @contextmanager
@@ -34,18 +40,35 @@ def skinny_products(model: nn.Module) -> Iterator[None]:
     For inference only: the products have no gradient.
     """
     layers: dict[str, Any] = {}
+    routers: list[Any] = []
     if hardware.BACKEND == "gloo":
         kinds = (ColumnParallelLinear, RowParallelLinear)
         layers = {name: m for name, m in model.named_modules() if type(m) in kinds}
+        routers = [m for m in model.modules() if isinstance(m, Router)]
     for name, layer in layers.items():
         # Between the two products of an MLP everything is elementwise, and the second one wants
         # its input transposed anyhow.
         layer._forward_impl = _either(layer._forward_impl, copies=not name.endswith("linear_fc1"))
+    for router in routers:
+        router.gating = _with_more_rows(router.gating)
     try:
         yield
     finally:
         for layer in layers.values():
             del layer._forward_impl
+        for router in routers:
+            del router.gating
+
+
+def _with_more_rows(usual: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def logits(tokens_T1H: Tensor) -> Tensor:
+        rows = tokens_T1H.shape[0]
+        if rows >= STEADY_ROWS:
+            return usual(tokens_T1H)
+        more = tokens_T1H.new_zeros(STEADY_ROWS - rows, *tokens_T1H.shape[1:])
+        return usual(torch.cat([tokens_T1H, more]))[:rows]
+
+    return logits
 
 
 def _either(usual: Callable[..., Tensor], *, copies: bool) -> Callable[..., Tensor]:
