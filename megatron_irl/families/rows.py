@@ -1,9 +1,10 @@
 """A row: one Megatron parameter and the HF tensors that it is made of, used both ways.
 
 ``{}`` is the global layer number, a second one the expert's. Dimensions are names of
-``Architecture.dims``, so that a folder can be checked from its headers alone. A row with ``when`` applies only where the architecture has
-that property: a TransformerConfig field that is on, ``untied`` embeddings, or a property of the
-``Architecture`` itself (``reward``, ``mlp_bias`` and the like).
+``Architecture.dims``, so that a folder can be checked from its headers alone. A row with ``when``
+applies only where the architecture has that property: a TransformerConfig field that is on,
+``untied`` embeddings, or a property of the ``Architecture`` itself (``reward``, ``mlp_bias`` and
+the like).
 """
 
 from dataclasses import dataclass

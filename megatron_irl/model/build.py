@@ -99,8 +99,7 @@ def build_config(
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
         _set_swiglu(fields, overrides)
-    experts = architecture.transformer.get("num_moe_experts")
-    fields = mixture_fields(experts, overrides, grouped=grouped) | fields
+    fields = mixture_fields(architecture, overrides, grouped=grouped) | fields
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
