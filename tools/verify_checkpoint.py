@@ -84,7 +84,7 @@ def _fitting(layouts: list[str], arch: Any) -> tuple[list[Layout], dict[str, str
     fitting, skipped = [], {}
     for layout in map(Layout.parse, layouts):
         try:
-            check_model_layout(arch, layout.parallel, "fp32")
+            check_model_layout(arch, layout.parallel(arch), "fp32")
             fitting.append(layout)
         except UserError as error:
             skipped[layout.name] = str(error)

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.adapters.lora import LoraAdapter
-from megatron_irl.families.table import ADAPTER, HEAD, REWARD_HEAD
+from megatron_irl.families.table import ADAPTER, HEAD, REWARD_HEAD, is_extra_state
 from megatron_irl.families.tensors import FusedGateUp, GateUp
 from megatron_irl.parallel.topology import Topology
 
@@ -40,7 +40,7 @@ def save_adapters_only(chunk: Any, layers: dict[str, Any], topology: Topology) -
         state = {
             name: entry
             for name, entry in whole(prefix, sharded_offsets, metadata).items()
-            if name.startswith(prefix + REWARD_HEAD) or name.endswith("_extra_state")
+            if name.startswith(prefix + REWARD_HEAD) or is_extra_state(name)
         }
         for name, layer in mine.items():
             state |= _adapter_state(

@@ -36,10 +36,10 @@ class Layout:
     def name(self) -> str:
         return f"tp{self.tp}pp{self.pp}"
 
-    @property
-    def parallel(self) -> ParallelConfig:
+    def parallel(self, arch: Architecture) -> ParallelConfig:
         return ParallelConfig(
-            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp
+            tensor_model_parallel_size=self.tp, pipeline_model_parallel_size=self.pp,
+            sequence_parallel=self.tp > 1 and arch.dims["experts"] > 0,  # which experts need
         )
 
     @classmethod
@@ -148,8 +148,9 @@ def score_as_rank(job_file: Path) -> None:
     job: dict[str, Any] = json.loads(job_file.read_text())
     hf_dir, layout = Path(job["hf"]), Layout(job["tp"], job["pp"])
     arch = architecture(read_hf_config(model_folder(hf_dir)))
-    config = build_config(arch, layout.parallel, precision="fp32")
-    topology = initialize(layout.parallel)
+    parallel = layout.parallel(arch)
+    config = build_config(arch, parallel, precision="fp32")
+    topology = initialize(parallel)
     policy = Policy(build_chunks(config, arch, topology), topology, arch)
     if job["checkpoint"] is None:
         policy.load_weights(hf_dir)

@@ -4,7 +4,10 @@ What a run saved under any layout, or a converter wrote, is a set of global tens
 is assembled from however many pieces it was saved in.
 """
 
+import dataclasses
+import itertools
 import pickle
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +28,12 @@ from megatron_irl.families.table import (
     HEAD,
     REWARD_ROW,
     Row,
-    canonical,
     rows,
+    spellings,
     stored_name,
 )
 
+Pieces = list[ChunkStorageMetadata]
 PREFIXES = ("", "module.")  # bare, and as saved from inside the data-parallel wrapper
 FINAL_NORM = "decoder.final_layernorm.weight"
 
@@ -50,12 +54,12 @@ class CheckpointReader:
         metadata = read_metadata(checkpoint)  # not the reader's own way, which unpickles anything
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._entries: dict[str, Any] = metadata.state_dict_metadata
+        self._pieces: dict[str, dict[tuple[int, ...], Pieces]] = {}
         self.prefix = self._find_prefix()
 
     def stored_as(self, name: str) -> str:
         """The checkpoint's spelling of a tensor: norms may be fused with a linear layer or not."""
-        plain = canonical(name)
-        return plain if name not in self._entries and plain in self._entries else name
+        return next((n for n in spellings(name) if n in self._entries), name)
 
     @property
     def holds_adapters(self) -> bool:
@@ -75,25 +79,22 @@ class CheckpointReader:
                 "hf/ folder, where they are, or adapter/ with its base."
             )
         for row in rows(arch):
-            entry, chunk = self._locate(row, arch)
-            end = [o + s for o, s in zip(chunk.offsets, chunk.sizes, strict=True)]
-            have = list(entry.size)
+            name, place = self._locate(row, arch)
+            have, shape = list(self._entries[name].size), list(row.shape(arch))
+            expected = [*(arch.dims[stacked] for stacked in place), *shape]
             # A vocabulary may have been padded for the layout that saved it.
-            padded = row.megatron in (EMBEDDING, HEAD) and have[1:] == end[1:] and have[0] > end[0]
-            layers = arch.transformer["num_layers"]
-            stacked = len(have) > len(row.shape(arch))
-            if len(have) != len(end) or (have[stacked:] != end[stacked:] and not padded) or (
-                stacked and have[0] != layers
-            ):
+            padded = row.megatron in (EMBEDDING, HEAD) and have[1:] == shape[1:]
+            if have != expected and not (padded and have[0] > shape[0]):
+                stacks = " of ".join(f"{arch.dims[n]} {n}" for n in reversed(place))
                 raise UserError(
                     f"the checkpoint {self.checkpoint} is of another model: {row.megatron} has "
-                    f"shape {have} there, config.json implies {list(row.shape(arch))}"
-                    f"{f' in {layers} layers' if stacked else ''}."
+                    f"shape {have} there, config.json implies {shape}"
+                    f"{f' in {stacks}' if place else ''}."
                 )
 
     def dtype_of(self, row: Row, arch: Architecture) -> torch.dtype:
         """The dtype a row is stored in."""
-        return self._locate(row, arch)[0].properties.dtype
+        return self._entries[self._locate(row, arch)[0]].properties.dtype
 
     def read(self, row: Row, arch: Architecture) -> Tensor:
         """A row's whole parameter, as on one tensor-parallel rank.
@@ -101,10 +102,17 @@ class CheckpointReader:
         Raises:
             UserError: Its file is missing or damaged.
         """
-        entry, chunk = self._locate(row, arch)
-        name = self._name(row)
-        target = torch.empty(tuple(chunk.sizes), dtype=entry.properties.dtype)
-        items = create_read_items_for_chunk_list(name, entry, [chunk])
+        name, place = self._locate(row, arch)
+        shape = row.shape(arch)
+        chunk = ChunkStorageMetadata(
+            offsets=torch.Size((*place.values(), *(0,) * len(shape))),
+            sizes=torch.Size((*(1,) * len(place), *shape)),
+        )
+        target = torch.empty(tuple(chunk.sizes), dtype=self._entries[name].properties.dtype)
+        near = dataclasses.replace(
+            self._entries[name], chunks=self._pieces_at(name, tuple(place.values()))
+        )
+        items = create_read_items_for_chunk_list(name, near, [chunk])
         if sum(torch.Size(item.lengths).numel() for item in items) != target.numel():
             raise UserError(f"the checkpoint {self.checkpoint} holds only a part of {name}.")
         try:
@@ -116,7 +124,7 @@ class CheckpointReader:
                 f"the checkpoint {self.checkpoint} is damaged: {name} cannot be read from "
                 f"{', '.join(sorted(files))} ({first_line(error)})."
             ) from error
-        return target.view(row.shape(arch))
+        return target.view(shape)
 
     def _find_prefix(self) -> str:
         for prefix in PREFIXES:
@@ -126,17 +134,32 @@ class CheckpointReader:
             return ""
         raise UserError(f"the checkpoint {self.checkpoint} does not hold a GPTModel's weights.")
 
-    def _name(self, row: Row) -> str:
-        """The checkpoint's name of a row: norms may be fused or not, layers stacked or not."""
-        stacked, layer = stored_name(row.megatron)
-        names = [stacked]
-        if layer is not None:
-            plain = canonical(stacked)
-            numbered = [n.replace("layers.", f"layers.{layer}.", 1) for n in (stacked, plain)]
-            names = [stacked, plain, *numbered]
+    def _pieces_at(self, name: str, place: tuple[int, ...]) -> Pieces:
+        """The pieces of a tensor at a place in its first dimensions.
+
+        Torch looks at every piece that it is given, and a mixture has thousands of them.
+        """
+        if name not in self._pieces:
+            by_place: dict[tuple[int, ...], Pieces] = defaultdict(list)
+            for piece in self._entries[name].chunks:
+                spans = zip(piece.offsets, piece.sizes, strict=True)
+                ranges = [range(start, start + size) for start, size in spans][: len(place)]
+                for reached in itertools.product(*ranges):
+                    by_place[reached].append(piece)
+            self._pieces[name] = dict(by_place)
+        return self._pieces[name].get(place, [])
+
+    def _locate(self, row: Row, arch: Architecture) -> tuple[str, dict[str, int]]:
+        """Where a row is: (name, place), norms being fused or not and layers stacked or not."""
+        stored, place = stored_name(row.megatron, arch)
+        names = list(spellings(stored))
+        if place:
+            numbered = f"layers.{place['layers']}."
+            names += [name.replace("layers.", numbered, 1) for name in names]
         for name in (self.prefix + name for name in names):
-            if isinstance(self._entries.get(name), TensorStorageMetadata):
-                return name
+            if isinstance(entry := self._entries.get(name), TensorStorageMetadata):
+                stacked = len(entry.size) - len(row.shape(arch))
+                return name, dict(list(place.items())[max(0, len(place) - stacked) :])
         if row is REWARD_ROW:
             raise UserError(
                 f"the checkpoint {self.checkpoint} holds no reward head. Only runs with "
@@ -145,14 +168,6 @@ class CheckpointReader:
         raise UserError(
             f"the checkpoint {self.checkpoint} lacks {row.megatron}, which config.json implies."
         )
-
-    def _locate(self, row: Row, arch: Architecture) -> tuple[Any, ChunkStorageMetadata]:
-        name, shape = self._name(row), row.shape(arch)
-        entry, layer = self._entries[name], stored_name(row.megatron)[1]
-        offsets = (0,) * len(shape)
-        if layer is not None and len(entry.size) == len(shape) + 1:
-            offsets, shape = (layer, *offsets), (1, *shape)
-        return entry, ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
 
 
 def first_line(error: BaseException) -> str:

@@ -62,7 +62,6 @@ class CheckpointWriter:
     ) -> None:
         self._folder, self._dtype_of = folder, dtype_of
         self._writer = FileSystemWriter(folder)
-        self._layers = arch.transformer["num_layers"]
         self._arch = arch
         self.groups = list(row_groups(arch))
         items = [[self._item(row) for row in rows] for _, rows in self.groups]
@@ -97,11 +96,10 @@ class CheckpointWriter:
         return self._folder / f".group_{group:05d}"
 
     def _item(self, row: Row) -> WriteItem:
-        name, layer = stored_name(row.megatron)
+        name, place = stored_name(row.megatron, self._arch)
         shape = row.shape(self._arch)
-        offsets, sizes, whole = (0,) * len(shape), shape, shape
-        if layer is not None:
-            offsets, sizes, whole = (layer, *offsets), (1, *shape), (self._layers, *shape)
+        offsets, sizes = (*place.values(), *(0,) * len(shape)), (*(1,) * len(place), *shape)
+        whole = (*(self._arch.dims[stacked] for stacked in place), *shape)
         return WriteItem(
             MetadataIndex(name, torch.Size(offsets)),
             WriteItemType.SHARD,

@@ -11,6 +11,7 @@ from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.convert.checkpoint_reader import CheckpointReader, first_line
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
+from megatron_irl.families.table import is_extra_state
 from megatron_irl.parallel.topology import Topology
 
 from megatron.core import dist_checkpointing  # isort: skip  (after hardware)
@@ -65,18 +66,22 @@ def adapt_to_spec(model: dict[str, Any], checkpoint: Path) -> None:
     for part in model.values():
         for name, entry in list(part.items()):
             entry.key = reader.stored_as(entry.key)
-            if name.endswith("_extra_state") and not reader.holds(entry.unique_key):
+            if is_extra_state(name) and not reader.holds(entry.unique_key):
                 del part[name]
 
 
 def sharded_weights(
-    chunks: Sequence[Any], topology: Topology, prefix: str = ""
+    chunks: Sequence[Any], topology: Topology, prefix: str = "", **metadata: Any
 ) -> dict[str, Any]:
-    """The chunks' parameters as Megatron's checkpointing wants them, by chunk and name."""
-    metadata = {"singleton_local_shards": False, "dp_cp_group": topology.dp_group}
+    """The chunks' parameters as Megatron's checkpointing wants them, by chunk and name.
+
+    Args:
+        metadata: More of how Megatron is to lay them out.
+    """
+    metadata |= {"singleton_local_shards": False, "dp_cp_group": topology.dp_group}
     parts = [chunk.sharded_state_dict(prefix=prefix, metadata=metadata) for chunk in chunks]
     # FP8 scales and the like: no part of the model, and absent where the layers are not TE's.
     return {
-        f"model{i}": {n: t for n, t in part.items() if not n.endswith("_extra_state")}
+        f"model{i}": {n: t for n, t in part.items() if not is_extra_state(n)}
         for i, part in enumerate(parts)
     }

@@ -72,6 +72,7 @@ class Architecture:
         t = self.transformer
         return {
             "one": 1,
+            "layers": t["num_layers"],
             "experts": t.get("num_moe_experts") or 0,
             "vocab": self.vocab_size,
             "hidden": t["hidden_size"],

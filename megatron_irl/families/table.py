@@ -1,5 +1,6 @@
 """The name table of a model: its family's rows with layers spelled out, and other spellings."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,15 +22,18 @@ from megatron_irl.families.tensors import Heads
 
 __all__ = [
     "ADAPTER", "BUFFERS", "EMBEDDING", "HEAD", "REWARD_HEAD", "REWARD_ROW", "HfTensor", "Row",
-    "canonical", "cast_to", "heads", "hf_head", "hf_tensors", "is_of_expert", "row_groups", "rows",
-    "stored_name",
+    "canonical", "cast_to", "heads", "hf_head", "hf_tensors", "is_extra_state", "is_of_expert",
+    "row_groups", "rows", "spellings", "stored_name",
 ]
 
-# Transformer Engine fuses each norm into the linear layer that follows it.
+# Transformer Engine fuses each norm into the linear layer that follows it, but not into experts.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
+
+# Of all experts of a layer it makes one module, with a numbered parameter for each.
+GROUPED = re.compile(r"\.mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$")
 
 # Tensors that older versions of transformers saved and that hold no weights.
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -64,22 +68,45 @@ def canonical(name: str) -> str:
     """A Megatron parameter's name in the local spec's spelling."""
     for fused, plain in FUSED_NORMS.items():
         name = name.replace(fused, plain)
-    return name
+    return GROUPED.sub(r".mlp.experts.local_experts.\3.\1.\2", name)
 
 
-def stored_name(name: str) -> tuple[str, int | None]:
-    """Where a distributed checkpoint keeps a canonical parameter: (name, index) or (name, None).
+def spellings(name: str) -> tuple[str, ...]:
+    """What a distributed checkpoint may call what a model calls ``name``: that first."""
+    fused = plain = name
+    for one, other in FUSED_NORMS.items():
+        fused, plain = fused.replace("." + other, "." + one), plain.replace(one, other)
+    return name, plain, fused
 
-    Layers of one kind are one tensor there with the layer as its first dimension, and the norms
+
+def stored_name(name: str, arch: Architecture) -> tuple[str, dict[str, int]]:
+    """Where a distributed checkpoint keeps a canonical parameter: (name, place).
+
+    Layers of one kind are one tensor there with the layer as its first dimension, and experts one
+    with layer and expert; the place is the index in each of these ``Architecture.dims``. The norms
     have Transformer Engine's names under either spec.
     """
     for fused, plain in FUSED_NORMS.items():
-        name = name.replace("." + plain, "." + fused)
+        if not (arch.dims["experts"] and fused.startswith("mlp.")):
+            name = name.replace("." + plain, "." + fused)
     head, _, rest = name.partition("decoder.layers.")
     if head or not rest:
-        return name, None
+        return name, {}
     layer, _, parameter = rest.partition(".")
-    return f"decoder.layers.{parameter}", int(layer)
+    if not is_of_expert(name):
+        return f"decoder.layers.{parameter}", {"layers": int(layer)}
+    mixture, _, of_expert = parameter.partition("local_experts.")
+    expert, _, parameter = of_expert.partition(".")
+    place = {"layers": int(layer), "experts": int(expert)}
+    return f"decoder.layers.{mixture}experts.{parameter}", place
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state is Transformer Engine's (FP8 scales), and no parameter.
+
+    A module that multiplies several matrices has one for each: ``_extra_state``, ``_extra_state1``.
+    """
+    return name.rpartition(".")[2].startswith("_extra_state")
 
 
 def cast_to(row: Row, dtype: torch.dtype) -> torch.dtype:

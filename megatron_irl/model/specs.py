@@ -178,6 +178,8 @@ def _local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
     submodules.input_layernorm = LocalNorm
     submodules.pre_mlp_layernorm = LocalNorm
+    if config.num_moe_experts:  # Transformer Engine does not fuse this norm, so nor do its names
+        del submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = submodules.self_attention.submodules
     attention.core_attention = PackedAttention
     qk_norm = LocalNorm if config.qk_layernorm else IdentityOp

@@ -78,12 +78,16 @@ def tool(path: str, arguments: list[str]) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-def save_checkpoint(hf: str, layout: Layout, out: str) -> None:
-    """Save a folder's weights as Megatron itself does under a layout."""
+def save_checkpoint(hf: str, layout: Layout, out: str, **metadata: Any) -> None:
+    """Save a folder's weights as Megatron itself does under a layout.
+
+    Args:
+        metadata: Of how Megatron lays out what it saves.
+    """
     topology, chunks, _, _ = build(hf, layout)
     Path(out).mkdir(parents=True, exist_ok=True)
     topology.barrier()
-    dist_checkpointing.save(sharded_weights(chunks, topology), out)
+    dist_checkpointing.save(sharded_weights(chunks, topology, **metadata), out)
 
 
 def save_training(hf: str, layout: Layout, folder: str, export: str) -> None:

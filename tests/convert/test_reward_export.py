@@ -17,7 +17,7 @@ from megatron_irl.convert.reward_folder import read_reward_head, reward_config
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert import reward_jobs
-from tests.convert.test_round_trip import assert_same_weights, weights
+from tests.convert.test_round_trip import SP, SPARSE, assert_same_weights, layout_of, weights
 from tests.convert.test_stream import ignore
 from tests.convert.tiny import make_tiny_llama
 
@@ -32,13 +32,15 @@ MODELS = {
     "phi3": {"family": "phi3"},
     "gemma2": {"family": "gemma2", "head_dim": 16, "tied": True},
     "gemma3": {"family": "gemma3_text", "head_dim": 16, "tied": True},
-}
+} | SPARSE
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+TP2_EP2 = layout_of("mixtral", "tp2_ep2")[1]
 TP2_PP2 = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 CASES = [
     ("untied", 1, {}), ("tied", 1, {}), ("mistral", 1, {}), ("qwen2", 1, {}), ("qwen3", 1, {}),
     ("gpt_neox", 1, {}), ("gpt_neox", 4, TP2_PP2),
     ("untied", 2, {"tensor_model_parallel_size": 2}), ("tied", 2, PP2_VPP2), ("untied", 2, {}),
+    ("mixtral", 2, TP2_EP2), ("qwen3_moe", 4, TP2_PP2 | SP),
     ("tied", 4, TP2_PP2), ("phi3", 1, {}), ("gemma2", 1, {}), ("gemma3", 1, {}),
 ]
 
@@ -106,7 +108,8 @@ def test_transformers_gives_the_same_scores(pool, folder, tmp_path, name, ranks,
                                                       abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "ranks", "layout"), [*CASES[-2:], ("gpt_neox", 2, {})])
+@pytest.mark.parametrize(("name", "ranks", "layout"), [
+    *CASES[-2:], ("gpt_neox", 2, {}), ("mixtral", 2, TP2_EP2)])
 def test_conversion_is_lossless_both_ways(pool, folder, tmp_path, name, ranks, layout):
     """Backbone bitwise the source's without its output head; the head bitwise what went in."""
     source, out, head = folder(name), tmp_path / "hf_reward", random_head(7)
@@ -199,7 +202,7 @@ def test_reader_names_what_is_wrong(folder, tmp_path):
             read_reward_head(path)
 
 
-@pytest.mark.parametrize("name", ["untied", "tied", "gpt_neox"])
+@pytest.mark.parametrize("name", ["untied", "tied", "gpt_neox", "qwen3_moe"])
 def test_tools_convert_it_there_and_back(pool, folder, tmp_path, name):
     """Through a Megatron checkpoint, bitwise, config and padding as they were."""
     made, there, back = tmp_path / "hf_reward", tmp_path / "megatron", tmp_path / "hf"

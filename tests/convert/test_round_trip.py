@@ -1,6 +1,7 @@
 """HF → Megatron → HF is bitwise the identity, under every layout, and the model is the same one."""
 
 import filecmp
+import itertools
 import json
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from tests.dist import jobs as dist_jobs
 SEED = 7411
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SPARSE = {
+    "mixtral": {"family": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2,
+                "sliding_window": None},
+    "qwen3_moe": {"family": "qwen3_moe", "head_dim": 16, "num_experts": 8,
+                  "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True},
+}
 MODELS = {
     "untied": {},
     "tied": {"tied": True},
@@ -39,7 +46,7 @@ MODELS = {
         "rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 2.0,
                             "partial_rotary_factor": 0.5},
     },
-}
+} | SPARSE
 LAYOUTS = {
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
@@ -51,6 +58,16 @@ LAYOUTS = {
     "tp2_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
 }
+SP = {"sequence_parallel": True}  # which experts need with tensor parallelism
+SPARSE_LAYOUTS = {name: (ranks, sizes | SP) for name, (ranks, sizes) in LAYOUTS.items()
+                  if "tensor_model_parallel_size" in sizes} | {
+    "tp2_ep2": (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2} | SP),
+}
+
+
+def layout_of(name: str, layout: str) -> tuple[int, dict[str, int]]:
+    """(ranks, sizes) of a layout for the model of that name."""
+    return (LAYOUTS | SPARSE_LAYOUTS if name in SPARSE else LAYOUTS)[layout]
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +111,12 @@ def test_one_process_is_bitwise(pool, folder, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"], "no temporary folder is left"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["tied", "odd_vocab", "qwen3", "phi3", "gpt_neox"])
+@pytest.mark.parametrize(("name", "layout"), [
+    *itertools.product(["tied", "odd_vocab", "qwen3", "phi3", "gpt_neox"], LAYOUTS),
+    ("mixtral", "tp2_pp2"), ("qwen3_moe", "pp2_vpp2"), ("qwen3_moe", "tp2_ep2"),
+])
 def test_every_layout_is_bitwise(pool, folder, tmp_path, name, layout):
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = layout_of(name, layout)
     source, out = folder(name), tmp_path / "hf"
     pool.run(
         world_size, jobs.round_trip, hf=str(source), layout=sizes, out=str(out),

@@ -1,21 +1,28 @@
 """Streamed conversion: what Megatron reads is what it wrote, and the way back is bitwise."""
 
+import itertools
 import json
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_irl.convert.checkpoint_writer import CheckpointWriter
-from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.convert.megatron_folder import adapt_to_spec
+from megatron_irl.convert.safe_metadata import read_metadata
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
-from megatron_irl.errors import UserError
 from tests.convert import jobs
-from tests.convert.test_round_trip import LAYOUTS, assert_same_weights, weights
+from tests.convert.test_round_trip import (
+    LAYOUTS,
+    SPARSE,
+    assert_same_weights,
+    layout_of,
+    weights,
+)
 from tests.convert.tiny import make_tiny_llama
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
@@ -27,7 +34,7 @@ MODELS = {
     "phi3": {"family": "phi3"},
     "gemma2": {"family": "gemma2", "head_dim": 16, "tied": True},
     "gemma3": {"family": "gemma3_text", "head_dim": 16, "tied": True},
-}
+} | SPARSE
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +110,15 @@ def test_every_tensor_keeps_its_own_dtype(folder, tmp_path):
     assert torch.equal(model.get_input_embeddings().weight, tensors["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n not in ("tp4", "pp2_dp2")])
-@pytest.mark.parametrize("name", ["llama_tied_odd", "phi3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize(("name", "layout"), [
+    *itertools.product(
+        ["llama_tied_odd", "phi3", "gemma3", "gpt_neox"],
+        [layout for layout in LAYOUTS if layout not in ("tp4", "pp2_dp2")],
+    ),
+    ("mixtral", "tp2_pp2"), ("qwen3_moe", "tp2_ep2"),
+])
 def test_megatron_reads_it_under_every_layout(pool, folder, converted, name, layout):
-    world_size, sizes = LAYOUTS[layout]
+    world_size, sizes = layout_of(name, layout)
     differing = pool.run(
         world_size, jobs.load_equals, hf=str(folder(name)), layout=sizes,
         checkpoint=str(converted(name) / "release"),
@@ -114,29 +126,35 @@ def test_megatron_reads_it_under_every_layout(pool, folder, converted, name, lay
     assert differing == [[]] * world_size
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2", "pp2_vpp2", "tp2_pp2"])
-def test_what_megatron_wrote_is_read_back_bitwise(pool, folder, tmp_path, layout):
-    world_size, sizes = LAYOUTS[layout]
-    source = folder("llama_tied_odd")
+@pytest.mark.parametrize(("name", "layout"), [
+    *itertools.product(["llama_tied_odd"], ["dp2", "tp2", "pp2_vpp2", "tp2_pp2"]),
+    ("mixtral", "tp2_pp2"), ("qwen3_moe", "tp2_ep2"),
+])
+def test_what_megatron_wrote_is_read_back_bitwise(pool, folder, tmp_path, name, layout):
+    world_size, sizes = layout_of(name, layout)
+    source = folder(name)
     pool.run(world_size, jobs.save_checkpoint, hf=str(source), layout=sizes,
              out=str(tmp_path / "saved"))
     assert_same_weights(back(tmp_path / "saved", tmp_path / "hf", source), source)
 
 
-def test_checkpoint_of_a_run(pool, folder, tmp_path):
+@pytest.mark.parametrize(("name", "learnt"), [
+    ("llama_tied_odd", "mlp.up_proj"), ("qwen3_moe", "mlp.experts.5.up_proj"),
+])
+def test_checkpoint_of_a_run(pool, folder, tmp_path, name, learnt):
     """Trained at TP2, with optimizer state beside the weights; read elsewhere and as HF."""
-    world_size, sizes = LAYOUTS["tp2"]
-    source = folder("llama_tied_odd")
+    world_size, sizes = layout_of(name, "tp2")
+    source = folder(name)
     pool.run(world_size, jobs.save_training, hf=str(source), layout=sizes,
              folder=str(tmp_path / "run"), export=str(tmp_path / "export"))
     checkpoint = tmp_path / "run" / "step_000001"
     out = back(checkpoint, tmp_path / "hf", source)
     assert_same_weights(out, tmp_path / "export")
-    name = "model.layers.1.mlp.up_proj.weight"
-    assert not torch.equal(weights(out)[name], weights(source)[name]), "nothing was learnt"
+    tensor = f"model.layers.1.{learnt}.weight"
+    assert not torch.equal(weights(out)[tensor], weights(source)[tensor]), "nothing was learnt"
     scores = {}
     for layout in ("tp2", "pp2", "dp2"):
-        world_size, sizes = LAYOUTS[layout]
+        world_size, sizes = layout_of(name, layout)
         ranks = pool.run(
             world_size, jobs.checkpoint_logprobs, hf=str(source), layout=sizes, vocab=128,
             checkpoint=str(checkpoint), seed=SEED, num=6,
@@ -163,18 +181,47 @@ def rename(checkpoint: Path, old: str, new: str) -> int:
     return count
 
 
-def test_norms_fused_or_not(pool, folder, converted, tmp_path):
-    """Transformer Engine's spec stores a norm in the linear layer after it, others by itself."""
-    source, plain = folder("gpt_neox"), tmp_path / "plain"
-    shutil.copytree(converted("gpt_neox") / "release", plain)
+@pytest.mark.parametrize(("name", "other_way"), [("gpt_neox", False), ("mixtral", True)])
+def test_norms_fused_or_not(pool, folder, converted, tmp_path, name, other_way):
+    """Transformer Engine's spec stores a norm in the linear layer after it, others by itself; that
+    before experts it stores by itself, and Megatron's own local spec as if it were fused.
+    """
+    source, plain = folder(name), tmp_path / "plain"
+    shutil.copytree(converted(name) / "release", plain)
+    tensors = 1 if other_way else 2  # weight and bias
     qkv = "self_attention.linear_qkv.layer_norm_"
-    assert rename(plain, qkv, "input_layernorm.") == 2  # weight and bias
-    assert rename(plain, "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.") == 2
+    assert rename(plain, qkv, "input_layernorm.") == tensors
+    names = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    assert rename(plain, *(reversed(names) if other_way else names)) == tensors
     assert_same_weights(back(plain, tmp_path / "hf", source), source)
     (differing,) = pool.run(
         1, jobs.load_equals, hf=str(source), layout={}, checkpoint=str(plain)
     )
     assert differing == []
+
+
+def test_layers_with_names_of_their_own(pool, folder, tmp_path):
+    """Megatron can store layers apart; the experts of one are a tensor all the same."""
+    world_size, sizes = layout_of("qwen3_moe", "tp2_pp2")
+    source, saved = folder("qwen3_moe"), tmp_path / "saved"
+    pool.run(world_size, jobs.save_checkpoint, hf=str(source), layout=sizes, out=str(saved),
+             non_homogeneous_layers=True)
+    entry = read_metadata(saved).state_dict_metadata[
+        "decoder.layers.3.mlp.experts.experts.linear_fc2.weight"]
+    assert entry.size == (8, 64, 32)
+    assert_same_weights(back(saved, tmp_path / "hf", source), source)
+
+
+def test_extra_state_of_every_expert_is_left_alone(converted):
+    """A module of Transformer Engine's for many experts has one for each."""
+    entries = {
+        f"decoder.layers.0.mlp.experts.linear_fc1.{name}": SimpleNamespace(
+            key=(key := f"decoder.layers.mlp.experts.experts.linear_fc1.{stored}"), unique_key=key)
+        for name, stored in (("weight0", "weight"), ("weight1", "weight"),
+                             ("_extra_state", "_extra_state"), ("_extra_state1", "_extra_state"))
+    }
+    adapt_to_spec({"model0": entries}, converted("qwen3_moe") / "release")
+    assert [name.rpartition(".")[2] for name in entries] == ["weight0", "weight1"]
 
 
 @pytest.mark.parametrize("extra_when_saving", [True, False])
@@ -233,110 +280,3 @@ def test_a_changed_source_starts_over(folder, tmp_path):
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     hf_to_megatron(source, there).run(ignore)
     assert_same_weights(back(there / "release", tmp_path / "hf", source), source)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_not_finite_weights_are_named_and_leave_nothing(folder, tmp_path, value):
-    source = tmp_path / "source"
-    shutil.copytree(folder("qwen3"), source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.2.self_attn.k_proj.weight"][1, 1] = value
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"NaN or infinite.*layers\.2\.self_attn\.k_proj"):
-        hf_to_megatron(source, tmp_path / "megatron").run(ignore)
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def test_tied_head_that_differs(folder, tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(folder("llama_tied_odd"), source)
-    tensors = load_file(source / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1.0
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lm_head\.weight differs"):
-        hf_to_megatron(source, tmp_path / "megatron").run(ignore)
-    assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-DAMAGES = {
-    "file gone": (lambda c: (c / "__2_0.distcp").unlink(), "__2_0.distcp"),
-    "file cut": (lambda c: truncate(c / "__2_0.distcp"), "__2_0.distcp"),
-    "file empty": (lambda c: (c / "__2_0.distcp").write_bytes(b""), "__2_0.distcp"),
-    "file of zeros": (lambda c: (c / "__2_0.distcp").write_bytes(bytes(200_000)), "__2_0.distcp"),
-    "metadata gone": (lambda c: (c / ".metadata").unlink(), ".metadata is missing"),
-    "metadata cut": (lambda c: truncate(c / ".metadata"), ".metadata is missing or damaged"),
-    "metadata empty": (lambda c: (c / ".metadata").write_bytes(b""), ".metadata is missing"),
-    "tensor renamed": (lambda c: rename(c, "linear_proj", "linear_x"), "lacks decoder.layers.0"),
-    "no model": (lambda c: rename(c, "decoder.", "x."), "does not hold a GPTModel"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints_are_refused(folder, converted, tmp_path, damage):
-    checkpoint = tmp_path / "damaged"
-    shutil.copytree(converted("qwen3") / "release", checkpoint)
-    harm, said = DAMAGES[damage]
-    harm(checkpoint)
-    with pytest.raises(UserError) as caught:
-        back(checkpoint, tmp_path / "hf", folder("qwen3"))
-    assert said in str(caught.value) and str(checkpoint) in str(caught.value)
-    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [({"num_hidden_layers": 3}, "4, 64"), ({"num_hidden_layers": 5}, "in 5 layers"),
-     ({"vocab_size": 129}, r"embedding.*\[128, 64\].*\[129, 64\]"),
-     ({"intermediate_size": 64}, r"fc1.*\[4, 256, 64\]")],
-)
-def test_checkpoint_of_another_model(folder, converted, tmp_path, change, said):
-    other = tmp_path / "other"
-    shutil.copytree(folder("qwen3"), other)
-    config = json.loads((other / "config.json").read_text())
-    config.pop("layer_types")
-    (other / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=said):
-        megatron_to_hf(converted("qwen3") / "release", tmp_path / "hf", hf_dir=other)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "said"),
-    [("llama_tied_odd", None, "is of another model"), ("qwen3", "file cut", "is damaged")],
-)
-def test_megatrons_own_loader_refuses(pool, folder, converted, tmp_path, name, damage, said):
-    checkpoint = tmp_path / "copy"
-    shutil.copytree(converted("qwen3") / "release", checkpoint)
-    if damage:
-        DAMAGES[damage][0](checkpoint)
-    (message,) = pool.run(
-        1, jobs.load_megatron_message, hf=str(folder(name)), checkpoint=str(checkpoint)
-    )
-    assert said in message and str(checkpoint) in message
-
-
-def test_a_disk_that_is_too_small_is_refused_before_the_work(folder, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"needs 0\.00 GB"):
-        hf_to_megatron(folder("qwen3"), tmp_path / "megatron")
-
-
-def test_not_finite_weights_in_a_checkpoint(folder, tmp_path):
-    arch = architecture(read_hf_config(folder("qwen3")))
-    bad = "decoder.layers.1.mlp.linear_fc2.weight"
-
-    def read(row):
-        return torch.full(row.shape(arch), float("nan") if row.megatron == bad else 1.0)
-
-    (tmp_path / "diverged").mkdir()
-    writer = CheckpointWriter(tmp_path / "diverged", arch, lambda row: torch.float32)
-    for group in range(len(writer.groups)):
-        writer.write(group, read)
-    writer.finish()
-    with pytest.raises(UserError, match=f"NaN or infinite weights: {bad}"):
-        back(tmp_path / "diverged", tmp_path / "hf", folder("qwen3"))
-    assert [p.name for p in tmp_path.iterdir()] == ["diverged"]

@@ -12,6 +12,7 @@ from megatron_irl.cli.verification import Layout
 from megatron_irl.convert.certificate import certificate_notes, sha256
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
+from tests.convert.test_round_trip import SPARSE
 from tests.convert.test_stream import ignore
 from tests.convert.tiny import make_tiny_llama
 
@@ -49,6 +50,18 @@ def test_what_agrees_is_certified(models, capfd, monkeypatch):
     other = json.loads((megatron / "certificate.json").read_text())
     assert "release/.metadata" in other["files"] and "release/__0_0.distcp" in other["files"]
     assert certificate_notes(hf) == []
+
+
+def test_experts_are_certified(tmp_path, capfd, monkeypatch):
+    source = make_tiny_llama(tmp_path / "source", layers=2, seed=13, **SPARSE["mixtral"])
+    hf_to_megatron(source, tmp_path / "megatron").run(ignore)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--hf", str(source), "--checkpoint", str(tmp_path / "megatron")]
+    code = verify([*arguments, "--layouts", "tp2pp1"])
+    said = capfd.readouterr()
+    assert code == 0, said.err
+    certificate = json.loads((tmp_path / "megatron" / "certificate.json").read_text())
+    assert 0 < certificate["largest_difference_nats"]["tp2pp1"]["from_transformers"] < 1e-4
 
 
 def test_what_differs_is_not(models, tmp_path, capfd, monkeypatch):
