@@ -5,10 +5,11 @@ import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_irl.cli.verification import Layout
+from megatron_irl.cli.verification import Layout, score_as_rank
 from megatron_irl.convert.certificate import certificate_notes, sha256
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
@@ -52,16 +53,24 @@ def test_what_agrees_is_certified(models, capfd, monkeypatch):
     assert certificate_notes(hf) == []
 
 
-def test_experts_are_certified(tmp_path, capfd, monkeypatch):
+def test_experts_are_certified(pool, tmp_path, monkeypatch):
+    """Under tensor parallelism the sequence is split too."""
+
+    def in_the_pool(hf_dir, checkpoint, layout, sequences, program):
+        (job := tmp_path / "job.json").write_text(json.dumps({
+            "hf": str(hf_dir), "checkpoint": str(checkpoint), "tp": layout.tp, "pp": layout.pp,
+            "sequences": sequences}))
+        pool.run(layout.tp * layout.pp, score_as_rank, job_file=job)
+        return [np.array(score) for score in json.loads(job.with_suffix(".out").read_text())]
+
+    monkeypatch.setitem(verify.__globals__, "megatron_logprobs", in_the_pool)
     source = make_tiny_llama(tmp_path / "source", layers=2, seed=13, **SPARSE["mixtral"])
-    hf_to_megatron(source, tmp_path / "megatron").run(ignore)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--hf", str(source), "--checkpoint", str(tmp_path / "megatron")]
-    code = verify([*arguments, "--layouts", "tp2pp1"])
-    said = capfd.readouterr()
-    assert code == 0, said.err
-    certificate = json.loads((tmp_path / "megatron" / "certificate.json").read_text())
-    assert 0 < certificate["largest_difference_nats"]["tp2pp1"]["from_transformers"] < 1e-4
+    hf_to_megatron(source, megatron := tmp_path / "megatron").run(ignore)
+    arguments = ["--hf", str(source), "--checkpoint", str(megatron)]
+    assert verify([*arguments, "--layouts", "tp2pp1", "tp1pp2"]) == 0
+    numbers = json.loads((megatron / "certificate.json").read_text())["largest_difference_nats"]
+    assert set(numbers) == {"tp2pp1", "tp1pp2"}
+    assert all(0 < each["from_transformers"] < 1e-4 for each in numbers.values())
 
 
 def test_what_differs_is_not(models, tmp_path, capfd, monkeypatch):
