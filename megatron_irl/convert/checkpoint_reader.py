@@ -157,8 +157,8 @@ class CheckpointReader:
             numbered = f"layers.{place['layers']}."
             names += [name.replace("layers.", numbered, 1) for name in names]
         for name in (self.prefix + name for name in names):
-            if isinstance(entry := self._entries.get(name), TensorStorageMetadata):
-                stacked = len(entry.size) - len(row.shape(arch))
+            if isinstance(self._entries.get(name), TensorStorageMetadata):
+                stacked = len(self._entries[name].size) - len(row.shape(arch))
                 return name, dict(list(place.items())[max(0, len(place) - stacked) :])
         if row is REWARD_ROW:
             raise UserError(
