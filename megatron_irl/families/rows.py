@@ -44,8 +44,8 @@ class Row:
 
     @property
     def of_experts(self) -> bool:
-        """Whether there is one for every expert of a layer."""
-        return self.megatron.startswith(EXPERT)
+        """Whether it is of one expert of a layer; of any, until ``at`` has said of which."""
+        return EXPERTS in self.megatron
 
     def applies(self, arch: Architecture) -> bool:
         """Whether the architecture has this parameter."""
@@ -67,7 +67,8 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
 ADAPTER = "adapter"  # the attribute that ``adapters`` gives a linear layer
 LAYER = "decoder.layers.{}."  # what Megatron's names of a layer's parameters begin with
-EXPERT = LAYER + "mlp.experts.local_experts.{}."  # and of one of its experts'
+EXPERTS = "mlp.experts.local_experts."
+EXPERT = LAYER + EXPERTS + "{}."  # and of one of its experts'
 
 # transformers' sequence classifiers of every family call it that.
 REWARD_ROW = Row(

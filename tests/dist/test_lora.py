@@ -14,6 +14,12 @@ from tests.dist.layouts import LAYOUTS, SEED, SPLIT
 
 VOCAB, NUM_PAIRS, STEPS, LR = lora_jobs.VOCAB, 8, 5, 0.05
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")  # what a mixture has
+SPARSE = {
+    "mixtral": {"layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {"layers": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
+                  "moe_intermediate_size": 32, "norm_topk_prob": True},
+}
 SGD = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0, "clip_grad": 0.0}
 
 
@@ -73,22 +79,39 @@ def peft_steps(base, adapter, pairs):
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    """(model, adapter, pairs, what peft made of them)."""
-    root = tmp_path_factory.mktemp("lora")
-    base = make_tiny_llama(root / "hf", seed=SEED, vocab=VOCAB, scale=0.2)
-    adapter = make_adapter(base, root / "adapter", TARGETS)
-    pairs = jobs.make_pairs(SEED, NUM_PAIRS, VOCAB)
-    rng = np.random.default_rng(SEED)
-    for pair in pairs:  # near what a model of this vocabulary says
-        pair.ref_demo_logp = float(-5 * len(pair.demo_ids) + rng.normal())
-        pair.ref_sample_logp = float(-5 * len(pair.sample_ids) + rng.normal())
-    return base, adapter, pairs, peft_steps(base, adapter, pairs)
+def settings(tmp_path_factory):
+    """By family (model, adapter, pairs, what peft made of them)."""
+    root, made = tmp_path_factory.mktemp("lora"), {}
+
+    def make(family):
+        if family not in made:
+            base = make_tiny_llama(root / family, family=family, seed=SEED, vocab=VOCAB, scale=0.2,
+                                   **SPARSE.get(family, {}))
+            targets = ATTENTION if family in SPARSE else TARGETS
+            adapter = make_adapter(base, root / f"{family}_adapter", targets)
+            pairs = jobs.make_pairs(SEED, NUM_PAIRS, VOCAB)
+            rng = np.random.default_rng(SEED)
+            for pair in pairs:  # near what a model of this vocabulary says
+                pair.ref_demo_logp = float(-5 * len(pair.demo_ids) + rng.normal())
+                pair.ref_sample_logp = float(-5 * len(pair.sample_ids) + rng.normal())
+            made[family] = base, adapter, pairs, peft_steps(base, adapter, pairs)
+        return made[family]
+
+    return make
 
 
-@pytest.mark.parametrize("name", ["one", *SPLIT])
-def test_five_steps_equal_pefts(pool, setting, tmp_path, name):
-    base, adapter, pairs, (losses, gradients, trained) = setting
+@pytest.fixture(scope="module")
+def setting(settings):
+    """Those of a dense model."""
+    return settings("llama")
+
+
+@pytest.mark.parametrize(("family", "name"), [
+    *(("llama", name) for name in ("one", *SPLIT)),
+    ("mixtral", "one"), ("mixtral", "pp2"), ("mixtral", "tp2_sp"), ("qwen3_moe", "tp2_sp_pp2"),
+])
+def test_five_steps_equal_pefts(pool, settings, tmp_path, family, name):
+    base, adapter, pairs, (losses, gradients, trained) = settings(family)
     world_size, layout = LAYOUTS[name]
     ranks = pool.run(
         world_size, lora_jobs.train, hf=str(base), layout=layout, adapter={"path": str(adapter)},
@@ -105,7 +128,7 @@ def test_five_steps_equal_pefts(pool, setting, tmp_path, name):
         worst = {n: (ours[n] - expected[n]).abs().max().item() for n in ours}
         assert max(worst.values()) < 1e-5, f"seed {SEED}, {folder}: {worst}"
     assert min(g.abs().max().item() for g in gradients.values()) > 1e-4, "a gradient is nothing"
-    if name in ("one", "tp2_sp"):
+    if name in ("one", "tp2_sp", "tp2_sp_pp2"):
         check_in_peft(base, tmp_path / "trained", scores)
 
 
