@@ -40,7 +40,9 @@ def save_adapters_only(chunk: Any, layers: dict[str, Any], topology: Topology) -
         state = {
             name: entry
             for name, entry in whole(prefix, sharded_offsets, metadata).items()
-            if name.startswith(prefix + REWARD_HEAD) or name.endswith("_extra_state")
+            # Those of Transformer Engine's experts are numbered, and must all be there or none.
+            if name.startswith(prefix + REWARD_HEAD)
+            or name.rpartition(".")[2].startswith("_extra_state")
         }
         for name, layer in mine.items():
             state |= _adapter_state(

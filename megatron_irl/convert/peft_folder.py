@@ -61,7 +61,7 @@ class PeftFolder:
         if parameters := values.get("target_parameters"):
             raise UserError(
                 f"{path}: target_parameters={parameters} is not supported; the router and the "
-                "experts of a mixture take no adapter (peft gives them one under all-linear). Train "
+                "experts of a mixture take no adapter (peft's all-linear gives them one). Train "
                 "one with target_modules by name: q_proj, k_proj, v_proj, o_proj."
             )
         for key in _REFUSED:

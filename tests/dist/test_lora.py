@@ -132,14 +132,18 @@ def test_five_steps_equal_pefts(pool, settings, tmp_path, family, name):
         check_in_peft(base, tmp_path / "trained", scores)
 
 
-def check_in_peft(base, adapter, scores, bound=1e-5):
-    """What was exported says in peft what it said here."""
+def load_peft(base, adapter):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = PeftModel.from_pretrained(
+    return PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
     ).eval()
+
+
+def check_in_peft(base, adapter, scores, bound=1e-5):
+    """What was exported says in peft what it said here."""
+    model = load_peft(base, adapter)
     with torch.no_grad():
         for (prompt, response), ours in zip(
             jobs.random_sequences(11, 12, VOCAB), scores, strict=True
@@ -170,11 +174,38 @@ def test_round_trip_is_bitwise(pool, setting, tmp_path):
         assert set(config["target_modules"]) == set(known["target_modules"])
 
 
-@pytest.mark.parametrize(("saved", "read"), [("one", "one"), ("tp2_sp", "tp2_pp2"),
-                                             ("pp2_vpp2", "tp2")])
-def test_checkpoint_under_another_layout(pool, setting, tmp_path, saved, read):
-    base, _, pairs, _ = setting
-    options = {"hf": str(base), "adapter": {"rank": 4, "targets": TARGETS}, "pairs": pairs,
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "tp2_sp"), ("qwen3_moe", "pp2")])
+def test_mixture_is_sampled_and_merged_as_peft_says(pool, settings, tmp_path, family, name):
+    from transformers import AutoModelForCausalLM
+
+    base, adapter, *_ = settings(family)
+    world_size, layout = LAYOUTS[name]
+    prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 4, VOCAB)]
+    merged, applied = pool.run(
+        world_size, lora_jobs.sample_and_export, hf=str(base), layout=layout, prompts=prompts,
+        adapter={"path": str(adapter)}, out=str(tmp_path),
+        sampling={"temperature": 0.0, "max_new_tokens": 12, "eos_id": 1, "seed": 3},
+    )[0]
+    theirs = load_peft(base, adapter)
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, merged, strict=True):
+            ids = torch.tensor([*prompt, *answer])[None].long()
+            expected = theirs(ids).logits[0]
+            assert answer == expected.argmax(-1)[len(prompt) - 1 : -1].tolist(), f"seed {SEED}"
+            assert (folder(ids).logits[0] - expected).abs().max() < 1e-4
+    assert applied == merged
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("family", "saved", "read"), [
+    ("llama", "one", "one"), ("llama", "tp2_sp", "tp2_pp2"), ("llama", "pp2_vpp2", "tp2"),
+    ("mixtral", "tp2_sp", "pp2"),
+])
+def test_checkpoint_under_another_layout(pool, settings, tmp_path, family, saved, read):
+    base, _, pairs, _ = settings(family)
+    targets = ("all-linear", "lm_head") if family in SPARSE else TARGETS
+    options = {"hf": str(base), "adapter": {"rank": 4, "targets": targets}, "pairs": pairs,
                "steps": 4, "out": str(tmp_path)}
     world_size, layout = LAYOUTS[saved]
     whole = pool.run(world_size, lora_jobs.save, layout=layout, **options)[0]
