@@ -1,15 +1,21 @@
 """A row: one Megatron parameter and the HF tensors that it is made of, used both ways.
 
 ``{}`` is the global layer number, a second one the expert's. Dimensions are names of
-``Architecture.dims``, so that a folder can be checked from its headers alone. A row with ``when`` applies only where the architecture has
-that property: a TransformerConfig field that is on, ``untied`` embeddings, or a property of the
-``Architecture`` itself (``reward``, ``mlp_bias`` and the like).
+``Architecture.dims``, so that a folder can be checked from its headers alone. A row with ``when``
+applies only where the architecture has that property: a TransformerConfig field that is on,
+``untied`` embeddings, or a property of the ``Architecture`` itself (``reward``, ``mlp_bias`` and
+the like).
 """
 
 from dataclasses import dataclass
 
 from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.tensors import Replicated, Transform, Vocabulary
+
+
+def is_of_expert(name: str) -> bool:
+    """Whether a Megatron parameter is an expert's, by its canonical name."""
+    return ".mlp.experts." in name
 
 
 @dataclass(frozen=True)
@@ -44,8 +50,8 @@ class Row:
 
     @property
     def of_experts(self) -> bool:
-        """Whether it is of one expert of a layer; of any, until ``at`` has said of which."""
-        return EXPERTS in self.megatron
+        """Whether there is one for every expert of a layer."""
+        return is_of_expert(self.megatron)
 
     def applies(self, arch: Architecture) -> bool:
         """Whether the architecture has this parameter."""
@@ -67,8 +73,7 @@ EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 REWARD_HEAD = "reward_head"  # the attribute that model.reward_head gives the last chunk
 ADAPTER = "adapter"  # the attribute that ``adapters`` gives a linear layer
 LAYER = "decoder.layers.{}."  # what Megatron's names of a layer's parameters begin with
-EXPERTS = "mlp.experts.local_experts."
-EXPERT = LAYER + EXPERTS + "{}."  # and of one of its experts'
+EXPERT = LAYER + "mlp.experts.local_experts.{}."  # and of one of its experts'
 
 # transformers' sequence classifiers of every family call it that.
 REWARD_ROW = Row(

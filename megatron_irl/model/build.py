@@ -99,8 +99,7 @@ def build_config(
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
         _set_swiglu(fields, overrides)
-    experts = architecture.transformer.get("num_moe_experts")
-    fields = mixture_fields(experts, overrides, grouped=grouped) | fields
+    fields = mixture_fields(architecture, overrides, grouped=grouped) | fields
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError, TypeError) as error:
@@ -133,6 +132,10 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": (
+            parallel.tensor_model_parallel_size // parallel.expert_model_parallel_size
+        ),
         "sequence_parallel": parallel.sequence_parallel,
         # Packs differ in length, and stages tell each other the shape. The interleaved schedule
         # cannot: between two stages a shape to the next and one to the previous are mistaken for

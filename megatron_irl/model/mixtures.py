@@ -3,11 +3,12 @@
 from typing import Any
 
 from megatron_irl.errors import UserError
+from megatron_irl.families.architecture import Architecture
 
 # What would make a token's answer, or a step's gradient, depend on what it is computed with.
 REFUSED = {
-    "expert_model_parallel_size": "experts are split as all matrices are, by tensor parallelism",
-    "expert_tensor_parallel_size": "experts are split as all matrices are, by tensor parallelism",
+    "expert_model_parallel_size": "parallel.expert_model_parallel_size says it",
+    "expert_tensor_parallel_size": "it follows from parallel.expert_model_parallel_size",
     "moe_aux_loss_coeff": "its loss depends on how a batch is split into microbatches",
     "moe_z_loss_coeff": "its loss depends on how a batch is split into microbatches",
     "moe_input_jitter_eps": "samples and their log-probabilities would be of different numbers",
@@ -23,19 +24,19 @@ DISPATCHER, BALANCING = "moe_token_dispatcher_type", "moe_router_load_balancing_
 
 
 def mixture_fields(
-    experts: int | None, overrides: dict[str, Any], *, grouped: bool
+    architecture: Architecture, overrides: dict[str, Any], *, grouped: bool
 ) -> dict[str, Any]:
     """TransformerConfig fields of a model with experts; none for one without.
 
     Args:
-        experts: How many there are in a layer, or None.
+        architecture: The model's.
         overrides: The recipe's ``model:`` keys.
         grouped: Whether the layers are Transformer Engine's, which multiply all experts at once.
 
     Raises:
         UserError: A key that only means something with experts, or one that is not supported.
     """
-    if not experts:
+    if not architecture.transformer.get("num_moe_experts"):
         for name, value in overrides.items():
             if not name.startswith("moe_") and name != "num_moe_experts":
                 continue
