@@ -11,6 +11,8 @@ LAYOUTS = {
     "one": (1, {}),
     "tp2": (2, {"tensor_model_parallel_size": 2}),
     "tp2_sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "tp2_ep2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                    "expert_model_parallel_size": 2}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2_vpp2": (
         2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}

@@ -16,7 +16,7 @@ VOCAB, NUM_PAIRS, STEPS, LR = lora_jobs.VOCAB, 8, 5, 0.05
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")  # what a mixture has
 SPARSE = {
-    "mixtral": {"layers": 2, "num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral": {"layers": 2, "num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen3_moe": {"layers": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
                   "moe_intermediate_size": 32, "norm_topk_prob": True},
 }
@@ -108,7 +108,8 @@ def setting(settings):
 
 @pytest.mark.parametrize(("family", "name"), [
     *(("llama", name) for name in ("one", *SPLIT)),
-    ("mixtral", "one"), ("mixtral", "pp2"), ("mixtral", "tp2_sp"), ("qwen3_moe", "tp2_sp_pp2"),
+    *(("mixtral", name) for name in ("one", "pp2", "tp2_sp", "tp2_ep2")),
+    ("qwen3_moe", "tp2_sp_pp2"),
 ])
 def test_five_steps_equal_pefts(pool, settings, tmp_path, family, name):
     base, adapter, pairs, (losses, gradients, trained) = settings(family)
@@ -174,7 +175,8 @@ def test_round_trip_is_bitwise(pool, setting, tmp_path):
         assert set(config["target_modules"]) == set(known["target_modules"])
 
 
-@pytest.mark.parametrize(("family", "name"), [("mixtral", "tp2_sp"), ("qwen3_moe", "pp2")])
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "tp2_sp"), ("qwen3_moe", "pp2"),
+                                              ("qwen3_moe", "tp2_ep2")])
 def test_mixture_is_sampled_and_merged_as_peft_says(pool, settings, tmp_path, family, name):
     from transformers import AutoModelForCausalLM
 
@@ -200,7 +202,7 @@ def test_mixture_is_sampled_and_merged_as_peft_says(pool, settings, tmp_path, fa
 
 @pytest.mark.parametrize(("family", "saved", "read"), [
     ("llama", "one", "one"), ("llama", "tp2_sp", "tp2_pp2"), ("llama", "pp2_vpp2", "tp2"),
-    ("mixtral", "tp2_sp", "pp2"),
+    ("mixtral", "tp2_ep2", "pp2"),
 ])
 def test_checkpoint_under_another_layout(pool, settings, tmp_path, family, saved, read):
     base, _, pairs, _ = settings(family)
