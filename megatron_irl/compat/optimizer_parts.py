@@ -47,6 +47,8 @@ def as_parts(loaded: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
             "in the checkpoint. Only a distributed optimizer (adam, lion) goes on under another "
             "parallel.expert_model_parallel_size; set it as it was."
         )
+    if STATE not in loaded:  # not a distributed one
+        return loaded
     groups = loaded[OPTIMIZER][GROUPS]
     # A group that the layout of then had not is a twin of one that it had.
     twins = [group | {EXPERT: not group.get(EXPERT)} for group in groups]
