@@ -40,6 +40,7 @@ def save_adapters_only(chunk: Any, layers: dict[str, Any], topology: Topology) -
         state = {
             name: entry
             for name, entry in whole(prefix, sharded_offsets, metadata).items()
+            # Those of Transformer Engine's experts are numbered, and must all be there or none.
             if name.startswith(prefix + REWARD_HEAD) or is_extra_state(name)
         }
         for name, layer in mine.items():

@@ -64,7 +64,7 @@ def adapter_spec(
     else:
         rank, alpha, targets = start.rank, start.alpha, start.targets
         _check_same(options, start)
-    layers = tuple(targeted_layers(arch, targets))
+    layers = tuple(targeted_layers(arch, targets, start.folder if start else None))
     if start is not None:
         start.check(arch, layers)
     only_head = all(layer.row.megatron == HEAD for layer in layers)

@@ -51,7 +51,8 @@ class AdapterConfig:
     is not quite its reference."""
     targets: tuple[str, ...] = ("all-linear",)
     """Layers by the names of Hugging Face's modules (``q_proj``, ``self_attn.q_proj``,
-    ``lm_head``); ``all-linear`` is all of them but the output head."""
+    ``lm_head``); ``all-linear`` is all of them but the output head. The router and the experts of
+    a mixture take no adapter."""
     init: Literal["kaiming", "normal"] = "kaiming"
     """Distribution of A, uniform or normal as peft draws it. B begins as zero."""
     path: str | None = None

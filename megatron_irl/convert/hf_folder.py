@@ -139,7 +139,8 @@ def validate_hf_folder(hf_dir: Path, arch: Architecture) -> None:
     """
     weights = HfWeights(hf_dir)
     if weights.adapter is not None:
-        weights.adapter.check(arch, targeted_layers(arch, weights.adapter.targets))
+        adapter = weights.adapter
+        adapter.check(arch, targeted_layers(arch, adapter.targets, adapter.folder))
     expected = [tensor for row in rows(arch) for tensor in row.hf]
     missing = sorted({t.name for t in expected} - set(weights.files))
     if missing:

@@ -23,7 +23,7 @@ BASE = "base.json"  # beside them: the digest of the base, which peft has no pla
 _PREFIX = "base_model.model."
 # Options of peft under which an adapter is something else than alpha / r * B A on linear layers.
 _REFUSED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-            "layers_pattern", "fan_in_fan_out", "lora_bias", "exclude_modules", "target_parameters",
+            "layers_pattern", "fan_in_fan_out", "lora_bias", "exclude_modules",
             "trainable_token_indices", "megatron_config", "layer_replication", "use_qalora",
             "alora_invocation_tokens", "arrow_config")
 
@@ -57,6 +57,13 @@ class PeftFolder:
         if values.get("peft_type") != "LORA":
             raise UserError(f"{path}: peft_type={values.get('peft_type')} is not supported (LORA "
                             "is).")
+        # First, as peft writes rank and alpha patterns beside it.
+        if parameters := values.get("target_parameters"):
+            raise UserError(
+                f"{path}: target_parameters={parameters} is not supported; the router and the "
+                "experts of a mixture take no adapter (peft's all-linear gives them one). Train "
+                "one with target_modules by name: q_proj, k_proj, v_proj, o_proj."
+            )
         for key in _REFUSED:
             if values.get(key):
                 raise UserError(f"{path}: {key}={values[key]} is not supported.")

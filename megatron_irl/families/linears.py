@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
@@ -41,10 +42,17 @@ def module_name(tensor: HfTensor) -> str:
 
 
 def linear_rows(arch: Architecture) -> Iterator[Row]:
-    """Rows of the weights of linear layers, the head's if it is one of its own."""
+    """Rows of linear layers that may have adapters, the head's if it is one of its own.
+
+    The router and the experts of a mixture may not. transformers 5 keeps a layer's experts as one
+    tensor, for which peft knows adapters of another shape (``target_parameters``) than for the
+    matrices that a folder holds.
+    """
     for row in rows(arch):
         is_matrix = len(row.hf[0].dims) == 2 and row.megatron.endswith(".weight")
-        if is_matrix and row.megatron != EMBEDDING and not isinstance(row.transform, Replicated):
+        if row.megatron == EMBEDDING or row.of_experts or isinstance(row.transform, Replicated):
+            continue
+        if is_matrix:
             yield row
 
 
@@ -54,15 +62,18 @@ def target_names(arch: Architecture) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def targeted_layers(arch: Architecture, targets: Sequence[str]) -> list[TargetedLayer]:
+def targeted_layers(
+    arch: Architecture, targets: Sequence[str], adapter: Path | None = None
+) -> list[TargetedLayer]:
     """The layers that targets name, in the order of the forward pass.
 
     Args:
         targets: Ends of HF module names, whole components: ``q_proj``, ``self_attn.q_proj``; or
-            ``all-linear``.
+            ``all-linear``, which is all that ``linear_rows`` gives but the head.
+        adapter: The folder that says so, for errors; None: the recipe does.
 
     Raises:
-        UserError: A target that names no linear layer, with the list of what there is.
+        UserError: A target that names no such layer, with the list of what there is.
     """
     layers, used = [], set()
     for row in linear_rows(arch):
@@ -79,13 +90,22 @@ def targeted_layers(arch: Architecture, targets: Sequence[str]) -> list[Targeted
             layers.append(TargetedLayer(row, tuple(parts)))
     unknown = [target for target in targets if target not in used]
     if unknown:
-        tied = ""
-        if arch.tie_word_embeddings:
-            tied = (" Its output head is the embedding (tie_word_embeddings=true in config.json) "
-                    "and takes no adapter of its own.")
+        key = "adapter.targets" if adapter is None else f"{adapter}: target_modules"
         raise UserError(
-            f"adapter.targets={unknown[0]} is no linear layer of this model; there are "
-            f"{', '.join([*target_names(arch), ALL_LINEAR])}.{tied} Set adapter.targets to some "
-            "of these."
+            f"{key}={unknown[0]} is no linear layer of this model that can have an adapter; there "
+            f"are {', '.join([*target_names(arch), ALL_LINEAR])}.{_without_adapter(arch)} "
+            + ("Set adapter.targets to some of these." if adapter is None
+               else "Give an adapter of some of these.")
         )
     return layers
+
+
+def _without_adapter(arch: Architecture) -> str:
+    """Which layers of a model have none, as sentences."""
+    text = ""
+    if arch.tie_word_embeddings:
+        text += (" Its output head is the embedding (tie_word_embeddings=true in config.json) and "
+                 "takes no adapter of its own.")
+    if arch.dims["experts"]:
+        text += " Its router and its experts take none."
+    return text

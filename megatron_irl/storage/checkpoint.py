@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_irl.compat.adam_state import loadable, make_savable
 from megatron_irl.compat.checkpoint_writer import PlanOnly
 from megatron_irl.compat.optimizer_blocks import in_blocks
+from megatron_irl.compat.optimizer_parts import as_one, as_parts
 from megatron_irl.compat.threaded_reader import in_threads
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
@@ -253,7 +254,7 @@ class Checkpointer(CheckpointFolder):
         with loadable(optimizer), in_blocks(optimizer):
             loaded = self._read(path, chunks, optimizer)
             if optimizer is not None:
-                optimizer.load_state_dict(loaded["optimizer"])
+                optimizer.load_state_dict(as_parts(loaded["optimizer"], optimizer))
                 scheduler.num_steps = 0  # loading counts on from where the schedule stands
                 scheduler.load_state_dict(loaded["scheduler"])
                 restore_random_states(loaded.get("rng"))
@@ -309,7 +310,7 @@ class Checkpointer(CheckpointFolder):
         }
         if optimizer is None:
             return model
-        state = optimizer.sharded_state_dict(model, is_loading, metadata=metadata)
+        state = as_one(optimizer.sharded_state_dict(model, is_loading, metadata=metadata))
         return model | {"optimizer": state, "rng": random_states(self.topology)}
 
     def _layout(self) -> tuple[int, int]:

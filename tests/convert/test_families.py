@@ -96,6 +96,23 @@ CASES = [(name, layout) for name in MODELS for layout in FEW.get(name, tuple(LAY
          if name not in TP_ONLY_ONE or layout in ("one", "pp2")]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "eos_id": 1, "seed": 3}
 
+SPARSE_SEED = 9
+
+
+def seed_of(name):
+    """What a model and its inputs are drawn with.
+
+    Where a router likes two experts equally well, the last bits decide between very different
+    answers. Of thousands of fresh tokens there is such a one at times; here every token's logits
+    of the last expert chosen and the first one left out are 5e-4 apart.
+    """
+    return SPARSE_SEED if name in SPARSE else SEED
+
+
+@pytest.fixture
+def seed(request):
+    return seed_of(request.node.callspec.params["name"])
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -104,7 +121,9 @@ def folder(tmp_path_factory):
 
     def make(name):
         if name not in made:
-            made[name] = make_tiny_llama(root / name, seed=SEED, vocab=VOCAB, **MODELS[name])
+            made[name] = make_tiny_llama(
+                root / name, seed=seed_of(name), vocab=VOCAB, **MODELS[name]
+            )
         return made[name]
 
     return make
@@ -128,22 +147,22 @@ def reference(folder):
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout):
+def test_token_logprobs_equal_transformers(pool, folder, reference, seed, name, layout):
     world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     ranks = pool.run(
-        world_size, jobs.token_logprobs, hf=str(folder(name)), layout=sizes, seed=SEED, num=8,
+        world_size, jobs.token_logprobs, hf=str(folder(name)), layout=sizes, seed=seed, num=8,
         vocab=VOCAB,
     )
     assert all(rank == ranks[0] for rank in ranks)
     everything = []
     for got, (prompt, response) in zip(
-        ranks[0], jobs.random_sequences(SEED, 8, VOCAB), strict=True
+        ranks[0], jobs.random_sequences(seed, 8, VOCAB), strict=True
     ):
         ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
         with torch.no_grad():
             logprobs = reference(name)(ids).logits[0].log_softmax(-1)
         expected = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
-        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, err_msg=f"seed {SEED}")
+        np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, err_msg=f"seed {seed}")
         everything += got
     assert np.std(everything) > 0.3, "flat predictions would hide a wrong model"
 
@@ -151,9 +170,9 @@ def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout
 @pytest.mark.parametrize(("name", "layout"), [
     c for c in CASES
     if c[1] in ("one", "tp4", "pp2", "tp2_ep2") or c[1] == "tp2" and c[0] in FEW])
-def test_greedy_generation_equals_transformers(pool, folder, reference, name, layout):
+def test_greedy_generation_equals_transformers(pool, folder, reference, seed, name, layout):
     world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
-    prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 6, VOCAB)]
+    prompts = [prompt for prompt, _ in jobs.random_sequences(seed, 6, VOCAB)]
     ranks = pool.run(
         world_size, jobs.generate, hf=str(folder(name)), layout=sizes, prompts=prompts,
         sampling=GREEDY, vocab=VOCAB,
@@ -165,7 +184,7 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
             eos_token_id=1, pad_token_id=1,
         )[0, len(prompt) :].tolist()
-        assert tokens == expected, f"seed {SEED}"
+        assert tokens == expected, f"seed {seed}"
         lengths.add(len(set(tokens)))
     # Six to twelve as a rule, with fresh weights three at times.
     assert max(lengths) > 1, "one repeated token would hide a wrong cache"
@@ -179,7 +198,7 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
     ("mixtral", "tp2_sp_pp2"), ("qwen3_moe", "dp2"), ("qwen3_moe", "tp2_sp_dp2"),
     ("qwen3_moe", "tp2_ep2_dp2"),
 ])
-def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
+def test_training_step_equals_one_process(pool, folder, tmp_path, seed, name, layout):
     """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary
     padding has none.
     """
@@ -189,26 +208,26 @@ def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
         "optimizer": {"optimizer": "sgd", "lr": 0.05, "sgd_momentum": 0.0, "clip_grad": 0.0},
     }
     pool.run(
-        1, jobs.write_bank, hf=setting["hf"], folder=setting["folder"], seed=SEED, noise=3.0,
-        pairs=jobs.make_pairs(SEED, 8, VOCAB),
+        1, jobs.write_bank, hf=setting["hf"], folder=setting["folder"], seed=seed, noise=3.0,
+        pairs=jobs.make_pairs(seed, 8, VOCAB),
     )
     (expected,) = pool.run(1, jobs.train_on_bank, layout={}, **setting)
     ranks = pool.run(world_size, jobs.train_on_bank, layout=sizes, **setting)
-    np.testing.assert_allclose(ranks[0], expected, rtol=1e-5, err_msg=f"seed {SEED}")
+    np.testing.assert_allclose(ranks[0], expected, rtol=1e-5, err_msg=f"seed {seed}")
     assert expected[0][0] != pytest.approx(expected[1][0], rel=1e-2), "nothing was learnt"
 
 
 @pytest.mark.parametrize("name", [
     "gemma2", "gemma3", "phi3_longrope", "llama_mlp_bias", "mixtral", "qwen3_moe_unnormalised"])
-def test_gradients_equal_transformers(pool, folder, reference, name):
+def test_gradients_equal_transformers(pool, folder, reference, seed, name):
     """One SGD step on the likelihood of responses moves every weight as torch's autograd says."""
     (moved,) = pool.run(
-        1, family_jobs.likelihood_step, hf=str(folder(name)), seed=SEED, num=4, vocab=VOCAB
+        1, family_jobs.likelihood_step, hf=str(folder(name)), seed=seed, num=4, vocab=VOCAB
     )
     model = reference(name)
     model.zero_grad()
     model.get_input_embeddings().padding_idx = None  # torch keeps its gradient at zero
-    for prompt, response in jobs.random_sequences(SEED, 4, VOCAB):
+    for prompt, response in jobs.random_sequences(seed, 4, VOCAB):
         ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
         logprobs = model(ids).logits[0].log_softmax(-1)
         (-logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None]).sum()).backward()
@@ -219,6 +238,6 @@ def test_gradients_equal_transformers(pool, folder, reference, name):
         size = gradient.abs().max().item()
         np.testing.assert_allclose(
             moved[tensor].numpy(), gradient.numpy(), atol=2e-4 * size, rtol=2e-3,
-            err_msg=f"{tensor}, seed {SEED}",
+            err_msg=f"{tensor}, seed {seed}",
         )
     model.zero_grad()

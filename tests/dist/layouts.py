@@ -20,6 +20,10 @@ LAYOUTS = {
     "tp2_sp_pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2,
                        "sequence_parallel": True}),
     "pp2_dp2": (4, {"pipeline_model_parallel_size": 2}),
+    "tp2_ep2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                    "expert_model_parallel_size": 2}),
+    "tp2_ep2_dp2": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True,
+                        "expert_model_parallel_size": 2}),
     "pp4": (4, {"pipeline_model_parallel_size": 4}),
 }
 """By name (ranks, fields of ``ParallelConfig``)."""

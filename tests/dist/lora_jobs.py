@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_irl.adapters.adapters import Adapters, add_adapters
 from megatron_irl.adapters.export import export_adapter
 from megatron_irl.adapters.spec import adapter_spec
 from megatron_irl.config import AdapterConfig, ParallelConfig
+from megatron_irl.convert.export import export_hf
+from megatron_irl.convert.hf_config import read_hf_config
+from megatron_irl.generation import SamplingConfig
 from megatron_irl.model.data_parallel import build_ddp_config
 from megatron_irl.policy.policy import Policy
 from megatron_irl.storage.checkpoint import Checkpointer
@@ -90,6 +94,26 @@ def train(
     for one, other in zip(scores, merged, strict=True):
         assert abs(one - other).max() < 1e-4
     return losses, [score.tolist() for score in scores]
+
+
+def sample_and_export(
+    hf: str, layout: Layout, adapter: dict[str, Any], prompts: list[np.ndarray],
+    sampling: dict[str, Any], out: str,
+) -> list[list[list[int]]]:
+    """Greedy token ids with the updates merged, then applied; writes ``hf`` with them merged."""
+    stepper, adapters = build_stepper(hf, layout, adapter, {"lr": 1e-2})
+    policy, base, answers = stepper.policy, base_of(stepper), []
+    for merged in (True, False):
+        policy.samples_merged = merged
+        policy.open_generator(max_sequence_length=64, max_requests=4)
+        samples = policy.generate(prompts, SamplingConfig(**sampling))
+        policy.generator.close()
+        answers.append([sample.token_ids.tolist() for sample in samples])
+        assert all(map(torch.equal, base, base_of(stepper))), "the base has changed"
+    with adapters.merged():
+        export_hf(policy.chunks, policy.architecture, read_hf_config(Path(hf)), Path(out) / "hf",
+                  source_dir=Path(hf), topology=policy.topology)
+    return answers
 
 
 def save(

@@ -24,9 +24,18 @@ def odd_setting(pool, tmp_path_factory):
     return prepare(pool, tmp_path_factory.mktemp("odd"), VOCAB + 3)
 
 
-def prepare(pool, root, vocab):
+@pytest.fixture(scope="module")
+def sparse_setting(pool, tmp_path_factory):
+    """A mixture whose every token goes to all experts: there is no choice that rounding decides."""
+    return prepare(
+        pool, tmp_path_factory.mktemp("sparse"), VOCAB, family="mixtral", num_local_experts=4,
+        num_experts_per_tok=4,
+    )
+
+
+def prepare(pool, root, vocab, **model):
     """What the jobs need to find, and (loss, gradient norm) of five uninterrupted steps."""
-    hf = str(make_tiny_llama(root / "hf", tied=True, seed=SEED, vocab=vocab))
+    hf = str(make_tiny_llama(root / "hf", tied=True, seed=SEED, vocab=vocab, **model))
     common = {"hf": hf, "folder": str(root / "bank")}
     pairs = jobs.make_pairs(SEED, NUM_PAIRS, vocab)
     pool.run(1, jobs.write_bank, **common, pairs=pairs, seed=SEED, noise=3.0)
@@ -103,6 +112,21 @@ def test_padded_vocabulary_resumes_under_another_layout(
 ):
     common, whole = odd_setting
     assert_same_training(interrupted(pool, common, tmp_path, saved, resumed), whole)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [
+    ("tp2_sp", "tp2_ep2"), ("tp2_ep2", "pp2"), ("tp2_ep2_dp2", "tp2_ep2"),
+])
+def test_experts_resume_under_another_layout(pool, sparse_setting, tmp_path, saved, resumed):
+    """Experts that are whole on a rank have an optimizer of their own, others have not."""
+    common, whole = sparse_setting
+    assert_same_training(interrupted(pool, common, tmp_path, saved, resumed), whole)
+
+
+def test_an_optimizer_that_cannot_change_its_parts(pool, sparse_setting, tmp_path):
+    sgd = {"optimizer": "sgd", "lr": 1e-2, "sgd_momentum": 0.9}
+    with pytest.raises(RuntimeError, match="goes on under another parallel.expert_model_parallel"):
+        interrupted(pool, sparse_setting[0], tmp_path, "tp2_ep2", "tp2_sp", sgd)
 
 
 def test_lost_optimizer_state_would_show(pool, setting, tmp_path):

@@ -14,6 +14,12 @@ from tests.dist.layouts import LAYOUTS, SEED, SPLIT
 
 VOCAB, NUM_PAIRS, STEPS, LR = lora_jobs.VOCAB, 8, 5, 0.05
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "lm_head")  # what a mixture has
+SPARSE = {
+    "mixtral": {"layers": 2, "num_local_experts": 6, "num_experts_per_tok": 2},
+    "qwen3_moe": {"layers": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
+                  "moe_intermediate_size": 32, "norm_topk_prob": True},
+}
 SGD = {"optimizer": "sgd", "lr": LR, "sgd_momentum": 0.0, "clip_grad": 0.0}
 
 
@@ -73,22 +79,40 @@ def peft_steps(base, adapter, pairs):
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    """(model, adapter, pairs, what peft made of them)."""
-    root = tmp_path_factory.mktemp("lora")
-    base = make_tiny_llama(root / "hf", seed=SEED, vocab=VOCAB, scale=0.2)
-    adapter = make_adapter(base, root / "adapter", TARGETS)
-    pairs = jobs.make_pairs(SEED, NUM_PAIRS, VOCAB)
-    rng = np.random.default_rng(SEED)
-    for pair in pairs:  # near what a model of this vocabulary says
-        pair.ref_demo_logp = float(-5 * len(pair.demo_ids) + rng.normal())
-        pair.ref_sample_logp = float(-5 * len(pair.sample_ids) + rng.normal())
-    return base, adapter, pairs, peft_steps(base, adapter, pairs)
+def settings(tmp_path_factory):
+    """By family (model, adapter, pairs, what peft made of them)."""
+    root, made = tmp_path_factory.mktemp("lora"), {}
+
+    def make(family):
+        if family not in made:
+            base = make_tiny_llama(root / family, family=family, seed=SEED, vocab=VOCAB, scale=0.2,
+                                   **SPARSE.get(family, {}))
+            targets = ATTENTION if family in SPARSE else TARGETS
+            adapter = make_adapter(base, root / f"{family}_adapter", targets)
+            pairs = jobs.make_pairs(SEED, NUM_PAIRS, VOCAB)
+            rng = np.random.default_rng(SEED)
+            for pair in pairs:  # near what a model of this vocabulary says
+                pair.ref_demo_logp = float(-5 * len(pair.demo_ids) + rng.normal())
+                pair.ref_sample_logp = float(-5 * len(pair.sample_ids) + rng.normal())
+            made[family] = base, adapter, pairs, peft_steps(base, adapter, pairs)
+        return made[family]
+
+    return make
 
 
-@pytest.mark.parametrize("name", ["one", *SPLIT])
-def test_five_steps_equal_pefts(pool, setting, tmp_path, name):
-    base, adapter, pairs, (losses, gradients, trained) = setting
+@pytest.fixture(scope="module")
+def setting(settings):
+    """Those of a dense model."""
+    return settings("llama")
+
+
+@pytest.mark.parametrize(("family", "name"), [
+    *(("llama", name) for name in ("one", *SPLIT)),
+    *(("mixtral", name) for name in ("one", "pp2", "tp2_sp", "tp2_ep2")),
+    ("qwen3_moe", "tp2_sp_pp2"),
+])
+def test_five_steps_equal_pefts(pool, settings, tmp_path, family, name):
+    base, adapter, pairs, (losses, gradients, trained) = settings(family)
     world_size, layout = LAYOUTS[name]
     ranks = pool.run(
         world_size, lora_jobs.train, hf=str(base), layout=layout, adapter={"path": str(adapter)},
@@ -105,18 +129,22 @@ def test_five_steps_equal_pefts(pool, setting, tmp_path, name):
         worst = {n: (ours[n] - expected[n]).abs().max().item() for n in ours}
         assert max(worst.values()) < 1e-5, f"seed {SEED}, {folder}: {worst}"
     assert min(g.abs().max().item() for g in gradients.values()) > 1e-4, "a gradient is nothing"
-    if name in ("one", "tp2_sp"):
+    if name in ("one", "tp2_sp", "tp2_sp_pp2"):
         check_in_peft(base, tmp_path / "trained", scores)
+
+
+def load_peft(base, adapter):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    return PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
+    ).eval()
 
 
 def check_in_peft(base, adapter, scores, bound=1e-5):
     """What was exported says in peft what it said here."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter
-    ).eval()
+    model = load_peft(base, adapter)
     with torch.no_grad():
         for (prompt, response), ours in zip(
             jobs.random_sequences(11, 12, VOCAB), scores, strict=True
@@ -147,11 +175,39 @@ def test_round_trip_is_bitwise(pool, setting, tmp_path):
         assert set(config["target_modules"]) == set(known["target_modules"])
 
 
-@pytest.mark.parametrize(("saved", "read"), [("one", "one"), ("tp2_sp", "tp2_pp2"),
-                                             ("pp2_vpp2", "tp2")])
-def test_checkpoint_under_another_layout(pool, setting, tmp_path, saved, read):
-    base, _, pairs, _ = setting
-    options = {"hf": str(base), "adapter": {"rank": 4, "targets": TARGETS}, "pairs": pairs,
+@pytest.mark.parametrize(("family", "name"), [("mixtral", "tp2_sp"), ("qwen3_moe", "pp2"),
+                                              ("qwen3_moe", "tp2_ep2")])
+def test_mixture_is_sampled_and_merged_as_peft_says(pool, settings, tmp_path, family, name):
+    from transformers import AutoModelForCausalLM
+
+    base, adapter, *_ = settings(family)
+    world_size, layout = LAYOUTS[name]
+    prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 4, VOCAB)]
+    merged, applied = pool.run(
+        world_size, lora_jobs.sample_and_export, hf=str(base), layout=layout, prompts=prompts,
+        adapter={"path": str(adapter)}, out=str(tmp_path),
+        sampling={"temperature": 0.0, "max_new_tokens": 12, "eos_id": 1, "seed": 3},
+    )[0]
+    theirs = load_peft(base, adapter)
+    folder = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        for prompt, answer in zip(prompts, merged, strict=True):
+            ids = torch.tensor([*prompt, *answer])[None].long()
+            expected = theirs(ids).logits[0]
+            assert answer == expected.argmax(-1)[len(prompt) - 1 : -1].tolist(), f"seed {SEED}"
+            assert (folder(ids).logits[0] - expected).abs().max() < 1e-4
+    assert applied == merged
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(("family", "saved", "read"), [
+    ("llama", "one", "one"), ("llama", "tp2_sp", "tp2_pp2"), ("llama", "pp2_vpp2", "tp2"),
+    ("mixtral", "tp2_ep2", "pp2"),
+])
+def test_checkpoint_under_another_layout(pool, settings, tmp_path, family, saved, read):
+    base, _, pairs, _ = settings(family)
+    targets = ("all-linear", "lm_head") if family in SPARSE else TARGETS
+    options = {"hf": str(base), "adapter": {"rank": 4, "targets": targets}, "pairs": pairs,
                "steps": 4, "out": str(tmp_path)}
     world_size, layout = LAYOUTS[saved]
     whole = pool.run(world_size, lora_jobs.save, layout=layout, **options)[0]
