@@ -17,6 +17,8 @@ WARNINGS: list[tuple[type[Warning], str, str]] = [
     (UserWarning, "MimoModelConfig is experimental", "imported by Megatron, not used"),
     (UserWarning, "The .grad attribute of a Tensor that is not a leaf",
      "Megatron's optimizer looks at the gradients of shards, which have none"),
+    (UserWarning, "`sequence_parallel` is set to `True`, but tensor model parallel size is 1",
+     "of an expert that is whole on its rank; for other layers the recipe's check refuses it"),
     (RuntimeWarning, "Detected a Jax installation",
      "Transformer Engine looks for its extension to a framework that is not used here"),
     (FutureWarning, "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)` is",
