@@ -5,6 +5,8 @@ Megatron gives them an optimizer of their own. It stores the parts one by one, s
 layout has saved another cannot load that has more of them, or fewer. Here the state of every
 parameter is stored by its name alone (``optimizer_blocks``), and the settings of the groups
 together; a part takes what is its own.
+
+To be removed when Megatron's checkpoint of an optimizer does not depend on how many parts it has.
 """
 
 from typing import Any
