@@ -83,8 +83,8 @@ def test_most_tokens_is_bounded_by_memory_too():
         hidden_size=4096, params_dtype=torch.bfloat16, num_moe_experts=8,
     )
     assert every_expert.most_tokens(config) == every_expert.MOST_TOKENS
-    config.num_moe_experts = 64
+    config.num_moe_experts = 256
     row = 2 * (3 * 14336 + 2 * 4096)
-    assert every_expert.most_tokens(config) == 2 * 2**30 // (64 * row) < every_expert.MOST_TOKENS
+    assert every_expert.most_tokens(config) == 2 * 2**30 // (256 * row) < every_expert.MOST_TOKENS
     config.expert_model_parallel_size = 2  # half of them on a rank
-    assert every_expert.most_tokens(config) == 2 * 2**30 // (32 * row)
+    assert every_expert.most_tokens(config) == 2 * 2**30 // (128 * row)
