@@ -7,6 +7,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from megatron_irl.console import format_seconds
+from megatron_irl.families.architecture import Architecture
+from megatron_irl.planning.certain import active_parameters, parameters_of
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.plan import Plan
 from megatron_irl.planning.search import Found
@@ -18,6 +20,7 @@ def plan_lines(plan: Plan) -> list[str]:
     """Parameters, memory by stage, a round's time, files, and the verdict."""
     setup, work, time = plan.setup, plan.work, plan.time
     lines = [
+        *_experts(plan.setup.arch),
         f"on {setup.world_size} {setup.machine.name} of {setup.machine.memory / GIB:.1f} GiB; "
         f"{'Transformer Engine' if setup.lean else 'local'} layers; lengths: "
         f"{work.lengths.origin}",
@@ -50,6 +53,17 @@ def plan_lines(plan: Plan) -> list[str]:
             f"{1e3 * time.decode_step:.1f} ms a decode step, {time.generation_share:.0%} of a round"
         )
     return [*lines, plan.verdict()]
+
+
+def _experts(arch: Architecture) -> list[str]:
+    """Of a mixture: how many parameters there are, and how many a token meets."""
+    if not arch.dims["experts"]:
+        return []
+    return [
+        f"{parameters_of(arch) / 1e9:.1f} billion parameters, {active_parameters(arch) / 1e9:.1f} "
+        f"billion active: {arch.dims['experts']} experts a layer, "
+        f"{arch.transformer['moe_router_topk']} of them a token"
+    ]
 
 
 def _memory_table(plan: Plan) -> list[str]:
@@ -98,6 +112,7 @@ def plan_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
     return {
         "fits": plan.fits, "always_fits": plan.always_fits, "verdict": plan.verdict(),
         "gpu": setup.machine.name, "gpu_memory": setup.machine.memory,
+        "parameters": parameters_of(setup.arch), "active_parameters": active_parameters(setup.arch),
         "world_size": setup.world_size, "lengths": plan.work.lengths.origin,
         "layout": {"tp": setup.tp, "pp": setup.pp, "vpp": setup.vpp, "dp": setup.dp},
         "stages": [

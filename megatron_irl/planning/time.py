@@ -6,7 +6,14 @@ same shares of theirs. docs/scaling.md compares with figures that were not used.
 
 from dataclasses import dataclass
 
-from megatron_irl.flops import Tokens, attended, layer_parameters
+from megatron_irl.flops import (
+    Tokens,
+    attended,
+    expert_parameters,
+    experts_hit,
+    layer_parameters,
+    unused_parameters,
+)
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.memory import checkpoint_share
 from megatron_irl.planning.state import element_size, gradient_size, offloaded_share
@@ -135,6 +142,9 @@ def microbatch_seconds(
     rate = PRODUCTS * peak
     layer_rate = rate * FP8_GAIN if setup.recipe.precision == "fp8" and machine.fp8 else rate
     weights = 2.0 * layers * layer_parameters(arch) * pack.sum / setup.tp * passes / layer_rate
+    if arch.dims["experts"]:
+        weights += layers * _waiting_for_experts(
+            setup, pack.sum, passes, layer_rate, trains=backward and not is_adapter)
     attention_passes = passes + (1.0 if is_adapter and backward else 0.0)
     attention = 4.0 * layers * arch.dims["q"] * attended(arch, pack) / setup.tp
     attention *= attention_passes / (ATTENTION * peak)
@@ -156,6 +166,9 @@ def _recomputed(setup: Setup) -> float:
     if setup.config.recompute_granularity == "full":
         return 1.0
     modules = setup.config.recompute_modules if setup.config.recompute_granularity else ()
+    if setup.arch.dims["experts"] and "moe" in (modules or ()):
+        whole = layer_parameters(setup.arch)
+        return 1 - (whole - setup.config.moe_router_topk * expert_parameters(setup.arch)) / whole
     return 0.35 if "mlp" in (modules or ()) else 0.02 if modules else 0.0
 
 
@@ -166,8 +179,35 @@ def elementwise_bytes(setup: Setup) -> float:
     shared = 44.0 * dims["hidden"]  # two norms and two additions
     if setup.recipe.parallel.sequence_parallel:
         shared /= setup.tp
-    split = wide * dims["ffn"] + 8.0 * (dims["q"] + dims["kv"])
+    mlp = wide * dims["ffn"]
+    if dims["experts"]:
+        chosen = setup.config.moe_router_topk
+        # A token's rows are gathered, sorted by expert, put back and added up (by tensor-parallel
+        # ranks in parts), and what is between the products is multiplied by the router's float32
+        # weights: 46 bytes forward and backward.
+        mlp = chosen * ((wide + 46.0) * dims["ffn"] + 20.0 * dims["hidden"])
+        shared += chosen * 16.0 * dims["hidden"]
+    split = mlp + 8.0 * (dims["q"] + dims["kv"])
     return (shared + split / setup.tp) * element_size(setup.recipe) / 2
+
+
+def _waiting_for_experts(
+    setup: Setup, tokens: float, passes: float, rate: float, *, trains: bool
+) -> float:
+    """Seconds that a layer's experts take to be read beyond those of their products.
+
+    Each gets few of a pack's tokens, and its weights are read for them in every pass, gradients
+    read and written.
+
+    Args:
+        rate: FLOP/s of the products.
+        trains: Whether the experts' weights have gradients.
+    """
+    arch, element = setup.arch, element_size(setup.recipe)
+    expert = expert_parameters(arch) / setup.tp
+    moved = element * passes + (2 * gradient_size(setup.recipe) - element) * trains
+    reading = experts_hit(arch, tokens) * expert * moved / (DECODE * setup.machine.bandwidth)
+    return max(0.0, reading - 2.0 * setup.config.moe_router_topk * expert * tokens * passes / rate)
 
 
 def _head(setup: Setup, pack: Tokens, *, backward: bool) -> float:
@@ -184,12 +224,16 @@ def _head(setup: Setup, pack: Tokens, *, backward: bool) -> float:
 
 
 def _tensor_parallel(setup: Setup, pack: Tokens, passes: float) -> float:
-    """Two all-reduces a layer and pass, or what sequence parallelism makes of them."""
+    """Two all-reduces a layer and pass, or what sequence parallelism makes of them.
+
+    Experts' is of as many rows a token as it has experts.
+    """
     if setup.tp == 1:
         return 0.0
     size = pack.sum * setup.arch.dims["hidden"] * element_size(setup.recipe)
     ring = 2 * (setup.tp - 1) / setup.tp * size / (LINK * _bandwidth(setup, setup.tp))
-    return setup.layers * 2 * min(passes, 2.0 + _recomputed(setup)) * ring
+    times = 1 + (setup.config.moe_router_topk if setup.arch.dims["experts"] else 1)
+    return setup.layers * times * min(passes, 2.0 + _recomputed(setup)) * ring
 
 
 def _bandwidth(setup: Setup, ranks: int) -> float:
@@ -262,6 +306,9 @@ def _generation(
 def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
     """Of one decode step of one replica through CUDA graphs: all stages in turn, if it has some.
 
+    Of a mixture the experts are read that the requests' tokens hit; there are no graphs, and the
+    host starts every layer.
+
     Args:
         context: Tokens in the cache of a request.
         parameters: Of a rank.
@@ -271,8 +318,14 @@ def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) ->
     cache = 2.0 * here * arch.dims["kv"] / setup.tp * context * batch * element_size(setup.recipe)
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
-    read = (parameters - embedding * (stages == 1)) * element_size(setup.recipe) + cache
+    share = here / arch.transformer["num_layers"] / setup.tp
+    unread = share * unused_parameters(arch, experts_hit(arch, batch))
+    idle = share * unused_parameters(arch, arch.transformer.get("moe_router_topk", 0))
+    read = (parameters - unread - embedding * (stages == 1)) * element_size(setup.recipe) + cache
     reading = read / (DECODE * setup.machine.bandwidth)
-    products = 2.0 * parameters * batch / (PRODUCTS * _peak(setup))
+    products = 2.0 * (parameters - idle) * batch / (PRODUCTS * _peak(setup))
     layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
-    return stages * (max(reading, products) + layers) + DECODE_REQUEST * batch
+    stage = max(reading, products) + layers
+    if arch.dims["experts"]:
+        stage = max(stage, here * HOST_LAYER / 3)
+    return stages * stage + DECODE_REQUEST * batch

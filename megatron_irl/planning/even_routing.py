@@ -1,0 +1,49 @@
+"""Megatron's mixtures of experts on fake tensors, every expert with as many tokens as any other.
+
+How many tokens an expert gets is read on the host, and fake tensors have no values. Within
+``even_routing`` the dispatcher counts as many for each; how many there are together, and so what
+its copies and the experts keep, is the same however tokens are routed.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.planning.fake_world import replaced
+
+from megatron.core.transformer.moe.token_dispatcher import (  # isort: skip
+    MoEAlltoAllTokenDispatcher,
+)
+
+
+def even_routing() -> AbstractContextManager[None]:
+    """Within it mixtures of experts run on fake tensors."""
+    return replaced([(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess)])
+
+
+def _preprocess(self: Any, routing_map: Tensor) -> np.ndarray:
+    """Stands for the dispatcher's own; numbers that are read on the host stand in numpy.
+
+    Args:
+        routing_map: bool [tokens of this rank, experts].
+
+    Returns:
+        Tokens of every expert, of all tensor-parallel ranks.
+    """
+    assert self.ep_size == 1 and not self.drop_and_pad
+    experts, ranks = self.num_experts, self.tp_size
+    rows = routing_map.shape[0] * self.config.moe_router_topk
+    each = np.full(experts, rows // experts)
+    each[: rows % experts] += 1
+    self.num_out_tokens = rows
+    self.num_global_tokens_per_local_expert = np.tile(each, (ranks, 1))
+    if ranks > 1:
+        self.input_splits = self.output_splits = np.array([rows])
+        self.output_splits_tp = np.full(ranks, rows)
+    places = np.arange(ranks * experts)  # of pieces, by rank and expert, and by expert and rank
+    self.sort_input_by_local_experts = places.reshape(ranks, experts).T.ravel()
+    self.restore_output_by_local_experts = places.reshape(experts, ranks).T.ravel()
+    return each * ranks
