@@ -64,13 +64,10 @@ def check_layout_against_model(
         UserError: A size does not divide; the message lists the parallel sizes that would work.
     """
     tensor = parallel.tensor_model_parallel_size
-    if num_moe_experts and tensor > 1 and not parallel.sequence_parallel:
-        raise UserError(
-            f"parallel.tensor_model_parallel_size={tensor} without parallel.sequence_parallel "
-            f"conflicts with a model of {num_moe_experts} experts a layer; each rank routes its "
-            "own part of the tokens. Set parallel.sequence_parallel to true.")
+    _check_experts(parallel, num_moe_experts)
+    slices = tensor // parallel.expert_model_parallel_size  # of an expert, or of the one MLP
     split = {"num_attention_heads": num_attention_heads, "num_query_groups": num_query_groups,
-             "ffn_hidden_size": ffn_hidden_size}
+             "ffn_hidden_size": ffn_hidden_size * parallel.expert_model_parallel_size}
     rules = {"num_attention_heads": "attention heads are split over tensor-parallel ranks",
              "num_query_groups": "KV heads are split over tensor-parallel ranks, not replicated",
              "ffn_hidden_size": "the feed-forward width is split over tensor-parallel ranks"}
@@ -90,13 +87,32 @@ def check_layout_against_model(
     _check_stages(parallel, num_layers)
     if precision == "fp8":
         for name, size, ranks in (("hidden_size", hidden_size, 1),
-                                  ("ffn_hidden_size", ffn_hidden_size, tensor)):
+                                  ("ffn_hidden_size", ffn_hidden_size, slices)):
             if size // ranks % FP8_MULTIPLE:
                 raise UserError(
                     f"precision=fp8 conflicts with {name}={size} over {ranks} rank(s); FP8 "
                     f"products need multiples of {FP8_MULTIPLE} and each rank holds "
                     f"{size // ranks}. Set precision to bf16"
                     f"{'' if ranks == 1 else ', or parallel.tensor_model_parallel_size lower'}.")
+
+
+def _check_experts(parallel: ParallelConfig, experts: int | None) -> None:
+    tensor, groups = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
+    name = f"parallel.expert_model_parallel_size={groups}"
+    if experts and tensor > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tensor_model_parallel_size={tensor} without parallel.sequence_parallel "
+            f"conflicts with a model of {experts} experts a layer; each rank routes its own part "
+            "of the tokens. Set parallel.sequence_parallel to true.")
+    if groups == 1:
+        return
+    if not experts:
+        raise UserError(f"{name} conflicts with a model that has no experts. Remove it.")
+    if experts % groups:
+        raise UserError(
+            f"{name} does not divide num_moe_experts={experts}; every rank holds as many experts. "
+            "Set it to 1, where each holds slices of all, or choose another "
+            "parallel.tensor_model_parallel_size.")
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -115,6 +131,13 @@ def _check_options(parallel: ParallelConfig) -> None:
                         "parallel.tensor_model_parallel_size=1; sequence parallelism splits over "
                         "the tensor-parallel ranks. Set parallel.sequence_parallel to false, or "
                         "parallel.tensor_model_parallel_size above 1.")
+    experts = parallel.expert_model_parallel_size
+    if experts not in (1, tensor):
+        raise UserError(
+            f"parallel.expert_model_parallel_size={experts} conflicts with "
+            f"parallel.tensor_model_parallel_size={tensor}; the ranks that share a layer hold "
+            "slices of every expert (1) or whole ones (as many as tensor-parallel ranks), so that "
+            f"replicas sample without waiting for each other. Set it to {_either([1, tensor])}.")
     if virtual is None:
         return
     path = "parallel.virtual_pipeline_model_parallel_size"

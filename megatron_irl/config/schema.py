@@ -232,6 +232,9 @@ class ParallelConfig:
     """Ranks the layers are split over; must divide their number."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per pipeline stage; none: no interleaving."""
+    expert_model_parallel_size: int = 1
+    """1: of the ranks that share a layer's matrices each holds a slice of every expert;
+    ``tensor_model_parallel_size``: each holds whole experts, its share of them."""
     context_parallel_size: int = 1
     """Ranks a sequence is split over; needs a GPU."""
     sequence_parallel: bool = False

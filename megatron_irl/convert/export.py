@@ -1,6 +1,7 @@
 """Megatron chunks → an ordinary HF folder, one tensor at a time."""
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def export_rows(
         owners = _owners(mine, topology)
         if topology.is_main:
             plan = [
-                TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron][1])
+                TensorPlan(tensor.name, tensor.shape(arch), dtype or owners[row.megatron].dtype)
                 for row, dtype in table for tensor in row.hf
             ]
             sink = _Sink(_written(out_dir, plan, max_shard_bytes, complete))
@@ -159,29 +160,69 @@ class _Sink:
             raise self._error
 
 
-Owner = tuple[int, torch.dtype]
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a parameter.
+
+    Attributes:
+        stage: The first pipeline stage that does.
+        tp_ranks: Which of its tensor-parallel ranks, in order; an expert's are not always all.
+        shape, dtype: Of what one of them holds.
+    """
+
+    stage: int
+    tp_ranks: tuple[int, ...]
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def _owners(mine: dict[str, Tensor], topology: Topology) -> dict[str, Owner]:
-    """The first pipeline stage that holds each parameter, and the parameter's dtype."""
-    # Every stage learns all owners, and so which of its tensors the main rank will wait for when.
-    held: list[Any] = [None] * topology.pp_size
-    dtypes = {name: parameter.dtype for name, parameter in mine.items()}
-    dist.all_gather_object(held, dtypes, group=topology.pp_group)
-    return {n: (s, held[s][n]) for s in reversed(range(topology.pp_size)) for n in held[s]}
+    """The owner of every parameter of a replica."""
+    # Every rank learns all owners, and so which of its tensors another one will wait for when.
+    held = {name: (parameter.shape, parameter.dtype) for name, parameter in mine.items()}
+    of_rank: list[Any] = [None] * topology.tp_size
+    dist.all_gather_object(of_rank, held, group=topology.tp_group)
+    of_stage: list[Any] = [None] * topology.pp_size
+    dist.all_gather_object(of_stage, of_rank, group=topology.pp_group)
+    owners: dict[str, Owner] = {}
+    for stage, ranks in enumerate(of_stage):
+        for name, kind in {name: kind for rank in ranks for name, kind in rank.items()}.items():
+            holders = tuple(rank for rank, names in enumerate(ranks) if name in names)
+            owners.setdefault(name, Owner(stage, holders, *kind))
+    return owners
+
+
+def _gather(shard: Tensor | None, owner: Owner, device: Any, topology: Topology) -> list[Tensor]:
+    """All shards of a parameter of this stage, on its first tensor-parallel rank; else nothing."""
+    group, rank = topology.tp_group, topology.tp_rank
+    if len(owner.tp_ranks) == topology.tp_size:
+        assert shard is not None
+        shards = [torch.empty_like(shard) for _ in owner.tp_ranks]
+        dist.all_gather(shards, shard, group=group)
+        return shards if rank == 0 else []
+    shards = []
+    for holder in owner.tp_ranks:
+        if rank == holder == 0:
+            shards.append(shard)
+        elif rank == 0:
+            shards.append(torch.empty(owner.shape, dtype=owner.dtype, device=device))
+            dist.recv(shards[-1], src=dist.get_global_rank(group, holder), group=group)
+        elif rank == holder:
+            dist.send(shard, dst=dist.get_global_rank(group, 0), group=group)
+    return shards
 
 
 def _collect(
     row: Row, mine: dict[str, Tensor], owner: Owner, arch: Architecture, topology: Topology
 ) -> list[Tensor]:
     """The row's HF tensors on rank 0 (on the CPU); nothing elsewhere."""
-    stage, dtype = owner
+    stage, dtype = owner.stage, owner.dtype
+    device = next(iter(mine.values())).device
     tensors: list[Tensor] = []
     if topology.pp_rank == stage:
-        shard = mine[row.megatron].detach().contiguous()
-        shards = [torch.empty_like(shard) for _ in range(topology.tp_size)]
-        dist.all_gather(shards, shard, group=topology.tp_group)
-        if topology.tp_rank == 0:
+        mine_of_it = mine.get(row.megatron)
+        shard = None if mine_of_it is None else mine_of_it.detach().contiguous()
+        if shards := _gather(shard, owner, device, topology):
             tensors = [t.contiguous() for t in hf_tensors(row, shards, arch)]
     if topology.tp_rank != 0:
         return []
@@ -194,7 +235,6 @@ def _collect(
             for tensor in tensors:
                 dist.send(tensor, dst=first, group=topology.pp_group)
         elif topology.pp_rank == 0:
-            device = next(iter(mine.values())).device
             tensors = [torch.empty(t.shape(arch), dtype=dtype, device=device) for t in row.hf]
             for tensor in tensors:
                 dist.recv(tensor, src=sender, group=topology.pp_group)

@@ -20,6 +20,7 @@ from megatron_irl.families.table import (
     canonical,
     heads,
     hf_head,
+    is_of_expert,
     rows,
 )
 from megatron_irl.parallel.main_rank import everywhere
@@ -31,12 +32,16 @@ __all__ = [
 
 
 def load_hf_weights(
-    chunks: Sequence[nn.Module], arch: Architecture, hf_dir: Path, *, tp_rank: int, tp_size: int
+    chunks: Sequence[nn.Module], arch: Architecture, hf_dir: Path, *, tp_rank: int, tp_size: int,
+    ep_size: int = 1,
 ) -> None:
     """Fill every parameter of this rank's chunks in place, reading only the slices it owns.
 
     Values are cast to the parameter's dtype. The last stage's copy of a tied embedding is filled
     from the embedding. Of a reward model the folder has no output layer, which stays as it is.
+
+    Args:
+        ep_size: How many of the tensor-parallel ranks hold experts of their own.
 
     Raises:
         UserError: A tensor is missing, has the wrong shape, or holds NaN or infinity (also after
@@ -50,7 +55,8 @@ def load_hf_weights(
         row = table[EMBEDDING if name == HEAD and arch.tie_word_embeddings else name]
         weights.check(row.hf, arch)
         sources = [weights.slice(tensor.name) for tensor in row.hf]
-        shard = row.transform.read(sources, tp_rank, tp_size, heads(arch))
+        size = tp_size // ep_size if row.of_experts else tp_size
+        shard = row.transform.read(sources, tp_rank % size, size, heads(arch))
         if name == EMBEDDING and arch.tie_word_embeddings and hf_head(arch) in weights.files:
             check_tied_head(weights, row, shard, tp_rank, tp_size, arch)
         shard = shard.to(parameter.dtype)
@@ -82,7 +88,8 @@ def load_hf_weights_once(
     def read() -> None:
         if topology.dp_rank == 0 or not can_be_sent:
             load_hf_weights(
-                chunks, arch, hf_dir, tp_rank=topology.tp_rank, tp_size=topology.tp_size
+                chunks, arch, hf_dir, tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+                ep_size=topology.ep_size,
             )
 
     everywhere(read, topology)
@@ -95,22 +102,27 @@ def load_hf_weights_once(
 
 
 def global_parameters(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Yield this rank's parameters by their canonical name with the global layer number.
+    """Yield this rank's parameters by their canonical name with the global numbers.
 
-    A stage numbers its layers from 0; Megatron's ``layer_number`` counts them globally from 1.
+    A stage numbers its layers from 0; Megatron's ``layer_number`` counts them globally from 1. A
+    rank numbers its experts from 0.
     The reward head and adapters are none of them: they are in no HF folder of a language model.
     """
     for wrapped in chunks:
         chunk: Any = wrapped
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        numbers = {i: layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+        layers = list(chunk.decoder.layers)
         for name, parameter in chunk.named_parameters():
             parts = name.split(".")
             if parts[0] == REWARD_HEAD or ADAPTER in parts:
                 continue
             if parts[:2] == ["decoder", "layers"]:
-                parts[2] = str(numbers[int(parts[2])])
+                layer = layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+                parts = canonical(".".join(parts)).split(".")
+                if is_of_expert(".".join(parts)):
+                    parts[6] = str(layer.mlp.local_expert_indices[int(parts[6])])
             yield canonical(".".join(parts)), parameter
 
 

@@ -13,6 +13,11 @@ from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.tensors import Replicated, Transform, Vocabulary
 
 
+def is_of_expert(name: str) -> bool:
+    """Whether a Megatron parameter is an expert's, by its canonical name."""
+    return ".mlp.experts." in name
+
+
 @dataclass(frozen=True)
 class HfTensor:
     """An HF tensor by name, with the names of its dimensions."""
@@ -46,7 +51,7 @@ class Row:
     @property
     def of_experts(self) -> bool:
         """Whether there is one for every expert of a layer."""
-        return self.megatron.startswith(EXPERT)
+        return is_of_expert(self.megatron)
 
     def applies(self, arch: Architecture) -> bool:
         """Whether the architecture has this parameter."""

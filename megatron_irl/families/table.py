@@ -15,12 +15,14 @@ from megatron_irl.families.rows import (
     REWARD_ROW,
     HfTensor,
     Row,
+    is_of_expert,
 )
 from megatron_irl.families.tensors import Heads
 
 __all__ = [
     "ADAPTER", "BUFFERS", "EMBEDDING", "HEAD", "REWARD_HEAD", "REWARD_ROW", "HfTensor", "Row",
-    "canonical", "cast_to", "heads", "hf_head", "hf_tensors", "row_groups", "rows", "stored_name",
+    "canonical", "cast_to", "heads", "hf_head", "hf_tensors", "is_of_expert", "row_groups", "rows",
+    "stored_name",
 ]
 
 # Transformer Engine fuses each norm into the linear layer that follows it.

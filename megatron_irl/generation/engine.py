@@ -19,7 +19,7 @@ from megatron_irl.generation.graphs import LayerGraphs
 from megatron_irl.generation.pipeline import StageWrapper
 from megatron_irl.generation.sampler import TableSampler
 from megatron_irl.parallel.agreement import any_of_replica
-from megatron_irl.parallel.topology import Topology
+from megatron_irl.parallel.topology import Topology, without_expert_parallelism
 
 from megatron.core.inference.batch_dimensions_utils import (  # isort: skip
     InferenceBatchDimensions,
@@ -172,7 +172,7 @@ class BuiltEngine:
                 tp_size,
             ),
             max_sequence_length=options.max_sequence_length,
-            pg_collection=self._topology.groups,
+            pg_collection=without_expert_parallelism(self._topology),
             unified_memory_level=0,  # the cache in device memory, which ``release`` gives back
             num_cuda_graphs=cuda_graphs,
             use_cuda_graphs_for_non_decode_steps=False,

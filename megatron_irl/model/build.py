@@ -132,6 +132,10 @@ def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": (
+            parallel.tensor_model_parallel_size // parallel.expert_model_parallel_size
+        ),
         "sequence_parallel": parallel.sequence_parallel,
         # Packs differ in length, and stages tell each other the shape. The interleaved schedule
         # cannot: between two stages a shape to the next and one to the previous are mistaken for

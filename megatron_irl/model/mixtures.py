@@ -7,8 +7,8 @@ from megatron_irl.families.architecture import Architecture
 
 # What would make a token's answer, or a step's gradient, depend on what it is computed with.
 REFUSED = {
-    "expert_model_parallel_size": "experts are split as all matrices are, by tensor parallelism",
-    "expert_tensor_parallel_size": "experts are split as all matrices are, by tensor parallelism",
+    "expert_model_parallel_size": "parallel.expert_model_parallel_size says it",
+    "expert_tensor_parallel_size": "it follows from parallel.expert_model_parallel_size",
     "moe_aux_loss_coeff": "its loss depends on how a batch is split into microbatches",
     "moe_z_loss_coeff": "its loss depends on how a batch is split into microbatches",
     "moe_input_jitter_eps": "samples and their log-probabilities would be of different numbers",

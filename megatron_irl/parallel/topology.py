@@ -26,6 +26,7 @@ class Topology:
         groups: Megatron's own collection, as its modules want it.
         tp_group, pp_group, dp_group: Tensor, pipeline and data parallel groups. ``dp_group``
             includes the context-parallel ranks, because they share weights.
+        ep_size: Tensor-parallel ranks with experts of their own; 1: they share all.
         stages_group: Of all replicas and stages the ranks with this tensor-parallel rank; None
             without a pipeline.
         vpp_size: Model chunks a rank holds (virtual pipeline stages), 1 without interleaving.
@@ -46,6 +47,7 @@ class Topology:
     pp_group: Any
     dp_group: Any
     groups: ProcessGroupCollection
+    ep_size: int = 1
     stages_group: Any = None
     stop: StopRequest = field(default_factory=StopRequest)
     heart: Heartbeat = field(default_factory=Heartbeat)
@@ -127,6 +129,10 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=(
+            parallel.tensor_model_parallel_size // parallel.expert_model_parallel_size
+        ),
         create_gloo_process_groups=False,  # for gathering optimizer states, which nobody does
         distributed_timeout_minutes=parallel.timeout_minutes,
     )
@@ -152,6 +158,7 @@ def build_topology(parallel: ParallelConfig, *, seed: int = 1234) -> Topology:
         pp_group=groups.pp,
         dp_group=groups.dp_cp,
         groups=groups,
+        ep_size=groups.ep.size(),
         stages_group=stages_group,
     )
 
@@ -184,6 +191,16 @@ def without_pipeline(topology: Topology) -> Topology:
         dp_rank=topology.stages_group.rank(), dp_size=topology.stages_group.size(),
         dp_group=topology.stages_group, stages_group=None,
     )
+
+
+def without_expert_parallelism(topology: Topology) -> ProcessGroupCollection:
+    """The groups of an engine whose ranks with experts of their own have the same requests.
+
+    Megatron's would agree about the sizes of their steps before each. No collectives.
+    """
+    groups = copy.copy(topology.groups)
+    groups.ep = topology.groups.cp  # of one rank
+    return groups
 
 
 def shutdown() -> None:

@@ -58,7 +58,7 @@ MODELS = {
             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5},
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}},
     },
-    "mixtral": {"family": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2},
+    "mixtral": {"family": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "family": "qwen3_moe", "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3,
         "moe_intermediate_size": 32, "norm_topk_prob": True,
@@ -81,10 +81,12 @@ SPARSE = ("mixtral", "qwen3_moe", "qwen3_moe_unnormalised")
 SPARSE_LAYOUTS = {
     "tp4_sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
     "tp2_sp_pp2": (4, TP2 | PP2 | {"sequence_parallel": True}),
+    "tp2_ep2": (2, TP2 | {"sequence_parallel": True, "expert_model_parallel_size": 2}),
+    "tp2_ep2_dp2": (4, TP2 | {"sequence_parallel": True, "expert_model_parallel_size": 2}),
     "dp2": (2, {}), "tp2_sp_dp2": (4, TP2 | {"sequence_parallel": True}),
 }
 FEW = {
-    **dict.fromkeys(SPARSE, ("one", "tp2_sp", "pp2", "tp4_sp", "tp2_sp_pp2")),
+    **dict.fromkeys(SPARSE, ("one", "tp2_sp", "pp2", "tp4_sp", "tp2_sp_pp2", "tp2_ep2")),
     **dict.fromkeys(("phi3", "gemma2", "gemma3"), ("one", "tp2", "tp2_sp", "pp2", "tp4")),
     **dict.fromkeys(("llama_attention_bias", "llama_mlp_bias"), ("one", "tp2", "tp2_sp", "pp2")),
     **dict.fromkeys(("llama_yarn", "phi3_longrope"), ("one", "tp2", "pp2")),
@@ -147,7 +149,8 @@ def test_token_logprobs_equal_transformers(pool, folder, reference, name, layout
 
 
 @pytest.mark.parametrize(("name", "layout"), [
-    c for c in CASES if c[1] in ("one", "tp4", "pp2") or c[1] == "tp2" and c[0] in FEW])
+    c for c in CASES
+    if c[1] in ("one", "tp4", "pp2", "tp2_ep2") or c[1] == "tp2" and c[0] in FEW])
 def test_greedy_generation_equals_transformers(pool, folder, reference, name, layout):
     world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     prompts = [prompt for prompt, _ in jobs.random_sequences(SEED, 6, VOCAB)]
@@ -172,8 +175,9 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, name, la
     *itertools.product(
         ("gpt_neox", "llama_tied", "llama_attention_bias", "gemma2"), ("tp2_sp", "pp2", "tp2_pp2")
     ),
-    *itertools.product(SPARSE, ("tp2_sp", "pp2")),
+    *itertools.product(SPARSE, ("tp2_sp", "pp2", "tp2_ep2")),
     ("mixtral", "tp2_sp_pp2"), ("qwen3_moe", "dp2"), ("qwen3_moe", "tp2_sp_dp2"),
+    ("qwen3_moe", "tp2_ep2_dp2"),
 ])
 def test_training_step_equals_one_process(pool, folder, tmp_path, name, layout):
     """Biases and LayerNorm have gradients to sum over the sequence-parallel ranks; vocabulary

@@ -73,7 +73,10 @@ def build(hf: str, layout: Layout, **options: Any) -> tuple[Any, list[Any], Any,
     arch = architecture(read_hf_config(Path(hf)))
     config = build_config(arch, parallel, **options)
     chunks = build_chunks(config, arch, topology)
-    load_hf_weights(chunks, arch, Path(hf), tp_rank=topology.tp_rank, tp_size=topology.tp_size)
+    load_hf_weights(
+        chunks, arch, Path(hf), tp_rank=topology.tp_rank, tp_size=topology.tp_size,
+        ep_size=topology.ep_size,
+    )
     return topology, chunks, config, arch
 
 
