@@ -28,9 +28,10 @@ def cuda_step_tokens(config: Any) -> int:
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
     elements = 3 * ffn + 4 * config.hidden_size
     if config.num_moe_experts:
-        # Every rank has the rows of a token as often as the token has experts.
-        elements = config.moe_router_topk * (3 * ffn + 2 * config.hidden_size) + (
-            4 * config.hidden_size)
+        # A token's rows, as many as it has experts, are on the ranks with slices of those experts.
+        ffn = config.ffn_hidden_size // config.expert_tensor_parallel_size
+        rows = config.moe_router_topk * (3 * ffn + 2 * config.hidden_size)
+        elements = rows // config.expert_model_parallel_size + 4 * config.hidden_size
     per_token = elements * config.params_dtype.itemsize
     return min(65536, max(4096, 2 * GIB // per_token // 4096 * 4096))
 

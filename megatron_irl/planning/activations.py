@@ -77,7 +77,7 @@ def footprint(
 
 
 def _of_chunk(chunk: Any, packed: PackedSeqParams, total: int, config: Any) -> Footprint:
-    tokens = torch.empty(1, total, dtype=torch.long)
+    tokens = torch.zeros(1, total, dtype=torch.long)
     for parameter in chunk.parameters():  # Megatron's DDP adds gradients to its buffer, and frees
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -171,7 +171,7 @@ class PerToken:
 
 def per_token(
     arch: Architecture, precision: Precision, overrides: dict[str, Any], *, tp: int,
-    sequence_parallel: bool, lean: bool, lengths: tuple[int, ...],
+    ep: int = 1, sequence_parallel: bool, lean: bool, lengths: tuple[int, ...],
     adapter: AdapterConfig | None = None,
 ) -> PerToken:
     """What layers keep, from a model of a few of them on one pipeline stage.
@@ -186,7 +186,10 @@ def per_token(
     overrides = {k: v for k, v in overrides.items() if k not in ("fp8_recipe", "fp8")}
     overrides = overrides | {"recompute_modules": _recomputable(overrides)} if overrides.get(
         "recompute_modules") else overrides
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep,
+        sequence_parallel=sequence_parallel,
+    )
     plain: Precision = "bf16" if precision == "fp8" else precision
     together = overrides.get("recompute_num_layers") or 1
 

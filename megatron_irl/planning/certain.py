@@ -134,17 +134,18 @@ def _changes(
     groups = transformer.get("num_query_groups") or transformer["num_attention_heads"]
     tp = parallel.tensor_model_parallel_size
     for size in (n for n in (2, 4, 8) if n > tp and groups % n == 0):
-        more = replace(
-            parallel, tensor_model_parallel_size=size,
-            # which mixtures of experts need
-            sequence_parallel=parallel.sequence_parallel or arch.dims["experts"] > 0,
-        )
+        more = replace(parallel, tensor_model_parallel_size=size)
+        also = ""
+        if arch.dims["experts"]:  # whose tokens are split as well
+            more = replace(more, sequence_parallel=True)
+            also = ", parallel.sequence_parallel=true"
+        if parallel.expert_model_parallel_size > 1:
+            more = replace(more, expert_model_parallel_size=size)
+            also += f", parallel.expert_model_parallel_size={size}"
         # With as many ranks if they suffice for a replica.
         left = max(1, dp * tp // size)
         if certain_memory(replace(recipe, parallel=more), arch, adapter, left).total <= room:
             ranks = left * more.model_parallel_size
-            also = "" if more.sequence_parallel == parallel.sequence_parallel else (
-                " and parallel.sequence_parallel=true")
             yield f"parallel.tensor_model_parallel_size={size}{also} ({ranks} ranks)"
     if adapter is None:
         yield "adapter.rank, so that an adapter is trained alone"

@@ -31,19 +31,21 @@ def _preprocess(self: Any, routing_map: Tensor) -> np.ndarray:
         routing_map: bool [tokens of this rank, experts].
 
     Returns:
-        Tokens of every expert, of all tensor-parallel ranks.
+        int [experts of this rank], tokens of each, of all ranks that share the layer.
     """
-    assert self.ep_size == 1 and not self.drop_and_pad
-    experts, ranks = self.num_experts, self.tp_size
+    assert not self.drop_and_pad
+    experts, here, ranks = self.num_experts, self.num_local_experts, self.tp_size * self.ep_size
     rows = routing_map.shape[0] * self.config.moe_router_topk
     each = np.full(experts, rows // experts)
     each[: rows % experts] += 1
+    mine = np.tile(each[self.local_expert_indices], (ranks, 1))  # [sending rank, local expert]
     self.num_out_tokens = rows
-    self.num_global_tokens_per_local_expert = np.tile(each, (ranks, 1))
+    self.num_global_tokens_per_local_expert = mine
     if ranks > 1:
-        self.input_splits = self.output_splits = np.array([rows])
-        self.output_splits_tp = np.full(ranks, rows)
-    places = np.arange(ranks * experts)  # of pieces, by rank and expert, and by expert and rank
-    self.sort_input_by_local_experts = places.reshape(ranks, experts).T.ravel()
-    self.restore_output_by_local_experts = places.reshape(experts, ranks).T.ravel()
-    return each * ranks
+        self.input_splits = each.reshape(self.ep_size, here).sum(1)
+        self.output_splits = mine[: self.ep_size].sum(1)
+        self.output_splits_tp = mine.reshape(self.tp_size, -1).sum(1)
+    pieces = np.arange(ranks * here)  # of rows, by rank and expert or by expert and rank
+    self.sort_input_by_local_experts = pieces.reshape(ranks, here).T.ravel()
+    self.restore_output_by_local_experts = pieces.reshape(here, ranks).T.ravel()
+    return mine.sum(0)

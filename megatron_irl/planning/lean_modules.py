@@ -20,6 +20,7 @@ from megatron_irl.planning.fake_world import replaced
 from megatron.core.models.common.embeddings import rope_utils  # isort: skip
 from megatron.core.transformer import attention  # isort: skip
 from megatron.core.transformer.mlp import MLP  # isort: skip
+from megatron.core.transformer.moe import token_dispatcher  # isort: skip
 from megatron.core.transformer.moe.experts import SequentialMLP  # isort: skip
 
 
@@ -65,8 +66,8 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-class _Rotation(torch.autograd.Function):
-    """Keeps nothing but angles."""
+class _Copy(torch.autograd.Function):
+    """Keeps nothing: a rotation by angles that are kept anyhow, rows in another order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -106,7 +107,11 @@ def like_transformer_engine() -> AbstractContextManager[None]:
         return _Attention.apply(query, key, value)
 
     def rotate(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _Rotation.apply(x)
+        return _Copy.apply(x)
+
+    def sort(rows: Tensor, *_: Any, probs: Tensor | None = None, **__: Any) -> Any:
+        # Megatron's own of 128 experts is a thousand operations, which take their time.
+        return _Copy.apply(rows), None if probs is None else _Copy.apply(probs)
 
     built = SequentialMLP.__init__
 
@@ -135,6 +140,6 @@ def like_transformer_engine() -> AbstractContextManager[None]:
         (ZeroCenteredRMSNorm, "forward", norm), (PackedAttention, "forward", attend),
         (rope_utils, "apply_rotary_pos_emb", rotate), (attention, "apply_rotary_pos_emb", rotate),
         (MLP, "forward", mlp), (SequentialMLP, "__init__", build),
-        (SequentialMLP, "forward", experts),
+        (SequentialMLP, "forward", experts), (token_dispatcher, "sort_chunks_by_idxs", sort),
     ]
     return replaced(places)

@@ -148,8 +148,8 @@ def fp8_change(setup: Setup) -> float:
     dims = setup.arch.dims
     if not dims["experts"]:
         return (dims["q"] - 2.0 * dims["hidden"] - dims["ffn"]) / setup.tp
-    # Experts' inputs are gathered over tensor parallelism, as often as a token has experts.
-    experts = setup.config.moe_router_topk * (dims["hidden"] + dims["ffn"] / setup.tp)
+    rows = setup.chosen / setup.ep  # of a token, all of them at every slice
+    experts = rows * (dims["hidden"] + dims["ffn"] * setup.ep / setup.tp)
     return (dims["q"] - dims["hidden"]) / setup.tp - experts
 
 

@@ -190,7 +190,7 @@ def activations_of(setup: Setup) -> PerToken:
     kept = {k: v for k, v in overrides.items() if k.startswith("recompute")}
     return _profile(
         _Same(setup.arch), setup.recipe.precision, tuple(sorted(kept.items(), key=str)).__repr__(),
-        _Same(kept), setup.tp, parallel.sequence_parallel, setup.lean,
+        _Same(kept), setup.tp, setup.ep, parallel.sequence_parallel, setup.lean,
         adapter_of(setup.recipe),
     )
 
@@ -216,12 +216,12 @@ class _Same:
 
 @functools.lru_cache(maxsize=256)
 def _profile(
-    arch: _Same, precision: Any, named: str, overrides: _Same, tp: int, sequence_parallel: bool,
-    lean: bool, adapter: AdapterConfig | None,
+    arch: _Same, precision: Any, named: str, overrides: _Same, tp: int, ep: int,
+    sequence_parallel: bool, lean: bool, adapter: AdapterConfig | None,
 ) -> PerToken:
     del named  # the overrides, as text
     return per_token(
-        arch.value, precision, overrides.value, tp=tp, sequence_parallel=sequence_parallel,
+        arch.value, precision, overrides.value, tp=tp, ep=ep, sequence_parallel=sequence_parallel,
         lean=lean, lengths=PROFILE_TOKENS, adapter=adapter,
     )
 

@@ -7,7 +7,6 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from megatron_irl.console import format_seconds
-from megatron_irl.families.architecture import Architecture
 from megatron_irl.planning.certain import active_parameters, parameters_of
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.plan import Plan
@@ -20,7 +19,6 @@ def plan_lines(plan: Plan) -> list[str]:
     """Parameters, memory by stage, a round's time, files, and the verdict."""
     setup, work, time = plan.setup, plan.work, plan.time
     lines = [
-        *_experts(plan.setup.arch),
         f"on {setup.world_size} {setup.machine.name} of {setup.machine.memory / GIB:.1f} GiB; "
         f"{'Transformer Engine' if setup.lean else 'local'} layers; lengths: "
         f"{work.lengths.origin}",
@@ -53,17 +51,6 @@ def plan_lines(plan: Plan) -> list[str]:
             f"{1e3 * time.decode_step:.1f} ms a decode step, {time.generation_share:.0%} of a round"
         )
     return [*lines, plan.verdict()]
-
-
-def _experts(arch: Architecture) -> list[str]:
-    """Of a mixture: how many parameters there are, and how many a token meets."""
-    if not arch.dims["experts"]:
-        return []
-    return [
-        f"{parameters_of(arch) / 1e9:.1f} billion parameters, {active_parameters(arch) / 1e9:.1f} "
-        f"billion active: {arch.dims['experts']} experts a layer, "
-        f"{arch.transformer['moe_router_topk']} of them a token"
-    ]
 
 
 def _memory_table(plan: Plan) -> list[str]:

@@ -36,8 +36,9 @@ def layouts_that_fit(
 ) -> list[Found]:
     """The fastest layouts of so many ranks in which every pack fits; empty if there is none.
 
-    Tensor, pipeline and virtual pipeline size, pairs a microbatch, recomputation, and the optimizer
-    on the host. Of layouts that differ in one of the last three the fastest is kept.
+    Tensor, pipeline and virtual pipeline size, whether experts are split or shared out, pairs a
+    microbatch, recomputation, and the optimizer on the host. Of layouts that differ in one of the
+    last four the fastest is kept.
     """
     parameters: dict[tuple[int, int], Any] = {}
     works: dict[tuple[int, int], Workload] = {}
@@ -75,13 +76,15 @@ def _candidates(
             if _least(recipe, arch) / (tp * pp) > machine.memory:
                 continue
             for vpp in {None, *(n for n in (2, 4, 5) if pp > 1 and layers % (pp * n) == 0)}:
-                parallel = replace(
-                    recipe.parallel, tensor_model_parallel_size=tp,
-                    pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
-                    sequence_parallel=tp > 1, data_parallel_size=dp,
-                )
-                for changed in _variants(replace(recipe, parallel=parallel), arch):
-                    yield changed, dp
+                for ep in {1, tp} if arch.dims["experts"] else {1}:
+                    parallel = replace(
+                        recipe.parallel, tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
+                        expert_model_parallel_size=ep, sequence_parallel=tp > 1,
+                        data_parallel_size=dp,
+                    )
+                    for changed in _variants(replace(recipe, parallel=parallel), arch):
+                        yield changed, dp
 
 
 def _least(recipe: Recipe, arch: Architecture) -> float:
@@ -113,8 +116,8 @@ def _overrides(before: Recipe, after: Recipe) -> tuple[str, ...]:
     said = [
         f"parallel.{name}={_text(getattr(after.parallel, name))}"
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
-                     "virtual_pipeline_model_parallel_size", "sequence_parallel",
-                     "data_parallel_size")
+                     "virtual_pipeline_model_parallel_size", "expert_model_parallel_size",
+                     "sequence_parallel", "data_parallel_size")
         if getattr(after.parallel, name) != getattr(before.parallel, name)
     ]
     if after.train.micro_batch_size != before.train.micro_batch_size:
