@@ -157,8 +157,8 @@ def test_qwen3_30b_a3b(capsys):
     # Six operations a parameter that a token meets, at no more than the peak.
     most = 2.25e15 / (6 * (active - 2 * 151936 * 2048))
     assert all(0 < rate < most for rate in said["tokens_per_second"].values())
-    assert said["stages"][0]["terms"]["graphs"] == 0
-    assert said["decode_step_seconds"] > 48 * 1e-3, "the host starts every layer"
+    assert said["stages"][0]["terms"]["graphs"] > 0
+    assert 5e-3 < said["decode_step_seconds"] < 48 * 1e-3, "the host does not start every layer"
     without = [word for word in layout if "sequence" not in word]
     refused("plan", *recipe, *without, named=("128 experts", "parallel.sequence_parallel"))
 
@@ -177,16 +177,17 @@ def test_search_splits_the_sequence_where_it_splits_tensors():
         assert one.get("model.recompute_modules", "[moe]") == "[moe]"
 
 
-def test_decoding_reads_the_experts_that_are_hit():
-    """By hand on one rank whose memory is slow: at one request the active parameters but for the
-    embedding, at 64 experts * (1 - (1 - 8/128)^64) of each layer, and the cache.
+def test_decoding_reads_all_experts_or_those_that_are_hit():
+    """By hand on one rank whose memory is slow: all parameters but for the embedding, and the
+    cache; with more requests than are sent to all, experts * (1 - (1 - 8/128)^600) of each layer.
     """
     arch = shape("qwen3-30b-a3b")
     slow = dataclasses.replace(MACHINES["h100"], bandwidth=1e9)
     setup = setup_of(irft(1, 8), arch, slow, 1)
-    total, fixed = 30_532_122_624, 48 * 50e-6
-    for batch in (1, 64):
-        unread = 48 * 128 * (1 - 8 / 128) ** batch * 3 * 2048 * 768
+    total, layers = 30_532_122_624, 48 * 50e-6
+    for batch in (1, 64, 600):
+        unread = 48 * 128 * (1 - 8 / 128) ** batch * 3 * 2048 * 768 if batch > 512 else 0
+        fixed = layers + (0 if batch > 512 else 48 * 2 * 128 * 1e-6)
         cache = 2 * 48 * 4 * 128 * 100 * batch
         read = 2 * (total - unread - 151936 * 2048 + cache)
         found = decode_seconds(setup, batch, 100, total) - fixed - 2.5e-6 * batch
