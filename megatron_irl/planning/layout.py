@@ -66,9 +66,8 @@ class Setup:
 
     @property
     def captures(self) -> bool:
-        """Whether decode steps run as CUDA graphs; of mixtures of experts they cannot."""
-        asked = self.recipe.generation.cuda_graphs != "off"
-        return asked and not self.arch.dims["experts"]
+        """Whether decode steps run as CUDA graphs."""
+        return self.recipe.generation.cuda_graphs != "off"
 
     @property
     def shards_optimizer(self) -> bool:

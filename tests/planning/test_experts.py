@@ -21,6 +21,7 @@ from megatron_irl.planning.activations import footprint, per_token
 from megatron_irl.planning.certain import refuse_what_cannot_fit, stage_elements
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.machines import GIB, MACHINES
+from megatron_irl.planning.memory import _adapted_bytes
 from megatron_irl.planning.plan import setup_of, stage_parameters
 from megatron_irl.planning.search import layouts_that_fit
 from megatron_irl.planning.time import decode_seconds
@@ -157,8 +158,8 @@ def test_qwen3_30b_a3b(capsys):
     # Six operations a parameter that a token meets, at no more than the peak.
     most = 2.25e15 / (6 * (active - 2 * 151936 * 2048))
     assert all(0 < rate < most for rate in said["tokens_per_second"].values())
-    assert said["stages"][0]["terms"]["graphs"] == 0
-    assert said["decode_step_seconds"] > 48 * 1e-3, "the host starts every layer"
+    assert said["stages"][0]["terms"]["graphs"] > 0
+    assert 5e-3 < said["decode_step_seconds"] < 48 * 1e-3, "the host does not start every layer"
     without = [word for word in layout if "sequence" not in word]
     refused("plan", *recipe, *without, named=("128 experts", "parallel.sequence_parallel"))
 
@@ -177,20 +178,31 @@ def test_search_splits_the_sequence_where_it_splits_tensors():
         assert one.get("model.recompute_modules", "[moe]") == "[moe]"
 
 
-def test_decoding_reads_the_experts_that_are_hit():
-    """By hand on one rank whose memory is slow: at one request the active parameters but for the
-    embedding, at 64 experts * (1 - (1 - 8/128)^64) of each layer, and the cache.
+def test_decoding_reads_all_experts_or_those_that_are_hit():
+    """By hand on one rank whose memory is slow: all parameters but for the embedding, and the
+    cache; with more requests than are sent to all, experts * (1 - (1 - 8/128)^600) of each layer.
     """
     arch = shape("qwen3-30b-a3b")
     slow = dataclasses.replace(MACHINES["h100"], bandwidth=1e9)
     setup = setup_of(irft(1, 8), arch, slow, 1)
-    total, fixed = 30_532_122_624, 48 * 50e-6
-    for batch in (1, 64):
-        unread = 48 * 128 * (1 - 8 / 128) ** batch * 3 * 2048 * 768
+    total, layers = 30_532_122_624, 48 * 50e-6
+    for batch in (1, 64, 600):
+        unread = 48 * 128 * (1 - 8 / 128) ** batch * 3 * 2048 * 768 if batch > 512 else 0
+        fixed = layers + (0 if batch > 512 else 48 * 2 * 128 * 1e-6)
         cache = 2 * 48 * 4 * 128 * 100 * batch
         read = 2 * (total - unread - 151936 * 2048 + cache)
         found = decode_seconds(setup, batch, 100, total) - fixed - 2.5e-6 * batch
         assert found == pytest.approx(read / (0.85 * 1e9))
+
+
+def test_only_adapted_weights_are_kept_while_sampling():
+    """By hand: of a mixture the attention's, 2048 * (32 + 2 * 4 + 32) * 128 a layer."""
+    recipe = irft(1, 8, parallel=SLICES)
+    recipe = dataclasses.replace(
+        recipe, adapter=dataclasses.replace(recipe.adapter, rank=8, alpha=8.0)
+    )
+    setup = setup_of(recipe, shape("qwen3-30b-a3b"), MACHINES["h100"], 1)
+    assert _adapted_bytes(setup) == 2 * 48 * 2048 * 72 * 128 / setup.tp
 
 
 def test_what_cannot_fit_is_split_with_its_sequence():
