@@ -41,11 +41,43 @@ class Tokens:
         return Tokens(total, self.sequences * self.longest**2, total, self.sequences, self.longest)
 
 
-def layer_parameters(arch: Architecture) -> int:
-    """Weights of the matrices of one layer, each used once for every token."""
-    dims = arch.dims
+def layer_parameters(arch: Architecture, experts: float | None = None) -> float:
+    """Weights of the matrices of one layer, each used once for every token.
+
+    Args:
+        experts: How many of a mixture's are counted; None: as many as a token goes to.
+    """
+    dims, transformer = arch.dims, arch.transformer
+    attention = dims["hidden"] * (dims["qkv"] + dims["q"])
+    if not dims["experts"]:
+        return attention + expert_parameters(arch)
+    counted = transformer["moe_router_topk"] if experts is None else experts
+    return attention + dims["hidden"] * dims["experts"] + counted * expert_parameters(arch)
+
+
+def expert_parameters(arch: Architecture) -> int:
+    """Weights of one MLP: of an expert in a mixture, else of the layer's own."""
     gates = 2 if arch.transformer.get("gated_linear_unit") else 1
-    return dims["hidden"] * (dims["qkv"] + dims["q"] + (gates + 1) * dims["ffn"])
+    return arch.dims["hidden"] * (gates + 1) * arch.dims["ffn"]
+
+
+def experts_hit(arch: Architecture, tokens: float) -> float:
+    """Experts of a layer that at least one of so many tokens goes to, on average; 0 without any.
+
+    A token's experts are as many different ones as ``moe_router_topk``, all equally likely: another
+    token misses one of E with a probability of 1 - topk/E. Routers that prefer some hit fewer.
+    """
+    experts = arch.dims["experts"]
+    if not experts:
+        return 0.0
+    missed = 1 - arch.transformer["moe_router_topk"] / experts
+    return experts * (1 - missed**tokens)
+
+
+def unused_parameters(arch: Architecture, experts: float) -> float:
+    """Weights of all layers' experts beyond so many a layer; 0 without any."""
+    beyond = arch.dims["experts"] - experts if arch.dims["experts"] else 0.0
+    return arch.transformer["num_layers"] * beyond * expert_parameters(arch)
 
 
 def attended(arch: Architecture, tokens: Tokens) -> float:

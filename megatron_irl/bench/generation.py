@@ -8,7 +8,7 @@ import numpy as np
 from megatron_irl.bench.timing import median_seconds
 from megatron_irl.bench.work import Case, Range, random_pairs
 from megatron_irl.families.architecture import Architecture
-from megatron_irl.flops import layer_parameters
+from megatron_irl.flops import experts_hit, layer_parameters
 from megatron_irl.generation.interface import SamplingConfig
 from megatron_irl.policy.policy import Policy
 from megatron_irl.run.speed import Speedometer
@@ -80,22 +80,27 @@ def _bandwidth(
     if speed.machine is None or seconds <= 0:
         return {}
     ranks, context = policy.sampling_ranks(), sum(len(p.prompt_ids) + new / 2 for p in pairs)
-    read = bytes_of_step(policy.architecture, context, policy.config.params_dtype.itemsize)
+    read = bytes_of_step(
+        policy.architecture, context, policy.config.params_dtype.itemsize, requests=len(pairs))
     shared_by = ranks.tp_size * ranks.pp_size
     return {"decode_bandwidth_utilisation": read / shared_by / speed.machine.bandwidth / seconds}
 
 
-def bytes_of_step(arch: Architecture, context: float, element: int) -> float:
+def bytes_of_step(
+    arch: Architecture, context: float, element: int, *, requests: int
+) -> float:
     """What a decode step reads at least: layers, head, and the cache of all requests.
 
-    Of the embedding, unless it is the head, it reads a row a request, which is not counted.
+    Of the embedding, unless it is the head, it reads a row a request, which is not counted. Of a
+    mixture's experts it reads those that the requests' tokens hit (``flops.experts_hit``).
 
     Args:
         context: Tokens in the cache, over all requests.
         element: Bytes of a number.
     """
     layers = arch.transformer["num_layers"]
-    weights = layers * layer_parameters(arch) + arch.dims["hidden"] * arch.vocab_size
+    weights = layers * layer_parameters(arch, experts_hit(arch, requests))
+    weights += arch.dims["hidden"] * arch.vocab_size
     return element * (weights + 2.0 * layers * arch.dims["kv"] * context)
 
 

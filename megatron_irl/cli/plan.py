@@ -14,7 +14,7 @@ from megatron_irl.data.demonstrations import Limits
 from megatron_irl.data.inspection import describe_lengths, show_records
 from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
-from megatron_irl.families.table import rows
+from megatron_irl.planning.certain import active_parameters, parameters_of
 from megatron_irl.planning.data_lengths import is_small, lengths_of, sample_lengths
 from megatron_irl.planning.machines import machine_named
 from megatron_irl.planning.plan import Plan, make_plan
@@ -138,18 +138,6 @@ def _demonstrations(inputs: Inputs, show: int) -> list[str]:
     ]
 
 
-def count_parameters(arch: Architecture) -> int:
-    """Parameters of the whole model; a tied head counts once."""
-    total = 0
-    for row in rows(arch):
-        for tensor in row.hf:
-            size = 1
-            for length in tensor.shape(arch):
-                size *= length
-            total += size
-    return total
-
-
 def _work(known: _Known) -> list[str]:
     recipe, rules, records = known.recipe, known.algorithm, known.lengths.records
     algorithm = recipe.algorithm
@@ -178,9 +166,15 @@ def _work(known: _Known) -> list[str]:
 
 
 def _layout(plan: Plan) -> list[str]:
-    setup = plan.setup
+    setup, arch = plan.setup, plan.setup.arch
+    active, experts = "", ""
+    if arch.dims["experts"]:
+        active = (f", {active_parameters(arch) / 1e9:.3f} B of them active ({setup.chosen} of "
+                  f"{arch.dims['experts']} experts a token)")
+        if setup.tp > 1:
+            experts = "; experts whole" if setup.ep > 1 else "; experts in slices"
     return [
-        f"{count_parameters(setup.arch) / 1e9:.3f} B parameters; tensor {setup.tp} x pipeline "
-        f"{setup.pp} x data {setup.dp} = {setup.world_size} ranks; {setup.recipe.precision}; "
-        "no reference model"
+        f"{parameters_of(arch) / 1e9:.3f} B parameters{active}; tensor {setup.tp} x pipeline "
+        f"{setup.pp} x data {setup.dp} = {setup.world_size} ranks{experts}; "
+        f"{setup.recipe.precision}; no reference model"
     ]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl import hardware
+from megatron_irl.generation.every_expert import every_expert
 from megatron_irl.generation.skinny import skinny_products
 from megatron_irl.parallel.scratch import drop_shared_buffers
 
@@ -39,6 +40,8 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
         for model in models:
             stack.enter_context(_evaluation(model))
             stack.enter_context(skinny_products(model))
+            if hardware.IS_CUDA:
+                stack.enter_context(every_expert(model))
         for config in {id(model.config): model.config for model in models}.values():
             # Each rank of a context-parallel group holds all the weights and generates on its
             # own; interleaved stages are run one after the other by our own forward.

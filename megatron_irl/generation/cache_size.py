@@ -8,6 +8,7 @@ from megatron_irl.errors import UserError
 
 GIB = 1024**3
 CUDA_BLOCK_TOKENS = 256  # what flash-attn's paged kernels ask for
+ALL_EXPERTS_TOKENS = 512  # beyond, a GPU multiplies for longer than it would wait
 
 
 def default_block_tokens(max_sequence_length: int) -> int:
@@ -20,11 +21,31 @@ def step_tokens(config: Any) -> int:
 
     On CUDA the layers' widest intermediate tensors of a step are kept to about 2 GiB.
     """
-    if not hardware.IS_CUDA:
-        return 4096
+    return cuda_step_tokens(config) if hardware.IS_CUDA else 4096
+
+
+def cuda_step_tokens(config: Any) -> int:
+    """``step_tokens`` on CUDA, whatever this machine is."""
     ffn = config.ffn_hidden_size // config.tensor_model_parallel_size
-    per_token = (3 * ffn + 4 * config.hidden_size) * config.params_dtype.itemsize
+    elements = 3 * ffn + 4 * config.hidden_size
+    if config.num_moe_experts:
+        # A token's rows, as many as it has experts, are on the ranks with slices of those experts.
+        ffn = config.ffn_hidden_size // config.expert_tensor_parallel_size
+        rows = config.moe_router_topk * (3 * ffn + 2 * config.hidden_size)
+        elements = rows // config.expert_model_parallel_size + 4 * config.hidden_size
+    per_token = elements * config.params_dtype.itemsize
     return min(65536, max(4096, 2 * GIB // per_token // 4096 * 4096))
+
+
+def tokens_to_all_experts(config: Any) -> int:
+    """The largest step that sends each token to all experts (``every_expert``), on a GPU.
+
+    What it has between products is kept to 2 GiB.
+    """
+    widths = 3 * config.ffn_hidden_size // config.expert_tensor_parallel_size
+    row = (widths + 2 * config.hidden_size) * config.params_dtype.itemsize
+    here = config.num_moe_experts // config.expert_model_parallel_size
+    return min(ALL_EXPERTS_TOKENS, 2 * GIB // (row * here))
 
 
 def mixed_graph_tokens(config: Any, max_requests: int, max_tokens: int) -> list[int]:
@@ -33,7 +54,8 @@ def mixed_graph_tokens(config: Any, max_requests: int, max_tokens: int) -> list[
     Where the device computes a step for longer than the host takes to start its kernels one by
     one (about 80 ms), a graph gains nothing.
     """
-    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.ffn_hidden_size
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.ffn_hidden_size * (
+        config.moe_router_topk if config.num_moe_experts else 1)
     here = config.num_layers * layer // (
         config.tensor_model_parallel_size * config.pipeline_model_parallel_size
     )

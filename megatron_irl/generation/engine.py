@@ -12,7 +12,12 @@ from torch import Tensor
 
 from megatron_irl import hardware
 from megatron_irl.compat.engine_manners import no_progress_bar
-from megatron_irl.generation.cache_size import cache_gb, mixed_graph_tokens, step_tokens
+from megatron_irl.generation.cache_size import (
+    cache_gb,
+    mixed_graph_tokens,
+    step_tokens,
+    tokens_to_all_experts,
+)
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.decode import DecodeLoop
 from megatron_irl.generation.graphs import LayerGraphs
@@ -184,6 +189,7 @@ class BuiltEngine:
         context.map_layers(models)
         if cuda_graphs is not None:
             self._add_mixed_graphs(context)
+            _drop_what_asks_the_host(context, models[0].config)
         wrapper = StageWrapper(models, context, fixed_buffers=cuda_graphs is not None)
         with no_progress_bar():
             return DynamicInferenceEngine(Controller(wrapper, self._sampler), context)
@@ -201,3 +207,10 @@ class BuiltEngine:
             if size.is_valid(places, context.max_sequence_length, 0):
                 # Largest first, which Megatron's capture expects of its list.
                 context.cuda_graph_batch_dimensions_list.insert(0, size)
+
+
+def _drop_what_asks_the_host(context: PagedContext, config: Any) -> None:
+    """Ask for no graphs of steps so large that experts get their tokens by the host's count."""
+    if config.num_moe_experts:
+        sizes, most = context.cuda_graph_batch_dimensions_list, tokens_to_all_experts(config)
+        sizes[:] = [size for size in sizes if size.token_count <= most]

@@ -95,8 +95,6 @@ def why_not_captured(models: Sequence[nn.Module], flash_attention: bool) -> str 
         return "there is no CUDA device"
     if config.params_dtype == torch.float32:
         return "fp32 decodes through SDPA, which asks the host"
-    if config.num_moe_experts:
-        return "the host is told how many tokens each expert gets"
     if not flash_attention:
         return "flash-attn is not installed, and SDPA asks the host"
     return None

@@ -24,11 +24,13 @@ from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.planning.even_routing import even_routing
 from megatron_irl.planning.fake_world import Ledger, fake_tensors, fake_world
 from megatron_irl.planning.lean_modules import like_transformer_engine
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
+LAYERS = "decoder.layers."
 Attach = Callable[[list[Any], Topology], None]
 
 
@@ -61,7 +63,7 @@ def footprint(
         lengths = [*lengths, total - sum(lengths)]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     layout = padded_layout(cu_seqlens.tolist(), torch.device("cpu"))
-    with fake_tensors() as mode:
+    with fake_tensors() as mode, even_routing():
         chunks: list[Any] = build_chunks(config, arch, topology, spec="local")
         if attach is not None:
             attach(chunks, topology)
@@ -75,7 +77,7 @@ def footprint(
 
 
 def _of_chunk(chunk: Any, packed: PackedSeqParams, total: int, config: Any) -> Footprint:
-    tokens = torch.empty(1, total, dtype=torch.long)
+    tokens = torch.zeros(1, total, dtype=torch.long)
     for parameter in chunk.parameters():  # Megatron's DDP adds gradients to its buffer, and frees
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
@@ -117,7 +119,8 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def parameters_of_stage(
-    config: Any, arch: Architecture, topology: Topology, attach: Attach | None = None
+    config: Any, arch: Architecture, topology: Topology, attach: Attach | None = None, *,
+    times: int = 1,
 ) -> dict[str, tuple[int, int, bool]]:
     """By name: elements of every parameter of this rank, bytes of one, and whether it is trained.
 
@@ -125,13 +128,17 @@ def parameters_of_stage(
 
     Args:
         attach: Given the chunks, adds what they have beside the language model.
+        times: How many layers of the rank each one of these chunks' stands for.
     """
     with fake_tensors():
         chunks = build_chunks(config, arch, topology, spec="local")
         if attach is not None:
             attach(chunks, topology)
     return {
-        f"{i}.{name}": (parameter.numel(), parameter.element_size(), parameter.requires_grad)
+        f"{i}.{name}": (
+            parameter.numel() * (times if name.startswith(LAYERS) else 1),
+            parameter.element_size(), parameter.requires_grad,
+        )
         for i, chunk in enumerate(chunks) for name, parameter in chunk.named_parameters()
     }
 
@@ -164,7 +171,7 @@ class PerToken:
 
 def per_token(
     arch: Architecture, precision: Precision, overrides: dict[str, Any], *, tp: int,
-    sequence_parallel: bool, lean: bool, lengths: tuple[int, ...],
+    ep: int = 1, sequence_parallel: bool, lean: bool, lengths: tuple[int, ...],
     adapter: AdapterConfig | None = None,
 ) -> PerToken:
     """What layers keep, from a model of a few of them on one pipeline stage.
@@ -179,7 +186,10 @@ def per_token(
     overrides = {k: v for k, v in overrides.items() if k not in ("fp8_recipe", "fp8")}
     overrides = overrides | {"recompute_modules": _recomputable(overrides)} if overrides.get(
         "recompute_modules") else overrides
-    parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sequence_parallel)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=tp, expert_model_parallel_size=ep,
+        sequence_parallel=sequence_parallel,
+    )
     plain: Precision = "bf16" if precision == "fp8" else precision
     together = overrides.get("recompute_num_layers") or 1
 
@@ -227,7 +237,7 @@ def _add_bare(
 
 def _recomputable(overrides: dict[str, Any]) -> list[str]:
     """Without those that Megatron recomputes with Transformer Engine alone: counted as kept."""
-    return [name for name in overrides["recompute_modules"] if name in ("core_attn", "mlp")]
+    return [name for name in overrides["recompute_modules"] if name in ("core_attn", "mlp", "moe")]
 
 
 def shallow(arch: Architecture, layers: int) -> Architecture:

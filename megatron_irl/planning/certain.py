@@ -5,6 +5,7 @@ of a plan (activations, cache, what the allocator cannot use) are estimates and 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -15,9 +16,21 @@ from megatron_irl.families.architecture import Architecture
 from megatron_irl.families.rows import EMBEDDING, HEAD, HfTensor, Row
 from megatron_irl.families.table import row_groups
 from megatron_irl.families.tensors import Replicated
+from megatron_irl.flops import unused_parameters
 from megatron_irl.planning.state import element_size, training_state
 
 GIB = 1024**3
+
+
+def parameters_of(arch: Architecture) -> int:
+    """Of the whole model, without padding of its vocabulary."""
+    return sum(math.prod(row.shape(arch)) for _, group in row_groups(arch) for row in group)
+
+
+def active_parameters(arch: Architecture) -> int:
+    """Those that a token meets: of a mixture's experts as many as it goes to."""
+    chosen = arch.transformer.get("moe_router_topk", 0)
+    return parameters_of(arch) - int(unused_parameters(arch, chosen))
 
 
 @dataclass(frozen=True)
@@ -122,11 +135,18 @@ def _changes(
     tp = parallel.tensor_model_parallel_size
     for size in (n for n in (2, 4, 8) if n > tp and groups % n == 0):
         more = replace(parallel, tensor_model_parallel_size=size)
+        also = ""
+        if arch.dims["experts"]:  # whose tokens are split as well
+            more = replace(more, sequence_parallel=True)
+            also = ", parallel.sequence_parallel=true"
+        if parallel.expert_model_parallel_size > 1:
+            more = replace(more, expert_model_parallel_size=size)
+            also += f", parallel.expert_model_parallel_size={size}"
         # With as many ranks if they suffice for a replica.
         left = max(1, dp * tp // size)
         if certain_memory(replace(recipe, parallel=more), arch, adapter, left).total <= room:
             ranks = left * more.model_parallel_size
-            yield f"parallel.tensor_model_parallel_size={size} ({ranks} ranks)"
+            yield f"parallel.tensor_model_parallel_size={size}{also} ({ranks} ranks)"
     if adapter is None:
         yield "adapter.rank, so that an adapter is trained alone"
 

@@ -33,6 +33,16 @@ class Setup:
         return self.recipe.parallel.tensor_model_parallel_size
 
     @property
+    def ep(self) -> int:
+        """Tensor-parallel ranks with experts of their own; 1: with slices of all of them."""
+        return self.recipe.parallel.expert_model_parallel_size
+
+    @property
+    def chosen(self) -> int:
+        """Experts of a layer that a token goes to; 0 without any."""
+        return self.arch.transformer.get("moe_router_topk", 0)
+
+    @property
     def pp(self) -> int:
         return self.recipe.parallel.pipeline_model_parallel_size
 
@@ -53,6 +63,11 @@ class Setup:
     def layers(self) -> int:
         """Of one stage."""
         return self.arch.transformer["num_layers"] // self.pp
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps run as CUDA graphs."""
+        return self.recipe.generation.cuda_graphs != "off"
 
     @property
     def shards_optimizer(self) -> bool:

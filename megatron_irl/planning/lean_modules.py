@@ -6,8 +6,7 @@ of a norm, of an activation or of attention instead of every intermediate result
 nothing that means anything, and run on fake tensors only.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,10 +15,13 @@ from torch import Tensor, nn
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.model.local_layers import ZeroCenteredRMSNorm
 from megatron_irl.model.packed_attention import PackedAttention
+from megatron_irl.planning.fake_world import replaced
 
 from megatron.core.models.common.embeddings import rope_utils  # isort: skip
 from megatron.core.transformer import attention  # isort: skip
 from megatron.core.transformer.mlp import MLP  # isort: skip
+from megatron.core.transformer.moe import token_dispatcher  # isort: skip
+from megatron.core.transformer.moe.experts import SequentialMLP  # isort: skip
 
 
 class _Norm(torch.autograd.Function):
@@ -64,8 +66,8 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
 
-class _Rotation(torch.autograd.Function):
-    """Keeps nothing but angles."""
+class _Copy(torch.autograd.Function):
+    """Keeps nothing: a rotation by angles that are kept anyhow, rows in another order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -77,8 +79,25 @@ class _Rotation(torch.autograd.Function):
         return torch.empty_like(grads[0])
 
 
-@contextmanager
-def like_transformer_engine() -> Iterator[None]:
+class _Products(torch.autograd.Function):
+    """A product of every expert at once, rows [n, in] → [n, out]; keeps its input.
+
+    Gradients of weights are added to Megatron's buffer as they are computed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        ctx.shape = rows.shape
+        if weight.requires_grad:  # frozen experts have no use for it
+            ctx.save_for_backward(rows)
+        return rows.new_empty(rows.shape[0], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].new_empty(ctx.shape), None
+
+
+def like_transformer_engine() -> AbstractContextManager[None]:
     """Within it layers of the local spec keep what Transformer Engine's would."""
 
     def norm(self: Any, x: Tensor) -> Tensor:
@@ -88,7 +107,27 @@ def like_transformer_engine() -> Iterator[None]:
         return _Attention.apply(query, key, value)
 
     def rotate(x: Tensor, *_: Any, **__: Any) -> Tensor:
-        return _Rotation.apply(x)
+        return _Copy.apply(x)
+
+    def sort(rows: Tensor, *_: Any, probs: Tensor | None = None, **__: Any) -> Any:
+        # Megatron's own of 128 experts is a thousand operations, which take their time.
+        return _Copy.apply(rows), None if probs is None else _Copy.apply(probs)
+
+    built = SequentialMLP.__init__
+
+    def build(self: Any, num_local_experts: int, *args: Any, **kwargs: Any) -> None:
+        del num_local_experts  # one stands for all of them: their weights are not counted here
+        built(self, 1, *args, **kwargs)
+
+    def experts(
+        self: Any, rows: Tensor, tokens_per_expert: Any, probs: Tensor
+    ) -> tuple[Tensor, None]:
+        del tokens_per_expert
+        first, second = self.local_experts[0].linear_fc1, self.local_experts[0].linear_fc2
+        inner = _Activation.apply(_Products.apply(rows, first.weight), second.weight.shape[1])
+        # What the router gives is float32, and so is the product before it is cast.
+        inner = (inner * probs.unsqueeze(-1)).to(inner.dtype)
+        return _Products.apply(inner, second.weight), None
 
     def mlp(self: Any, hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         inner, bias = self.linear_fc1(hidden)
@@ -100,13 +139,7 @@ def like_transformer_engine() -> Iterator[None]:
         (nn.RMSNorm, "forward", norm), (nn.LayerNorm, "forward", norm),
         (ZeroCenteredRMSNorm, "forward", norm), (PackedAttention, "forward", attend),
         (rope_utils, "apply_rotary_pos_emb", rotate), (attention, "apply_rotary_pos_emb", rotate),
-        (MLP, "forward", mlp),
+        (MLP, "forward", mlp), (SequentialMLP, "__init__", build),
+        (SequentialMLP, "forward", experts), (token_dispatcher, "sort_chunks_by_idxs", sort),
     ]
-    before = [(place, name, place.__dict__[name]) for place, name, _ in places]
-    for place, name, stand_in in places:
-        setattr(place, name, stand_in)
-    try:
-        yield
-    finally:
-        for place, name, original in before:
-            setattr(place, name, original)
+    return replaced(places)

@@ -4,7 +4,7 @@ import copy
 from dataclasses import dataclass, field
 
 from megatron_irl.flops import Tokens
-from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb
+from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb, cuda_step_tokens
 from megatron_irl.planning.activations import PerToken
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
@@ -146,7 +146,11 @@ def fp8_change(setup: Setup) -> float:
     if setup.config.recompute_granularity == "full":
         return 0.0
     dims = setup.arch.dims
-    return (dims["q"] - 2.0 * dims["hidden"] - dims["ffn"]) / setup.tp
+    if not dims["experts"]:
+        return (dims["q"] - 2.0 * dims["hidden"] - dims["ffn"]) / setup.tp
+    rows = setup.chosen / setup.ep  # of a token, all of them at every slice
+    experts = rows * (dims["hidden"] + dims["ffn"] * setup.ep / setup.tp)
+    return (dims["q"] - dims["hidden"]) / setup.tp - experts
 
 
 def head_memory(setup: Setup, pack: Tokens) -> tuple[float, float]:
@@ -180,12 +184,10 @@ def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
         config, max_sequence_length=longest, max_requests=options.max_requests,
         block_tokens=CUDA_BLOCK_TOKENS, kv_cache_gb=options.kv_cache_gb,
     )
-    ffn = setup.config.ffn_hidden_size // setup.tp
-    prompt = (3 * ffn + 4 * setup.config.hidden_size) * element_size(setup.recipe)
-    tokens = min(65536, max(4096, 2 * GIB // prompt // 4096 * 4096),
+    tokens = min(cuda_step_tokens(setup.config),
                  options.max_requests * setup.recipe.data.max_prompt_length)
     logits = options.max_requests * setup.vocabulary * (element_size(setup.recipe) + 4)
-    return {"KV cache": cache * GIB, "graphs": 0.0 if options.cuda_graphs == "off" else GRAPHS,
+    return {"KV cache": cache * GIB, "graphs": GRAPHS if setup.captures else 0.0,
             "prefill": tokens * per_token.forward + logits}
 
 

@@ -21,6 +21,7 @@ from megatron_irl.planning.activations import (
     attach_adapter,
     parameters_of_stage,
     per_token,
+    shallow,
 )
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.layout import Setup
@@ -155,25 +156,31 @@ def setup_of(recipe: Recipe, arch: Architecture, machine: Machine, dp: int) -> S
 def stage_parameters(
     setup: Setup, algorithm: Algorithm
 ) -> dict[int, dict[str, tuple[int, int, bool]]]:
-    """By stage, as ``parameters_of_stage``; stages in the middle are all alike."""
-    recipe = setup.recipe
+    """By stage, as ``parameters_of_stage``; stages in the middle are all alike.
+
+    Layers are alike too: one of each chunk is built, which stands for all of them. (A mixture of
+    128 experts takes a tenth of a second a layer, and a search looks at many layouts.)
+    """
+    recipe, chunks = setup.recipe, setup.pp * setup.vpp
+    few = shallow(setup.arch, chunks)
     built: dict[int, dict[str, tuple[int, int, bool]]] = {}
     for stage in sorted({0, min(1, setup.pp - 1), setup.pp - 1}):
         with fake_world(recipe.parallel, data_parallel_size=setup.dp, pp_rank=stage) as topology:
             plain = build_config(
-                setup.arch, recipe.parallel, check_hardware=False,
+                few, recipe.parallel, check_hardware=False,
                 precision="bf16" if recipe.precision == "fp8" else recipe.precision,
                 overrides={k: v for k, v in recipe.model.overrides.items()
                            if not k.startswith("fp8")},
             )
-            add = attach_adapter(adapter_of(recipe), setup.arch, recipe.parallel)
+            add = attach_adapter(adapter_of(recipe), few, recipe.parallel)
 
             def attach(chunks: list[Any], place: Topology, add: Attach | None = add) -> None:
                 if add is not None:
                     add(chunks, place)
                 algorithm.attach_heads(recipe, chunks, place)
 
-            built[stage] = parameters_of_stage(plain, setup.arch, topology, attach)
+            built[stage] = parameters_of_stage(
+                plain, few, topology, attach, times=setup.layers // setup.vpp)
     return {stage: built[stage if stage in built else 1] for stage in range(setup.pp)}
 
 
@@ -183,7 +190,7 @@ def activations_of(setup: Setup) -> PerToken:
     kept = {k: v for k, v in overrides.items() if k.startswith("recompute")}
     return _profile(
         _Same(setup.arch), setup.recipe.precision, tuple(sorted(kept.items(), key=str)).__repr__(),
-        _Same(kept), setup.tp, parallel.sequence_parallel, setup.lean,
+        _Same(kept), setup.tp, setup.ep, parallel.sequence_parallel, setup.lean,
         adapter_of(setup.recipe),
     )
 
@@ -209,12 +216,12 @@ class _Same:
 
 @functools.lru_cache(maxsize=256)
 def _profile(
-    arch: _Same, precision: Any, named: str, overrides: _Same, tp: int, sequence_parallel: bool,
-    lean: bool, adapter: AdapterConfig | None,
+    arch: _Same, precision: Any, named: str, overrides: _Same, tp: int, ep: int,
+    sequence_parallel: bool, lean: bool, adapter: AdapterConfig | None,
 ) -> PerToken:
     del named  # the overrides, as text
     return per_token(
-        arch.value, precision, overrides.value, tp=tp, sequence_parallel=sequence_parallel,
+        arch.value, precision, overrides.value, tp=tp, ep=ep, sequence_parallel=sequence_parallel,
         lean=lean, lengths=PROFILE_TOKENS, adapter=adapter,
     )
 

@@ -7,6 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from megatron_irl.console import format_seconds
+from megatron_irl.planning.certain import active_parameters, parameters_of
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.plan import Plan
 from megatron_irl.planning.search import Found
@@ -98,6 +99,7 @@ def plan_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
     return {
         "fits": plan.fits, "always_fits": plan.always_fits, "verdict": plan.verdict(),
         "gpu": setup.machine.name, "gpu_memory": setup.machine.memory,
+        "parameters": parameters_of(setup.arch), "active_parameters": active_parameters(setup.arch),
         "world_size": setup.world_size, "lengths": plan.work.lengths.origin,
         "layout": {"tp": setup.tp, "pp": setup.pp, "vpp": setup.vpp, "dp": setup.dp},
         "stages": [

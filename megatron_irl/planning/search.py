@@ -14,11 +14,8 @@ from megatron_irl.planning.plan import Plan, make_plan, setup_of, stage_paramete
 from megatron_irl.planning.workload import Lengths, Workload, workload_of
 
 _MICRO_BATCHES = (1, 2, 4, 8, 16)
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform",
-             "recompute_num_layers": 1},
+_FULL: dict[str, Any] = {
+    "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
 }
 _OFFLOAD: dict[str, dict[str, Any]] = {
     "no": {}, "optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0},
@@ -39,8 +36,9 @@ def layouts_that_fit(
 ) -> list[Found]:
     """The fastest layouts of so many ranks in which every pack fits; empty if there is none.
 
-    Tensor, pipeline and virtual pipeline size, pairs a microbatch, recomputation, and the optimizer
-    on the host. Of layouts that differ in one of the last three the fastest is kept.
+    Tensor, pipeline and virtual pipeline size, whether experts are split or shared out, pairs a
+    microbatch, recomputation, and the optimizer on the host. Of layouts that differ in one of the
+    last four the fastest is kept.
     """
     parameters: dict[tuple[int, int], Any] = {}
     works: dict[tuple[int, int], Workload] = {}
@@ -78,28 +76,32 @@ def _candidates(
             if _least(recipe, arch) / (tp * pp) > machine.memory:
                 continue
             for vpp in {None, *(n for n in (2, 4, 5) if pp > 1 and layers % (pp * n) == 0)}:
-                parallel = replace(
-                    recipe.parallel, tensor_model_parallel_size=tp,
-                    pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
-                    sequence_parallel=tp > 1, data_parallel_size=dp,
-                )
-                for changed in _variants(replace(recipe, parallel=parallel)):
-                    yield changed, dp
+                for ep in {1, tp} if arch.dims["experts"] else {1}:
+                    parallel = replace(
+                        recipe.parallel, tensor_model_parallel_size=tp,
+                        pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp,
+                        expert_model_parallel_size=ep, sequence_parallel=tp > 1,
+                        data_parallel_size=dp,
+                    )
+                    for changed in _variants(replace(recipe, parallel=parallel), arch):
+                        yield changed, dp
 
 
 def _least(recipe: Recipe, arch: Architecture) -> float:
     """Bytes of weights and gradients of all layers, which every layout has to hold."""
-    weights = arch.transformer["num_layers"] * layer_parameters(arch)
+    weights = arch.transformer["num_layers"] * layer_parameters(arch, arch.dims["experts"])
     gradients = 4.0 if recipe.ddp.get("grad_reduce_in_fp32", True) else 2.0
     return weights * (gradients + (4.0 if recipe.precision == "fp32" else 2.0))
 
 
-def _variants(recipe: Recipe) -> Iterator[Recipe]:
+def _variants(recipe: Recipe, arch: Architecture) -> Iterator[Recipe]:
     """Pairs a microbatch, recomputation and offload; the cheapest first, so that few are tried."""
+    module = "moe" if arch.dims["experts"] else "mlp"
+    some = {"recompute_granularity": "selective", "recompute_modules": [module]}
     plain = {k: v for k, v in recipe.model.overrides.items() if not k.startswith("recompute")}
     sizes = _MICRO_BATCHES if recipe.train.micro_batch_tokens is None else (1,)
     for micro in sizes:
-        for recompute in _RECOMPUTE.values():
+        for recompute in ({}, some, _FULL):
             for offload in _OFFLOAD.values():
                 yield replace(
                     recipe, train=replace(recipe.train, micro_batch_size=micro),
@@ -114,8 +116,8 @@ def _overrides(before: Recipe, after: Recipe) -> tuple[str, ...]:
     said = [
         f"parallel.{name}={_text(getattr(after.parallel, name))}"
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size",
-                     "virtual_pipeline_model_parallel_size", "sequence_parallel",
-                     "data_parallel_size")
+                     "virtual_pipeline_model_parallel_size", "expert_model_parallel_size",
+                     "sequence_parallel", "data_parallel_size")
         if getattr(after.parallel, name) != getattr(before.parallel, name)
     ]
     if after.train.micro_batch_size != before.train.micro_batch_size:

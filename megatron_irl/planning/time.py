@@ -1,34 +1,36 @@
-"""Seconds of a round's parts: a roofline, with shares of the peaks that were measured.
+"""Seconds of a round's parts, as ``layer_time`` has those of a microbatch.
 
-The shares come from one H100 (docs/results.md, "One H100"); other devices are taken to reach the
-same shares of theirs. docs/scaling.md compares with figures that were not used.
+docs/scaling.md compares with figures that were not used.
 """
 
 from dataclasses import dataclass
 
-from megatron_irl.flops import Tokens, attended, layer_parameters
+from megatron_irl.flops import Tokens, experts_hit, layer_parameters, unused_parameters
+from megatron_irl.generation.cache_size import tokens_to_all_experts
+from megatron_irl.planning.layer_time import (
+    DECODE,
+    HOST_LAYER,
+    LINK,
+    PRODUCTS,
+    link_speed,
+    microbatch_seconds,
+    peak,
+)
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.memory import checkpoint_share
 from megatron_irl.planning.state import element_size, gradient_size, offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
 from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
-PRODUCTS = 0.66  # of the peak: bf16 matrix products
-FP8_GAIN = 1.49  # of those products in FP8 over bf16, casts included
-FP32_SHARE = 1 / 15  # of bf16's peak
-ATTENTION = 0.40  # of bf16's peak: fused attention, its recomputation in the backward counted
-ELEMENTWISE = 0.47  # of the memory's bandwidth: norms, activations, additions, rotations
-DECODE = 0.85  # likewise: weights and cache while decoding
-LINK = 0.75  # of the links' speed: collectives
 UPDATE_BYTES = (22.0, 40.0)  # of Adam, a parameter: on all of them, and on the rank's share
 HOST_UPDATE = 1e9  # parameters a second that Adam updates on the host; not measured
 HOST_LINK = 25e9  # bytes a second between device and host
-HOST_LAYER = 5.6e-3  # seconds of Python for a layer's forward and backward
-DECODE_LAYER = 50e-6  # seconds a layer and decode step beyond reading, and
-DECODE_REQUEST = 2.5e-6  # a request of it
-COLLECTIVE = 12e-6  # latency of an all-reduce in a decode step
 WRITER = 0.4e9  # bytes a second that one rank writes of a checkpoint
 HOST_COPY = 1e9  # likewise that it copies to host memory before that, into untouched pages
+DECODE_LAYER = 50e-6  # seconds a layer and decode step beyond reading, and
+DECODE_REQUEST = 2.5e-6  # a request of it
+EXPERT = 1e-6  # likewise a product of an expert, of which some run at a time; not measured
+COLLECTIVE = 12e-6  # latency of an all-reduce in a decode step
 FULL_SLOTS = 0.8  # how full the engine's places are on average
 
 
@@ -122,86 +124,11 @@ def step_seconds(
     return pipeline + update_seconds(setup, trained) + _exchange(setup, trained)
 
 
-def microbatch_seconds(
-    setup: Setup, pack: Tokens, *, has_head: bool = True, backward: bool = True,
-    is_adapter: bool = False,
-) -> float:
-    """Of one microbatch on the slowest stage, forward and backward."""
-    arch, machine, layers = setup.arch, setup.machine, setup.layers
-    passes = 1.0
-    if backward:
-        passes = (2.0 if is_adapter else 3.0) + _recomputed(setup)
-    peak = _peak(setup)
-    rate = PRODUCTS * peak
-    layer_rate = rate * FP8_GAIN if setup.recipe.precision == "fp8" and machine.fp8 else rate
-    weights = 2.0 * layers * layer_parameters(arch) * pack.sum / setup.tp * passes / layer_rate
-    attention_passes = passes + (1.0 if is_adapter and backward else 0.0)
-    attention = 4.0 * layers * arch.dims["q"] * attended(arch, pack) / setup.tp
-    attention *= attention_passes / (ATTENTION * peak)
-    elementwise = layers * elementwise_bytes(setup) * pack.sum * passes / 3 / (
-        ELEMENTWISE * machine.bandwidth)
-    host = HOST_LAYER * layers * passes / 3
-    head = _head(setup, pack, backward=backward) if has_head else 0.0
-    return max(weights + attention + elementwise + head, host) + _tensor_parallel(
-        setup, pack, passes)
-
-
-def _peak(setup: Setup) -> float:
-    """FLOP/s at most of matrix products that are not in 8 bits."""
-    return setup.machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
-
-
-def _recomputed(setup: Setup) -> float:
-    """Forward passes done again."""
-    if setup.config.recompute_granularity == "full":
-        return 1.0
-    modules = setup.config.recompute_modules if setup.config.recompute_granularity else ()
-    return 0.35 if "mlp" in (modules or ()) else 0.02 if modules else 0.0
-
-
-def elementwise_bytes(setup: Setup) -> float:
-    """Bytes a layer and token moved by everything that is no product, forward and backward."""
-    dims, transformer = setup.arch.dims, setup.arch.transformer
-    wide = 16.0 if transformer.get("gated_linear_unit") else 10.0
-    shared = 44.0 * dims["hidden"]  # two norms and two additions
-    if setup.recipe.parallel.sequence_parallel:
-        shared /= setup.tp
-    split = wide * dims["ffn"] + 8.0 * (dims["q"] + dims["kv"])
-    return (shared + split / setup.tp) * element_size(setup.recipe) / 2
-
-
-def _head(setup: Setup, pack: Tokens, *, backward: bool) -> float:
-    """The head on response rows: three products and one again for all blocks but the last."""
-    machine = setup.machine
-    product = 2.0 * setup.arch.dims["hidden"] * setup.vocabulary * pack.rows
-    block = setup.recipe.train.logprob_rows * (8 // element_size(setup.recipe))
-    again = max(0.0, 1 - block / max(pack.rows, 1))
-    passes = 3.0 + again if backward else 1.0
-    moved = pack.rows * setup.vocabulary * element_size(setup.recipe) * (6 if backward else 2)
-    peak = machine.bf16 * (FP32_SHARE if setup.recipe.precision == "fp32" else 1.0)
-    # The other stages wait for the last one.
-    return product * passes / (PRODUCTS * peak) + moved / (ELEMENTWISE * machine.bandwidth)
-
-
-def _tensor_parallel(setup: Setup, pack: Tokens, passes: float) -> float:
-    """Two all-reduces a layer and pass, or what sequence parallelism makes of them."""
-    if setup.tp == 1:
-        return 0.0
-    size = pack.sum * setup.arch.dims["hidden"] * element_size(setup.recipe)
-    ring = 2 * (setup.tp - 1) / setup.tp * size / (LINK * _bandwidth(setup, setup.tp))
-    return setup.layers * 2 * min(passes, 2.0 + _recomputed(setup)) * ring
-
-
-def _bandwidth(setup: Setup, ranks: int) -> float:
-    machine = setup.machine
-    return machine.link if ranks <= machine.per_node else machine.network
-
-
 def _exchange(setup: Setup, trained: int) -> float:
     """Gradients reduced over data parallelism, parameters gathered; overlapped if asked."""
     if setup.dp == 1:
         return 0.0
-    speed = LINK * _bandwidth(setup, setup.world_size)
+    speed = LINK * link_speed(setup, setup.world_size)
     share = (setup.dp - 1) / setup.dp
     sizes = gradient_size(setup.recipe), element_size(setup.recipe)
     times = [trained * size * share / speed for size in sizes]
@@ -251,16 +178,19 @@ def _generation(
     forward = microbatch_seconds(setup, prefill, has_head=False, backward=False) - (
         HOST_LAYER * setup.layers / 3)
     products = 2.0 * setup.layers * layer_parameters(setup.arch) * prompt / setup.tp / (
-        PRODUCTS * _peak(setup))
+        PRODUCTS * peak(setup))
     prefills = per_replica * max(forward, products * 1.25) * setup.pp
     full = FULL_SLOTS if per_replica > batch else 1.0
     seconds = prefills + per_replica * new / (batch * full) * step
-    seconds += sent * element_size(setup.recipe) / (LINK * _bandwidth(setup, setup.world_size))
+    seconds += sent * element_size(setup.recipe) / (LINK * link_speed(setup, setup.world_size))
     return seconds, step, work.samples * new / seconds if seconds else 0.0
 
 
 def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
     """Of one decode step of one replica through CUDA graphs: all stages in turn, if it has some.
+
+    Of a mixture all experts are read and multiplied with every token. Where requests are too many
+    for that, those are that their tokens hit, without graphs: the host starts every layer.
 
     Args:
         context: Tokens in the cache of a request.
@@ -271,8 +201,18 @@ def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) ->
     cache = 2.0 * here * arch.dims["kv"] / setup.tp * context * batch * element_size(setup.recipe)
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
-    read = (parameters - embedding * (stages == 1)) * element_size(setup.recipe) + cache
+    share = here / arch.transformer["num_layers"] / setup.tp
+    experts = arch.dims["experts"]
+    to_all = experts and batch <= tokens_to_all_experts(setup.config)
+    unread = 0.0 if to_all else share * unused_parameters(arch, experts_hit(arch, batch))
+    idle = 0.0 if to_all else share * unused_parameters(arch, setup.chosen)
+    read = (parameters - unread - embedding * (stages == 1)) * element_size(setup.recipe) + cache
     reading = read / (DECODE * setup.machine.bandwidth)
-    products = 2.0 * parameters * batch / (PRODUCTS * _peak(setup))
+    products = 2.0 * (parameters - idle) * batch / (PRODUCTS * peak(setup))
     layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
-    return stages * (max(reading, products) + layers) + DECODE_REQUEST * batch
+    stage = max(reading, products) + layers
+    if to_all:
+        stage += here * 2 * experts / setup.ep * EXPERT
+    elif experts:
+        stage = max(stage, here * HOST_LAYER / 3)
+    return stages * stage + DECODE_REQUEST * batch

@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_irl import hardware
 from megatron_irl.families.architecture import Architecture
-from megatron_irl.flops import Tokens, layer_parameters, training_flops
+from megatron_irl.flops import Tokens, experts_hit, layer_parameters, training_flops
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.planning.machines import GIB, Machine, machine_of_device
 
@@ -13,9 +13,10 @@ from megatron_irl.planning.machines import GIB, Machine, machine_of_device
 class Speedometer:
     """Turns work and seconds into utilisation.
 
-    Model FLOPs are counted from the packs: matrices of the layers for every token, attention by the
-    squares of the sequences' lengths, the language-model head on response rows only. What is
-    recomputed is not counted, nor are weight gradients of frozen weights.
+    Model FLOPs are counted from the packs: matrices of the layers for every token (of a mixture's
+    experts those that a token goes to), attention by the squares of the sequences' lengths, the
+    language-model head on response rows only. What is recomputed is not counted, nor are weight
+    gradients of frozen weights.
 
     Args:
         chunks: This rank's, to tell whether an adapter is trained alone.
@@ -57,7 +58,8 @@ class Speedometer:
         """Of a round's generation: the share of the memory's bandwidth that it took at least.
 
         At least, because every step is taken to have had all places full: weights are read once for
-        so many tokens. The cache is not counted.
+        so many tokens. The cache is not counted. Of a mixture's experts those are that so many
+        tokens hit on average if all are equally likely.
 
         Args:
             record: ``tokens_per_second`` of it, over all replicas.
@@ -66,7 +68,8 @@ class Speedometer:
         if not rate or self.machine is None:
             return {}
         layers = self._arch.transformer["num_layers"]
-        weights = layers * layer_parameters(self._arch)
+        hit = experts_hit(self._arch, max_requests)
+        weights = layers * layer_parameters(self._arch, hit)
         weights += self._arch.dims["hidden"] * self._arch.vocab_size
         read = 2.0 * weights * rate / self._replicas / max_requests / self._ranks
         return {"bandwidth_utilisation": read / self.machine.bandwidth}

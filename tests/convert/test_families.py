@@ -190,6 +190,20 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, seed, na
     assert max(lengths) > 1, "one repeated token would hide a wrong cache"
 
 
+@pytest.mark.parametrize("layout", ["one", "tp2_sp", "tp2_ep2"])
+@pytest.mark.parametrize("name", ["mixtral"])
+def test_steps_that_go_to_all_experts_give_the_same_samples(pool, folder, seed, name, layout):
+    world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
+    usual, before, to_all, after = pool.run(
+        world_size, family_jobs.generate_through_all, hf=str(folder(name)), layout=sizes,
+        seed=seed, vocab=VOCAB,
+    )[0]
+    assert before == 0 and after > 4 * 16, "layers, steps"
+    for (tokens, logprobs), (expected, known) in zip(to_all, usual, strict=True):
+        assert tokens == expected
+        np.testing.assert_allclose(logprobs, known, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "layout"), [
     *itertools.product(
         ("gpt_neox", "llama_tied", "llama_attention_bias", "gemma2"), ("tp2_sp", "pp2", "tp2_pp2")

@@ -71,3 +71,20 @@ def test_engine_equals_trainer(gpu_pool, tmp_path, name):
     )
     difference = np.abs(np.array(ranks[0]["engine"]) - ranks[0]["trainer"])
     assert difference.mean() < 0.03, f"seed {SEED}"
+
+
+@NEEDS_TRANSFORMER_ENGINE
+@NEEDS_FLASH_ATTENTION
+@pytest.mark.skipif(not jobs.has_graphs(), reason="this engine captures no CUDA graphs")
+@pytest.mark.parametrize("name", ["one", "sliced", "whole"])
+def test_decoding_is_captured(gpu_pool, tmp_path, name):
+    """Captured steps have more rows, so a token may be sent elsewhere; few samples notice."""
+    for captured, eager, graphs in gpu_pool.run(
+        1 if name == "one" else 2, jobs.rounds_with_graphs, hf=sparse(tmp_path / "hf", 2),
+        layout=LAYOUTS.get(name, {}), seed=SEED, timeout=200,
+    ):
+        assert graphs > 0, "nothing was captured"
+        same = [a == b for got, want in zip(captured, eager, strict=True)
+                for a, b in zip(got, want, strict=True)]
+        assert np.mean(same) > 0.8, f"seed {SEED}"
+        assert captured[0] != captured[1], "the rounds sampled the same"

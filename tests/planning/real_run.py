@@ -24,10 +24,15 @@ from megatron.core.optimizer import OptimizerConfig  # isort: skip
 
 
 def pairs_of(count: int, tokens: int) -> list[Pair]:
-    """Pairs of two sequences of so many tokens, a quarter of them of the response."""
-    prompt, response = np.full(3 * tokens // 4, 5, np.int32), np.full(tokens // 4, 7, np.int32)
+    """Pairs of two sequences of so many tokens, a quarter of them of the response.
+
+    Of random ids: experts would all get the tokens of one.
+    """
+    ids = np.random.default_rng(0).integers(2, 2048, (count, tokens), np.int32)
+    prompts, responses = np.split(ids, [3 * tokens // 4], axis=1)
     return [Pair(i, prompt, response, response, np.zeros(1, np.float32), "stop",
-                 ref_demo_logp=0.0, ref_sample_logp=0.0) for i in range(count)]
+                 ref_demo_logp=0.0, ref_sample_logp=0.0)
+            for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))]
 
 
 def measured(
@@ -63,9 +68,14 @@ def measured(
                for t in state.values() if isinstance(t, torch.Tensor) and t.dim()}
     return {
         "weights": sum(p.nbytes for c in policy.chunks for p in unwrap(c).parameters()),
-        "gradients": sum(b.grad_data.nbytes for c in policy.chunks for b in vars(c)["buffers"]),
+        "gradients": sum(b.grad_data.nbytes for b in _gradients(policy.chunks)),
         "optimizer": sum(moments.values()), "step": most,
     }
+
+
+def _gradients(chunks: Sequence[Any]) -> list[Any]:
+    """Megatron's buffers: of what all ranks of a replica share or split, and of whole experts."""
+    return [b for c in chunks for b in (*vars(c)["buffers"], *c.expert_parallel_buffers)]
 
 
 def _most_tensors(step: Callable[[], None], chunks: Sequence[Any]) -> int:
@@ -76,7 +86,7 @@ def _most_tensors(step: Callable[[], None], chunks: Sequence[Any]) -> int:
     """
     models = [unwrap(c) for c in chunks]
     known = [t for c in models for t in (*c.parameters(), *c.buffers())]
-    known += [b.grad_data for c in chunks for b in vars(c)["buffers"]]
+    known += [b.grad_data for b in _gradients(chunks)]
     with Ledger(known) as ledger:
         step()
     return ledger.peak

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from megatron_irl.generation.cache_size import GIB
+from megatron_irl.planning.layer_time import FP32_SHARE
 from megatron_irl.planning.machines import MACHINES, Machine
 from megatron_irl.planning.plan import make_plan
-from megatron_irl.planning.time import FP32_SHARE
 from megatron_irl.planning.workload import Lengths
 from tests.planning.cases import irft, random_lengths, shape
 

@@ -31,14 +31,39 @@ LAYOUTS = {
 }
 TOKENS, MICRO, BATCH, ROWS = 256, 2, 8, 64
 
+MIXTRAL = CONFIG | {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": 192,
+    "num_hidden_layers": 4, "num_local_experts": 8, "num_experts_per_tok": 3,
+}
+SLICES = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+OF_EXPERTS = {
+    "one": (1, {}), "slices": (2, SLICES),
+    "whole": (2, SLICES | {"expert_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+}
+MOE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+
 
 @pytest.mark.parametrize("model", [{}, FULL], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_terms(pool, name, model):
     """Weights, gradients and moments exactly (but for the buffers' padding), a step within 10 %."""
-    ranks, layout = LAYOUTS[name]
-    found = pool.run(ranks, measured, hf_config=CONFIG, layout=layout, model=model, tokens=TOKENS,
-                     pairs=BATCH, micro=MICRO, rows_at_once=ROWS)
+    check(pool, CONFIG, *LAYOUTS[name], model, dp=2 if name == "dp2" else 1)
+
+
+@pytest.mark.parametrize(("name", "model"), [
+    ("one", {}), ("one", MOE), ("one", FULL), ("slices", {}), ("slices", MOE), ("whole", {}),
+    ("whole", FULL), ("pp2", {}),
+])
+def test_terms_of_a_mixture(pool, name, model):
+    """Likewise, of real routers, which give experts unequal numbers of tokens."""
+    check(pool, MIXTRAL, *OF_EXPERTS[name], model)
+
+
+def check(pool, hf_config, ranks, layout, model, *, dp=1):
+    """A step's terms of every rank against the plan's."""
+    found = pool.run(ranks, measured, hf_config=hf_config, layout=layout, model=model,
+                     tokens=TOKENS, pairs=BATCH, micro=MICRO, rows_at_once=ROWS)
     recipe = resolve(recipe_from_mapping({
         "model": {"hf": "x"} | model, "output_dir": "z", "precision": "fp32", "parallel": layout,
         "data": {"train": "y", "max_prompt_length": TOKENS, "max_response_length": TOKENS},
@@ -47,11 +72,10 @@ def test_terms(pool, name, model):
                   "logprob_rows": ROWS},
     }), 100)
     lengths = Lengths.equal(3 * TOKENS // 4, TOKENS // 4, 100, "equal")
-    dp = 2 if name == "dp2" else 1
-    plan = make_plan(recipe, architecture(CONFIG), MACHINES["h100"], lengths,
+    plan = make_plan(recipe, architecture(hf_config), MACHINES["h100"], lengths,
                      data_parallel_size=dp)
     for rank, real in enumerate(found):
-        stage = plan.stages[rank if "pp2" in name else 0]
+        stage = plan.stages[rank if layout.get("pipeline_model_parallel_size") else 0]
         terms = stage.terms
         assert real["weights"] == terms["weights"]
         for term in ("gradients", "optimizer"):

@@ -136,6 +136,14 @@ def test_nucleus_without_sorting_is_the_sorted_one(top_p):
 class _Config:
     num_layers, hidden_size, ffn_hidden_size, params_dtype = 22, 2048, 5632, torch.bfloat16
     tensor_model_parallel_size, pipeline_model_parallel_size = 1, 1
+    num_moe_experts = None
+
+
+class _Experts(_Config):
+    """An eighth of the width in each of 64 experts, of which a token goes to eight."""
+
+    ffn_hidden_size, num_moe_experts, moe_router_topk = 704, 64, 8
+    expert_model_parallel_size = expert_tensor_parallel_size = 1
 
 
 def test_graphs_of_steps_with_prompts_only_where_the_host_is_the_slower(monkeypatch):
@@ -145,9 +153,13 @@ def test_graphs_of_steps_with_prompts_only_where_the_host_is_the_slower(monkeypa
     assert max(mixed_graph_tokens(large, 64, 40960), default=0) < max(small)
     halves = type("Tp", (_Config,), {"tensor_model_parallel_size": 3})
     assert all(n % 3 == 0 for n in mixed_graph_tokens(halves, 63, 40960))
+    assert mixed_graph_tokens(_Experts, 64, 40960) == small, "as many products a token"
     assert step_tokens(_Config) == 4096  # on CPU
     monkeypatch.setattr("megatron_irl.generation.cache_size.hardware.IS_CUDA", True)
     assert 4096 < step_tokens(_Config) <= 65536 and step_tokens(large) >= 4096
+    # Beside as many inner numbers it has eight rows of 2048 twice: 2^31 bytes over two times
+    # 8 * (3 * 704 + 2 * 2048) + 4 * 2048 is 18,558 tokens.
+    assert step_tokens(_Experts) == 16384 < step_tokens(_Config)
 
 
 def test_cache_stays_where_training_was_measured_to_leave_room():

@@ -1,14 +1,16 @@
 """Samples of models with experts: a function of their prompt, whoever shares the steps."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 
 import megatron_irl.hardware  # noqa: F401
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.generation import SamplingConfig
-from megatron_irl.generation.graphs import why_not_captured
+from megatron_irl.generation import SamplingConfig, cache_size, every_expert
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import initialize, shutdown
@@ -54,8 +56,35 @@ def test_company_does_not_change_a_bit_of_a_sample(sparse):
             np.testing.assert_allclose(got.logprobs, alone.logprobs, rtol=0, atol=tolerance)
 
 
-def test_no_graphs_are_captured(sparse, monkeypatch):
-    chunks, _ = sparse
-    monkeypatch.setattr("megatron_irl.hardware.IS_CUDA", True)
-    chunks[0].config.params_dtype = None  # anything but fp32
-    assert "each expert" in (why_not_captured(chunks, flash_attention=True) or "")
+def test_small_steps_go_to_all_experts_and_large_ones_do_not(sparse, monkeypatch):
+    (chunk,), _ = sparse
+    chunk.eval()
+    layer, asked = chunk.decoder.layers[0].mlp, []
+    original = every_expert._to_all
+    monkeypatch.setattr(cache_size, "ALL_EXPERTS_TOKENS", 9)
+    monkeypatch.setattr(
+        every_expert, "_to_all", lambda *a, **k: asked.append(len(a[1])) or original(*a, **k)
+    )
+    for rows in (1, 9, 10, 40):
+        hidden = torch.randn(rows, 1, layer.config.hidden_size)
+        with torch.no_grad():
+            expected, bias = layer(hidden)
+            with every_expert.every_expert(chunk):
+                got, none = layer(hidden)
+        assert bias is none is None
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    assert asked == [1, 9]
+    assert "forward" not in vars(layer), "as it was"
+
+
+def test_most_tokens_is_bounded_by_memory_too():
+    config = SimpleNamespace(
+        expert_model_parallel_size=1, expert_tensor_parallel_size=1, ffn_hidden_size=14336,
+        hidden_size=4096, params_dtype=torch.bfloat16, num_moe_experts=8,
+    )
+    assert cache_size.tokens_to_all_experts(config) == cache_size.ALL_EXPERTS_TOKENS
+    config.num_moe_experts = 256
+    row = 2 * (3 * 14336 + 2 * 4096)
+    assert cache_size.tokens_to_all_experts(config) == 2 * 2**30 // (256 * row)
+    config.expert_model_parallel_size = 2  # half of them on a rank
+    assert cache_size.tokens_to_all_experts(config) == 2 * 2**30 // (128 * row)
