@@ -45,17 +45,17 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
         for config in {id(model.config): model.config for model in models}.values():
             # Each rank of a context-parallel group holds all the weights and generates on its
             # own; interleaved stages are run one after the other by our own forward.
-            stack.enter_context(_set(config, "context_parallel_size", 1))
-            stack.enter_context(_set(config, "virtual_pipeline_model_parallel_size", None))
+            stack.enter_context(replaced(config, "context_parallel_size", 1))
+            stack.enter_context(replaced(config, "virtual_pipeline_model_parallel_size", None))
             # In 8 bits the engine would replace the forward of Transformer Engine's layers for
             # good, read its cached 8-bit weights of an earlier update, and fail on later stages.
-            stack.enter_context(_set(config, "fp8", None))
-            stack.enter_context(_set(config, "fp4", None))
+            stack.enter_context(replaced(config, "fp8", None))
+            stack.enter_context(replaced(config, "fp4", None))
             if config.params_dtype == torch.float32:
                 _use_paged_attention(models, stack)
         for model in models:
             # It would cut the angles to this rank's part of a sequence, which is whole here.
-            stack.enter_context(_set(model.rotary_pos_emb, "cp_group", None))
+            stack.enter_context(replaced(model.rotary_pos_emb, "cp_group", None))
         stack.callback(_forget, models)
         # A flag of the process: left on, it would change how layers of training run.
         was_active = InferenceMode.is_active()
@@ -87,7 +87,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _set(owner: Any, name: str, value: Any) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Within the block an attribute has another value; one that is not there is left out."""
     if not hasattr(owner, name):
         yield
         return
@@ -106,7 +107,7 @@ def _use_paged_attention(models: Sequence[nn.Module], stack: ExitStack) -> None:
     """
     for model in models:
         for module in model.modules():
-            stack.enter_context(_set(module, "flash_attention_version", 2))
+            stack.enter_context(replaced(module, "flash_attention_version", 2))
 
 
 @contextmanager

@@ -51,7 +51,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """[..., 2F] (gate, then up) → [..., F]. Gradient to the input."""
-        return (_PlainSwiGLU if gate_and_up.device.type == "cpu" else _SwiGLU).apply(gate_and_up)
+        # An expert may have no rows at all, of which a kernel makes none or an error.
+        plain = gate_and_up.device.type == "cpu" or gate_and_up.numel() == 0
+        return (_PlainSwiGLU if plain else _SwiGLU).apply(gate_and_up)
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -5,7 +5,8 @@ from typing import Any
 from megatron_irl.errors import UserError
 from megatron_irl.families.architecture import Architecture
 
-# What would make a token's answer, or a step's gradient, depend on what it is computed with.
+# What would make a token's answer, or a step's gradient, depend on what it is computed with; and
+# what would make the folder's weights another model.
 REFUSED = {
     "expert_model_parallel_size": "parallel.expert_model_parallel_size says it",
     "expert_tensor_parallel_size": "it follows from parallel.expert_model_parallel_size",
@@ -14,7 +15,16 @@ REFUSED = {
     "moe_input_jitter_eps": "samples and their log-probabilities would be of different numbers",
     "moe_expert_capacity_factor": "which tokens are dropped depends on the others in the batch",
     "moe_pad_expert_input_to_capacity": "which tokens are dropped depends on the others",
+    "moe_pad_experts_for_cuda_graph_inference": "small steps are captured without it, and training "
+    "would go on with its capacity",
+    "moe_router_force_load_balancing": "tokens would go to experts by chance",
+    "moe_router_force_biased": "tokens would go to other experts than the router says",
+    "moe_router_num_groups": "the routers here choose among all experts",
+    "moe_router_group_topk": "the routers here choose among all experts",
+    "moe_router_topk_scaling_factor": "no family here scales what the router says",
     "moe_router_enable_expert_bias": "no family here has such a bias",
+    "moe_mlp_glu_interleave_size": "no family here interleaves gate and up projections",
+    "moe_apply_probs_on_input": "the families here weight what experts give, not what they get",
     "moe_shared_expert_intermediate_size": "no family here has shared experts",
     "moe_latent_size": "no family here has latent experts",
     "moe_upcycling_granularity": "the weights are the folder's",

@@ -1,5 +1,6 @@
 """Samples of models with experts: a function of their prompt, whoever shares the steps."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,12 +12,17 @@ from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.generation import SamplingConfig, cache_size, every_expert
+from megatron_irl.generation.engine import Controller
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import initialize, shutdown
 from tests.convert.test_families import MODELS
 from tests.convert.tiny import make_tiny_llama
 from tests.unit.generation.test_megatron_engine import EXACT
+
+from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
+    TextGenerationController,
+)
 
 SAMPLED = SamplingConfig(max_new_tokens=40, seed=3, eos_id=10**6)
 
@@ -88,3 +94,18 @@ def test_most_tokens_is_bounded_by_memory_too():
     assert cache_size.tokens_to_all_experts(config) == 2 * 2**30 // (256 * row)
     config.expert_model_parallel_size = 2  # half of them on a rank
     assert cache_size.tokens_to_all_experts(config) == 2 * 2**30 // (128 * row)
+
+
+def test_graphs_do_not_ask_ranks_with_experts_of_their_own_to_pad(sparse, monkeypatch):
+    """Megatron's controller refuses them otherwise, and decoding would go on without graphs."""
+    chunks, topology = sparse
+    generator = MegatronGenerator(chunks, topology, max_sequence_length=16, vocab_size=128)
+    generator.generate([np.arange(3, 8, dtype=np.int32)], replace(SAMPLED, max_new_tokens=2))
+    made, config = generator.engine.controller, chunks[0].config
+    monkeypatch.setattr(config, "cuda_graph_impl", "local")  # as while it is captured
+    monkeypatch.setattr(config, "expert_model_parallel_size", 2)
+    with pytest.raises(AssertionError, match="moe-pad-experts"):
+        TextGenerationController(made.inference_wrapped_model, tokenizer=None)
+    Controller(made.inference_wrapped_model, made._sampling)
+    assert config.expert_model_parallel_size == 2, "as it was"
+    generator.close()

@@ -43,6 +43,10 @@ def test_fields_of_megatrons_config():
 @pytest.mark.parametrize(("hf_config", "overrides", "message"), [
     (MIXTRAL, {"moe_aux_loss_coeff": 0.01}, "split into microbatches. Remove model.moe_aux_loss"),
     (MIXTRAL, {"moe_expert_capacity_factor": 1.5}, "tokens are dropped"),
+    (MIXTRAL, {"moe_router_force_load_balancing": True}, "by chance. Remove model.moe_rout"),
+    (QWEN, {"moe_mlp_glu_interleave_size": 16}, "interleaves gate and up"),
+    (QWEN, {"moe_router_topk_scaling_factor": 2.5}, "=2.5 is not supported"),
+    (MIXTRAL, {"moe_router_group_topk": 1, "moe_router_num_groups": 2}, "among all experts"),
     (MIXTRAL, {"moe_router_load_balancing_type": "sinkhorn"}, "=sinkhorn is not supported"),
     (MIXTRAL, {"moe_token_dispatcher_type": "allgather"}, "only alltoall allows"),
     (MIXTRAL, {"num_moe_experts": 8}, "conflicts with config.json"),
