@@ -31,10 +31,15 @@ MOST_BYTES = 2 * GIB
 
 def most_tokens(config: Any) -> int:
     """The largest step that may go to all experts, by what it takes on this rank between layers."""
+    return min(MOST_TOKENS, MOST_BYTES // bytes_of_token(config))
+
+
+def bytes_of_token(config: Any) -> int:
+    """What one token takes of this rank's memory where it goes to all experts."""
     ranks = config.expert_model_parallel_size
     widths = 3 * config.ffn_hidden_size // (config.expert_tensor_parallel_size or 1)
     row = (widths + 2 * config.hidden_size) * config.params_dtype.itemsize
-    return min(MOST_TOKENS, MOST_BYTES // (row * config.num_moe_experts // ranks))
+    return row * config.num_moe_experts // ranks
 
 
 @contextmanager

@@ -65,12 +65,6 @@ class Setup:
         return self.arch.transformer["num_layers"] // self.pp
 
     @property
-    def captures(self) -> bool:
-        """Whether decode steps run as CUDA graphs; of mixtures of experts they cannot."""
-        asked = self.recipe.generation.cuda_graphs != "off"
-        return asked and not self.arch.dims["experts"]
-
-    @property
     def shards_optimizer(self) -> bool:
         return shards_optimizer(self.recipe)
 

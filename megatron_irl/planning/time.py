@@ -6,6 +6,7 @@ docs/scaling.md compares with figures that were not used.
 from dataclasses import dataclass
 
 from megatron_irl.flops import Tokens, experts_hit, layer_parameters, unused_parameters
+from megatron_irl.generation.every_expert import most_tokens
 from megatron_irl.planning.layer_time import (
     DECODE,
     HOST_LAYER,
@@ -187,8 +188,8 @@ def _generation(
 def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
     """Of one decode step of one replica through CUDA graphs: all stages in turn, if it has some.
 
-    Of a mixture the experts are read that the requests' tokens hit; there are no graphs, and the
-    host starts every layer.
+    Of a mixture small steps read all experts and multiply each token by all of them; for larger
+    ones only those are read that are hit, and the host starts every layer.
 
     Args:
         context: Tokens in the cache of a request.
@@ -200,13 +201,16 @@ def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) ->
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
     share = here / arch.transformer["num_layers"] / setup.tp
-    unread = share * unused_parameters(arch, experts_hit(arch, batch))
-    idle = share * unused_parameters(arch, setup.chosen)
+    unread = idle = 0.0
+    asks_host = bool(arch.dims["experts"]) and batch > most_tokens(setup.config)
+    if asks_host:
+        unread = share * unused_parameters(arch, experts_hit(arch, batch))
+        idle = share * unused_parameters(arch, setup.chosen)
     read = (parameters - unread - embedding * (stages == 1)) * element_size(setup.recipe) + cache
     reading = read / (DECODE * setup.machine.bandwidth)
     products = 2.0 * (parameters - idle) * batch / (PRODUCTS * peak(setup))
     layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
     stage = max(reading, products) + layers
-    if arch.dims["experts"]:
+    if asks_host:
         stage = max(stage, here * HOST_LAYER / 3)
     return stages * stage + DECODE_REQUEST * batch
