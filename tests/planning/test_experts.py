@@ -89,8 +89,7 @@ def test_fake_tensors_keep_what_real_ones_do(pool, name, precision):
         assert min(peaks) * 0.95 <= getattr(fake, phase) <= max(peaks) * 1.05, phase
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2)])
 def test_an_experts_row_in_transformer_engines_layers(tp, ep):
     """By hand, in bf16, of one expert more a token: input of the first product (2H), what it gives
     (4F), gate times up (2F), that times the router's weight, the input of the second (2F).
@@ -99,9 +98,6 @@ def test_an_experts_row_in_transformer_engines_layers(tp, ep):
     (before tensor parallelism) of where the row came from and its weight. Megatron's own experts
     on the CPU keep as much, but for a copy.
     """
-    if ep > tp:
-        pytest.skip("whole experts need ranks to be on")
-
     def layer(topk: int, *, lean: bool) -> float:
         arch = shape("qwen3-30b-a3b", num_experts_per_tok=topk, num_experts=16)
         return per_token(arch, "bf16", {}, tp=tp, ep=ep, sequence_parallel=tp > 1, lean=lean,
@@ -179,19 +175,20 @@ def test_decoding_reads_the_experts_that_are_hit():
     """By hand on one rank whose memory is slow: weights but for the embedding, and the cache.
 
     Steps of up to 512 tokens go to all experts. Of 600 tokens a layer's E are hit but for
-    E * (1 - 8/E)^600, as good as none of 128 and three quarters of 16,384.
+    E * (1 - 8/E)^600, as good as none of 128 and 1267 of 4096.
     """
     slow = dataclasses.replace(MACHINES["h100"], bandwidth=1e9)
-    for experts, width in ((128, 768), (16384, 6)):
-        arch = shape("qwen3-30b-a3b", num_experts=experts, moe_intermediate_size=width)
+    for experts, width in ((128, 768), (4096, 6)):
+        arch = shape("qwen3-30b-a3b", num_hidden_layers=2, num_experts=experts,
+                     moe_intermediate_size=width)
         setup = setup_of(irft(1, 8), arch, slow, 1)
         total = parameters_of(arch)
         for batch in (8, 600):
             missed = experts * (1 - 8 / experts) ** batch if batch > 512 else 0.0
-            unread = 48 * missed * 3 * 2048 * width
-            cache = 2 * 48 * 4 * 128 * 100 * batch
+            unread = 2 * missed * 3 * 2048 * width
+            cache = 2 * 2 * 4 * 128 * 100 * batch
             read = 2 * (total - unread - 151936 * 2048 + cache)
-            found = decode_seconds(setup, batch, 100, total) - 48 * 50e-6 - 2.5e-6 * batch
+            found = decode_seconds(setup, batch, 100, total) - 2 * 50e-6 - 2.5e-6 * batch
             assert found == pytest.approx(read / (0.85 * 1e9))
 
 
