@@ -8,6 +8,7 @@ from megatron_irl.errors import UserError
 
 GIB = 1024**3
 CUDA_BLOCK_TOKENS = 256  # what flash-attn's paged kernels ask for
+ALL_EXPERTS_TOKENS = 512  # beyond, a GPU multiplies for longer than it would wait
 
 
 def default_block_tokens(max_sequence_length: int) -> int:
@@ -34,6 +35,17 @@ def cuda_step_tokens(config: Any) -> int:
         elements = rows // config.expert_model_parallel_size + 4 * config.hidden_size
     per_token = elements * config.params_dtype.itemsize
     return min(65536, max(4096, 2 * GIB // per_token // 4096 * 4096))
+
+
+def tokens_to_all_experts(config: Any) -> int:
+    """The largest step that sends each token to all experts (``every_expert``), on a GPU.
+
+    What it has between products is kept to 2 GiB.
+    """
+    widths = 3 * config.ffn_hidden_size // config.expert_tensor_parallel_size
+    row = (widths + 2 * config.hidden_size) * config.params_dtype.itemsize
+    here = config.num_moe_experts // config.expert_model_parallel_size
+    return min(ALL_EXPERTS_TOKENS, 2 * GIB // (row * here))
 
 
 def mixed_graph_tokens(config: Any, max_requests: int, max_tokens: int) -> list[int]:

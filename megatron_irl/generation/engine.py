@@ -12,10 +12,14 @@ from torch import Tensor
 
 from megatron_irl import hardware
 from megatron_irl.compat.engine_manners import no_progress_bar
-from megatron_irl.generation.cache_size import cache_gb, mixed_graph_tokens, step_tokens
+from megatron_irl.generation.cache_size import (
+    cache_gb,
+    mixed_graph_tokens,
+    step_tokens,
+    tokens_to_all_experts,
+)
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.decode import DecodeLoop
-from megatron_irl.generation.every_expert import most_tokens
 from megatron_irl.generation.graphs import LayerGraphs
 from megatron_irl.generation.pipeline import StageWrapper
 from megatron_irl.generation.sampler import TableSampler
@@ -208,5 +212,5 @@ class BuiltEngine:
 def _drop_what_asks_the_host(context: PagedContext, config: Any) -> None:
     """Ask for no graphs of steps so large that experts get their tokens by the host's count."""
     if config.num_moe_experts:
-        sizes, most = context.cuda_graph_batch_dimensions_list, most_tokens(config)
+        sizes, most = context.cuda_graph_batch_dimensions_list, tokens_to_all_experts(config)
         sizes[:] = [size for size in sizes if size.token_count <= most]

@@ -17,29 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.generation.cache_size import tokens_to_all_experts
 
 from megatron.core.tensor_parallel.mappings import (  # isort: skip
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.moe.moe_layer import MoELayer  # isort: skip
-
-GIB = 1024**3
-MOST_TOKENS = 512  # beyond, a GPU multiplies for longer than it would wait
-MOST_BYTES = 2 * GIB
-
-
-def most_tokens(config: Any) -> int:
-    """The largest step that may go to all experts, by what it takes on this rank between layers."""
-    return min(MOST_TOKENS, MOST_BYTES // bytes_of_token(config))
-
-
-def bytes_of_token(config: Any) -> int:
-    """What one token takes of this rank's memory where it goes to all experts."""
-    ranks = config.expert_model_parallel_size
-    widths = 3 * config.ffn_hidden_size // (config.expert_tensor_parallel_size or 1)
-    row = (widths + 2 * config.hidden_size) * config.params_dtype.itemsize
-    return row * config.num_moe_experts // ranks
 
 
 @contextmanager
@@ -56,7 +40,7 @@ def every_expert(model: nn.Module) -> Iterator[None]:
 
 
 def _either(layer: Any) -> Any:
-    usual, limit = layer.forward, most_tokens(layer.config)
+    usual, limit = layer.forward, tokens_to_all_experts(layer.config)
     shares = layer.attn_tp_group.size() if layer.config.sequence_parallel else 1
 
     def forward(hidden_T1H: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor | None]:

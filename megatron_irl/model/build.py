@@ -98,6 +98,7 @@ def build_config(
         grouped = _set_layer_fields(fields, overrides, architecture, spec) == "transformer_engine"
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
+        grouped = fields["params_dtype"] != torch.float32  # as a GPU's layers will be
         _set_swiglu(fields, overrides)
     fields = mixture_fields(architecture, overrides, grouped=grouped) | fields
     try:

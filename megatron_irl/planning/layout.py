@@ -65,6 +65,11 @@ class Setup:
         return self.arch.transformer["num_layers"] // self.pp
 
     @property
+    def captures(self) -> bool:
+        """Whether decode steps run as CUDA graphs."""
+        return self.recipe.generation.cuda_graphs != "off"
+
+    @property
     def shards_optimizer(self) -> bool:
         return shards_optimizer(self.recipe)
 

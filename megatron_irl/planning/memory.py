@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from megatron_irl.flops import Tokens
 from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb, cuda_step_tokens
-from megatron_irl.generation.every_expert import bytes_of_token, most_tokens
 from megatron_irl.planning.activations import PerToken
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
@@ -187,13 +186,9 @@ def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
     )
     tokens = min(cuda_step_tokens(setup.config),
                  options.max_requests * setup.recipe.data.max_prompt_length)
-    step = tokens * per_token.forward
-    if setup.arch.dims["experts"]:
-        small = min(options.max_requests, most_tokens(setup.config))
-        step = max(step, small * bytes_of_token(setup.config))
     logits = options.max_requests * setup.vocabulary * (element_size(setup.recipe) + 4)
-    return {"KV cache": cache * GIB, "graphs": 0.0 if options.cuda_graphs == "off" else GRAPHS,
-            "prefill": step + logits}
+    return {"KV cache": cache * GIB, "graphs": GRAPHS if setup.captures else 0.0,
+            "prefill": tokens * per_token.forward + logits}
 
 
 def _reserve(setup: Setup) -> float:

@@ -6,7 +6,7 @@ docs/scaling.md compares with figures that were not used.
 from dataclasses import dataclass
 
 from megatron_irl.flops import Tokens, experts_hit, layer_parameters, unused_parameters
-from megatron_irl.generation.every_expert import most_tokens
+from megatron_irl.generation.cache_size import tokens_to_all_experts
 from megatron_irl.planning.layer_time import (
     DECODE,
     HOST_LAYER,
@@ -29,6 +29,7 @@ WRITER = 0.4e9  # bytes a second that one rank writes of a checkpoint
 HOST_COPY = 1e9  # likewise that it copies to host memory before that, into untouched pages
 DECODE_LAYER = 50e-6  # seconds a layer and decode step beyond reading, and
 DECODE_REQUEST = 2.5e-6  # a request of it
+EXPERT = 1e-6  # likewise a product of an expert, of which some run at a time; not measured
 COLLECTIVE = 12e-6  # latency of an all-reduce in a decode step
 FULL_SLOTS = 0.8  # how full the engine's places are on average
 
@@ -188,8 +189,8 @@ def _generation(
 def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) -> float:
     """Of one decode step of one replica through CUDA graphs: all stages in turn, if it has some.
 
-    Of a mixture small steps read all experts and multiply each token by all of them; for larger
-    ones only those are read that are hit, and the host starts every layer.
+    Of a mixture all experts are read and multiplied with every token. Where requests are too many
+    for that, those are that their tokens hit, without graphs: the host starts every layer.
 
     Args:
         context: Tokens in the cache of a request.
@@ -201,16 +202,17 @@ def decode_seconds(setup: Setup, batch: int, context: float, parameters: int) ->
     # An untied embedding is not read, but for a row a request.
     embedding = 0 if arch.tie_word_embeddings else arch.dims["hidden"] * setup.vocabulary
     share = here / arch.transformer["num_layers"] / setup.tp
-    unread = idle = 0.0
-    asks_host = bool(arch.dims["experts"]) and batch > most_tokens(setup.config)
-    if asks_host:
-        unread = share * unused_parameters(arch, experts_hit(arch, batch))
-        idle = share * unused_parameters(arch, setup.chosen)
+    experts = arch.dims["experts"]
+    to_all = experts and batch <= tokens_to_all_experts(setup.config)
+    unread = 0.0 if to_all else share * unused_parameters(arch, experts_hit(arch, batch))
+    idle = 0.0 if to_all else share * unused_parameters(arch, setup.chosen)
     read = (parameters - unread - embedding * (stages == 1)) * element_size(setup.recipe) + cache
     reading = read / (DECODE * setup.machine.bandwidth)
     products = 2.0 * (parameters - idle) * batch / (PRODUCTS * peak(setup))
     layers = here * (DECODE_LAYER + (2 * COLLECTIVE if setup.tp > 1 else 0.0))
     stage = max(reading, products) + layers
-    if asks_host:
+    if to_all:
+        stage += here * 2 * experts / setup.ep * EXPERT
+    elif experts:
         stage = max(stage, here * HOST_LAYER / 3)
     return stages * stage + DECODE_REQUEST * batch

@@ -18,7 +18,7 @@ from megatron_irl.model.build import build_config
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.planning import activations
 from megatron_irl.planning.activations import footprint, per_token
-from megatron_irl.planning.certain import parameters_of, refuse_what_cannot_fit, stage_elements
+from megatron_irl.planning.certain import refuse_what_cannot_fit, stage_elements
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.machines import GIB, MACHINES
 from megatron_irl.planning.plan import setup_of, stage_parameters
@@ -89,7 +89,8 @@ def test_fake_tensors_keep_what_real_ones_do(pool, name, precision):
         assert min(peaks) * 0.95 <= getattr(fake, phase) <= max(peaks) * 1.05, phase
 
 
-@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("tp", [1, 2])
 def test_an_experts_row_in_transformer_engines_layers(tp, ep):
     """By hand, in bf16, of one expert more a token: input of the first product (2H), what it gives
     (4F), gate times up (2F), that times the router's weight, the input of the second (2F).
@@ -98,6 +99,9 @@ def test_an_experts_row_in_transformer_engines_layers(tp, ep):
     (before tensor parallelism) of where the row came from and its weight. Megatron's own experts
     on the CPU keep as much, but for a copy.
     """
+    if ep > tp:
+        pytest.skip("whole experts need ranks to be on")
+
     def layer(topk: int, *, lean: bool) -> float:
         arch = shape("qwen3-30b-a3b", num_experts_per_tok=topk, num_experts=16)
         return per_token(arch, "bf16", {}, tp=tp, ep=ep, sequence_parallel=tp > 1, lean=lean,
@@ -153,6 +157,8 @@ def test_qwen3_30b_a3b(capsys):
     # Six operations a parameter that a token meets, at no more than the peak.
     most = 2.25e15 / (6 * (active - 2 * 151936 * 2048))
     assert all(0 < rate < most for rate in said["tokens_per_second"].values())
+    assert said["stages"][0]["terms"]["graphs"] > 0
+    assert 5e-3 < said["decode_step_seconds"] < 48 * 1e-3, "the host does not start every layer"
     without = [word for word in layout if "sequence" not in word]
     refused("plan", *recipe, *without, named=("128 experts", "parallel.sequence_parallel"))
 
@@ -171,34 +177,21 @@ def test_search_splits_the_sequence_where_it_splits_tensors():
         assert one.get("model.recompute_modules", "[moe]") == "[moe]"
 
 
-def test_decoding_reads_the_experts_that_are_hit():
-    """By hand on one rank whose memory is slow: weights but for the embedding, and the cache.
-
-    Steps of up to 512 tokens go to all experts. Of 600 tokens a layer's E are hit but for
-    E * (1 - 8/E)^600, as good as none of 128 and 1267 of 4096.
+def test_decoding_reads_all_experts_or_those_that_are_hit():
+    """By hand on one rank whose memory is slow: all parameters but for the embedding, and the
+    cache; with more requests than are sent to all, experts * (1 - (1 - 8/128)^600) of each layer.
     """
+    arch = shape("qwen3-30b-a3b")
     slow = dataclasses.replace(MACHINES["h100"], bandwidth=1e9)
-    for experts, width in ((128, 768), (4096, 6)):
-        arch = shape("qwen3-30b-a3b", num_hidden_layers=2, num_experts=experts,
-                     moe_intermediate_size=width)
-        setup = setup_of(irft(1, 8), arch, slow, 1)
-        total = parameters_of(arch)
-        for batch in (8, 600):
-            missed = experts * (1 - 8 / experts) ** batch if batch > 512 else 0.0
-            unread = 2 * missed * 3 * 2048 * width
-            cache = 2 * 2 * 4 * 128 * 100 * batch
-            read = 2 * (total - unread - 151936 * 2048 + cache)
-            found = decode_seconds(setup, batch, 100, total) - 2 * 50e-6 - 2.5e-6 * batch
-            assert found == pytest.approx(read / (0.85 * 1e9))
-
-
-def test_decoding_waits_for_the_host_where_experts_are_told_their_tokens():
-    """Three ms a step of 48 layers of 50 us in graphs, 90 of the host's 1.87 ms a layer without."""
-    fast = dataclasses.replace(MACHINES["h100"], bandwidth=1e18, bf16=1e21)
-    setup = setup_of(irft(1, 8), shape("qwen3-30b-a3b"), fast, 1)
-    times = [decode_seconds(setup, batch, 100, 30_532_122_624) for batch in (512, 513)]
-    assert times == [pytest.approx(0.0024 + 512 * 2.5e-6, rel=0.01),
-                     pytest.approx(48 * 5.6e-3 / 3 + 513 * 2.5e-6, rel=0.01)]
+    setup = setup_of(irft(1, 8), arch, slow, 1)
+    total, layers = 30_532_122_624, 48 * 50e-6
+    for batch in (1, 64, 600):
+        unread = 48 * 128 * (1 - 8 / 128) ** batch * 3 * 2048 * 768 if batch > 512 else 0
+        fixed = layers + (0 if batch > 512 else 48 * 2 * 128 * 1e-6)
+        cache = 2 * 48 * 4 * 128 * 100 * batch
+        read = 2 * (total - unread - 151936 * 2048 + cache)
+        found = decode_seconds(setup, batch, 100, total) - fixed - 2.5e-6 * batch
+        assert found == pytest.approx(read / (0.85 * 1e9))
 
 
 def test_what_cannot_fit_is_split_with_its_sequence():

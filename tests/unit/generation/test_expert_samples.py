@@ -10,7 +10,7 @@ import megatron_irl.hardware  # noqa: F401
 from megatron_irl.config import ParallelConfig
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.load import load_hf_weights
-from megatron_irl.generation import SamplingConfig, every_expert
+from megatron_irl.generation import SamplingConfig, cache_size, every_expert
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import initialize, shutdown
@@ -61,7 +61,7 @@ def test_small_steps_go_to_all_experts_and_large_ones_do_not(sparse, monkeypatch
     chunk.eval()
     layer, asked = chunk.decoder.layers[0].mlp, []
     original = every_expert._to_all
-    monkeypatch.setattr(every_expert, "MOST_TOKENS", 9)
+    monkeypatch.setattr(cache_size, "ALL_EXPERTS_TOKENS", 9)
     monkeypatch.setattr(
         every_expert, "_to_all", lambda *a, **k: asked.append(len(a[1])) or original(*a, **k)
     )
@@ -82,9 +82,9 @@ def test_most_tokens_is_bounded_by_memory_too():
         expert_model_parallel_size=1, expert_tensor_parallel_size=1, ffn_hidden_size=14336,
         hidden_size=4096, params_dtype=torch.bfloat16, num_moe_experts=8,
     )
-    assert every_expert.most_tokens(config) == every_expert.MOST_TOKENS
+    assert cache_size.tokens_to_all_experts(config) == cache_size.ALL_EXPERTS_TOKENS
     config.num_moe_experts = 256
     row = 2 * (3 * 14336 + 2 * 4096)
-    assert every_expert.most_tokens(config) == 2 * 2**30 // (256 * row) < every_expert.MOST_TOKENS
+    assert cache_size.tokens_to_all_experts(config) == 2 * 2**30 // (256 * row)
     config.expert_model_parallel_size = 2  # half of them on a rank
-    assert every_expert.most_tokens(config) == 2 * 2**30 // (128 * row)
+    assert cache_size.tokens_to_all_experts(config) == 2 * 2**30 // (128 * row)
