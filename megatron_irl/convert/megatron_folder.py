@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.compat.shard_overlaps import compared_by_place
 from megatron_irl.convert.checkpoint_reader import CheckpointReader, first_line
 from megatron_irl.convert.hf_config import Architecture
 from megatron_irl.errors import UserError
@@ -33,7 +34,8 @@ def load_megatron(
     prefix, wanted = reader.prefix, sharded_weights(chunks, topology, reader.prefix)
     adapt_to_spec(wanted, checkpoint)
     try:
-        loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
+        with compared_by_place():
+            loaded: Any = dist_checkpointing.load(wanted, str(checkpoint))
     except CheckpointException as error:  # torch's; what happened is inside, by rank
         cause = next(iter(error.failures.values()))[0]
         raise UserError(

@@ -1,8 +1,10 @@
 """Bytes of a rank by term and phase, for every pipeline stage."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 
+from megatron_irl.families.linears import targeted_layers
 from megatron_irl.flops import Tokens
 from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb, cuda_step_tokens
 from megatron_irl.planning.activations import PerToken
@@ -201,6 +203,13 @@ def checkpoint_share(setup: Setup, trained: int) -> float:
     return trained * checkpoint_bytes(setup.recipe) / setup.dp
 
 
+def _adapted_bytes(setup: Setup) -> float:
+    """Weights of a rank's layers that have adapters: what is kept of them while they are merged."""
+    layers = targeted_layers(setup.arch, setup.recipe.adapter.targets)
+    elements = sum(math.prod(layer.row.shape(setup.arch)) for layer in layers)
+    return elements / setup.tp / setup.pp * element_size(setup.recipe)
+
+
 def _host(setup: Setup, trained: int, terms: dict[str, float]) -> dict[str, float]:
     """Of one rank: the copy of a checkpoint while it is written, and what is offloaded."""
     state = 8.0 + (0 if setup.recipe.precision == "fp32" else 4)
@@ -210,7 +219,7 @@ def _host(setup: Setup, trained: int, terms: dict[str, float]) -> dict[str, floa
     if setup.recipe.generation.offload_optimizer:
         found["optimizer while generating"] = terms["gradients"] + terms["optimizer"]
     if setup.recipe.adapter.enabled and setup.recipe.adapter.generation == "merged":
-        found["base weights while sampling"] = terms["weights"]
+        found["adapted weights while sampling"] = _adapted_bytes(setup)
     if share := offloaded_share(setup.recipe):
         dp = setup.dp if setup.shards_optimizer else 1
         found["offloaded optimizer"] = trained * (state + 4) / dp * share

@@ -17,6 +17,7 @@ from megatron_irl.compat.adam_state import loadable, make_savable
 from megatron_irl.compat.checkpoint_writer import PlanOnly
 from megatron_irl.compat.optimizer_blocks import in_blocks
 from megatron_irl.compat.optimizer_parts import as_one, as_parts
+from megatron_irl.compat.shard_overlaps import compared_by_place
 from megatron_irl.compat.threaded_reader import in_threads
 from megatron_irl.convert.checkpoint_reader import first_line
 from megatron_irl.convert.megatron_folder import adapt_to_spec, fill
@@ -209,10 +210,11 @@ class Checkpointer(CheckpointFolder):
         # Which rank writes what several have is settled by a collective, once: it does not change.
         is_first = self._distribution is None
         strategy.cached_distribution = self._distribution
-        dist_checkpointing.save(
-            sharded, str(partial), strategy, async_sharded_save=True,
-            validate_access_integrity=is_first,  # what there is does not change within a run
-        )
+        with compared_by_place():
+            dist_checkpointing.save(
+                sharded, str(partial), strategy, async_sharded_save=True,
+                validate_access_integrity=is_first,  # what there is does not change within a run
+            )
         self._distribution = strategy.cached_distribution
         return plan
 
@@ -287,7 +289,7 @@ class Checkpointer(CheckpointFolder):
             strategy: Any = FullyParallelLoadStrategyWrapper(
                 TorchDistLoadShardedStrategy(), self.topology.dp_group
             )
-            with in_threads():
+            with in_threads(), compared_by_place():
                 loaded: Any = dist_checkpointing.load(sharded, str(path), strategy)
         except CheckpointException as error:  # torch's; what happened is inside, by rank
             raise UserError(f"the checkpoint {path} cannot be read: {_words(error)}") from error

@@ -9,6 +9,7 @@ from tests.cli.harness import refused, write_jsonl, write_recipe
 from tests.cli.test_lora import (
     MERGES,
     assert_same_answers,
+    check_checkpoint_size,
     greedy,
     logits,
     losses,
@@ -45,6 +46,7 @@ def test_products(recipe, mixtral, tmp_path, no_report, merges):
     assert np.abs(ours - logits(mixtral)).max() > 1e-3
     first, second, *_ = losses(out)
     assert first != second
+    check_checkpoint_size(out)
     before, after = (load_file(folder / "model.safetensors") for folder in (mixtral, out / "hf"))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

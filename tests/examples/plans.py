@@ -35,6 +35,8 @@ PLANS = [
     Planned("llama_8b/one_gpu_full.yaml", "llama-3.1-8b", 1, 400, 400),
     Planned("llama_8b/recipe.yaml", "llama-3.1-8b", 8, 400, 400),
     Planned("qwen_32b/recipe.yaml", "qwen2.5-32b", 16, 400, 400),
+    Planned("qwen3_30b_a3b/recipe.yaml", "qwen3-30b-a3b", 16, 400, 400),
+    Planned("qwen3_30b_a3b/lora.yaml", "qwen3-30b-a3b", 8, 400, 400),
     Planned("llama_70b/recipe.yaml", "llama-3.1-70b", 64, 400, 400),
     Planned("llama_70b/bf16.yaml", "llama-3.1-70b", 64, 400, 400),
     Planned("llama_70b/rft.yaml", "llama-3.1-70b", 64, 400, 400),

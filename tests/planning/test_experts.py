@@ -21,6 +21,7 @@ from megatron_irl.planning.activations import footprint, per_token
 from megatron_irl.planning.certain import refuse_what_cannot_fit, stage_elements
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.machines import GIB, MACHINES
+from megatron_irl.planning.memory import _adapted_bytes
 from megatron_irl.planning.plan import setup_of, stage_parameters
 from megatron_irl.planning.search import layouts_that_fit
 from megatron_irl.planning.time import decode_seconds
@@ -192,6 +193,16 @@ def test_decoding_reads_all_experts_or_those_that_are_hit():
         read = 2 * (total - unread - 151936 * 2048 + cache)
         found = decode_seconds(setup, batch, 100, total) - fixed - 2.5e-6 * batch
         assert found == pytest.approx(read / (0.85 * 1e9))
+
+
+def test_only_adapted_weights_are_kept_while_sampling():
+    """By hand: of a mixture the attention's, 2048 * (32 + 2 * 4 + 32) * 128 a layer."""
+    recipe = irft(1, 8, parallel=SLICES)
+    recipe = dataclasses.replace(
+        recipe, adapter=dataclasses.replace(recipe.adapter, rank=8, alpha=8.0)
+    )
+    setup = setup_of(recipe, shape("qwen3-30b-a3b"), MACHINES["h100"], 1)
+    assert _adapted_bytes(setup) == 2 * 48 * 2048 * 72 * 128 / setup.tp
 
 
 def test_what_cannot_fit_is_split_with_its_sequence():
