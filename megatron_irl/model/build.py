@@ -93,7 +93,6 @@ def build_config(
             "model.use_te_activation_func=true conflicts with this model's activation; there is "
             "one for gated SiLU only. Remove model.use_te_activation_func."
         )
-    grouped = False
     if check_hardware:
         grouped = _set_layer_fields(fields, overrides, architecture, spec) == "transformer_engine"
     else:
