@@ -42,10 +42,14 @@ def tokens_to_all_experts(config: Any) -> int:
 
     What it has between products is kept to 2 GiB.
     """
+    return min(ALL_EXPERTS_TOKENS, 2 * GIB // bytes_to_all_experts(config))
+
+
+def bytes_to_all_experts(config: Any) -> int:
+    """What a token of such a step takes between products on this rank."""
     widths = 3 * config.ffn_hidden_size // config.expert_tensor_parallel_size
     row = (widths + 2 * config.hidden_size) * config.params_dtype.itemsize
-    here = config.num_moe_experts // config.expert_model_parallel_size
-    return min(ALL_EXPERTS_TOKENS, 2 * GIB // (row * here))
+    return row * config.num_moe_experts // config.expert_model_parallel_size
 
 
 def mixed_graph_tokens(config: Any, max_requests: int, max_tokens: int) -> list[int]:

@@ -93,11 +93,11 @@ def build_config(
             "model.use_te_activation_func=true conflicts with this model's activation; there is "
             "one for gated SiLU only. Remove model.use_te_activation_func."
         )
-    grouped = False
     if check_hardware:
         grouped = _set_layer_fields(fields, overrides, architecture, spec) == "transformer_engine"
     else:
         fields["apply_rope_fusion"] = False  # Megatron looks for the kernel
+        grouped = fields["params_dtype"] != torch.float32  # as a GPU's layers will be
         _set_swiglu(fields, overrides)
     fields = mixture_fields(architecture, overrides, grouped=grouped) | fields
     try:

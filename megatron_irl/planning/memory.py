@@ -6,7 +6,13 @@ from dataclasses import dataclass, field
 
 from megatron_irl.families.linears import targeted_layers
 from megatron_irl.flops import Tokens
-from megatron_irl.generation.cache_size import CUDA_BLOCK_TOKENS, cache_gb, cuda_step_tokens
+from megatron_irl.generation.cache_size import (
+    CUDA_BLOCK_TOKENS,
+    bytes_to_all_experts,
+    cache_gb,
+    cuda_step_tokens,
+    tokens_to_all_experts,
+)
 from megatron_irl.planning.activations import PerToken
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
@@ -188,9 +194,13 @@ def _generation(setup: Setup, per_token: PerToken) -> dict[str, float]:
     )
     tokens = min(cuda_step_tokens(setup.config),
                  options.max_requests * setup.recipe.data.max_prompt_length)
+    step = tokens * per_token.forward
+    if setup.arch.dims["experts"]:
+        small = min(options.max_requests, tokens_to_all_experts(setup.config))
+        step = max(step, small * bytes_to_all_experts(setup.config))
     logits = options.max_requests * setup.vocabulary * (element_size(setup.recipe) + 4)
     return {"KV cache": cache * GIB, "graphs": GRAPHS if setup.captures else 0.0,
-            "prefill": tokens * per_token.forward + logits}
+            "prefill": step + logits}
 
 
 def _reserve(setup: Setup) -> float:

@@ -17,11 +17,11 @@ from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_config
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.planning import activations
-from megatron_irl.planning.activations import footprint, per_token
+from megatron_irl.planning.activations import PerToken, footprint, per_token
 from megatron_irl.planning.certain import refuse_what_cannot_fit, stage_elements
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.machines import GIB, MACHINES
-from megatron_irl.planning.memory import _adapted_bytes
+from megatron_irl.planning.memory import _adapted_bytes, _generation
 from megatron_irl.planning.plan import setup_of, stage_parameters
 from megatron_irl.planning.search import layouts_that_fit
 from megatron_irl.planning.time import decode_seconds
@@ -90,8 +90,7 @@ def test_fake_tensors_keep_what_real_ones_do(pool, name, precision):
         assert min(peaks) * 0.95 <= getattr(fake, phase) <= max(peaks) * 1.05, phase
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2)])
 def test_an_experts_row_in_transformer_engines_layers(tp, ep):
     """By hand, in bf16, of one expert more a token: input of the first product (2H), what it gives
     (4F), gate times up (2F), that times the router's weight, the input of the second (2F).
@@ -100,9 +99,6 @@ def test_an_experts_row_in_transformer_engines_layers(tp, ep):
     (before tensor parallelism) of where the row came from and its weight. Megatron's own experts
     on the CPU keep as much, but for a copy.
     """
-    if ep > tp:
-        pytest.skip("whole experts need ranks to be on")
-
     def layer(topk: int, *, lean: bool) -> float:
         arch = shape("qwen3-30b-a3b", num_experts_per_tok=topk, num_experts=16)
         return per_token(arch, "bf16", {}, tp=tp, ep=ep, sequence_parallel=tp > 1, lean=lean,
@@ -152,7 +148,8 @@ def test_qwen3_30b_a3b(capsys):
     said = json.loads(capsys.readouterr().out)
     assert result.code == 0 and said["fits"], result.err
     assert (said["parameters"], said["active_parameters"]) == (total, active)
-    assert run("plan", *recipe, *layout).code == 0
+    act = ["model.recompute_granularity=selective", "model.recompute_modules=[moe_act]"]
+    assert run("plan", *recipe, *layout, *act).code == 0, "only grouped experts recompute this"
     text = capsys.readouterr().out
     assert "30.532 B parameters, 3.353 B of them active (8 of 128 experts a token)" in text
     # Six operations a parameter that a token meets, at no more than the peak.
@@ -203,6 +200,17 @@ def test_only_adapted_weights_are_kept_while_sampling():
     )
     setup = setup_of(recipe, shape("qwen3-30b-a3b"), MACHINES["h100"], 1)
     assert _adapted_bytes(setup) == 2 * 48 * 2048 * 72 * 128 / setup.tp
+
+
+def test_small_steps_have_a_row_for_every_expert():
+    """By hand, in bf16 on one rank: 128 rows of 3 * 768 + 2 * 2048 a token, 1,638,400 bytes."""
+    recipe = irft(1, 8, generation={"max_requests": 300})
+    recipe = dataclasses.replace(
+        recipe, data=dataclasses.replace(recipe.data, max_prompt_length=1))
+    setup = setup_of(recipe, shape("qwen3-30b-a3b"), MACHINES["h100"], 1)
+    for forward, step in ((0.0, 300 * 1_638_400), (2e6, 300 * 2e6)):
+        found = _generation(setup, PerToken(0, 0, forward, 0, 0))["prefill"]
+        assert found == step + 300 * 151936 * (2 + 4)
 
 
 def test_what_cannot_fit_is_split_with_its_sequence():
