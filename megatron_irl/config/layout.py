@@ -137,7 +137,8 @@ def _check_options(parallel: ParallelConfig) -> None:
             f"parallel.expert_model_parallel_size={experts} conflicts with "
             f"parallel.tensor_model_parallel_size={tensor}; the ranks that share a layer hold "
             "slices of every expert (1) or whole ones (as many as tensor-parallel ranks), so that "
-            f"replicas sample without waiting for each other. Set it to {_either([1, tensor])}.")
+            "replicas sample without waiting for each other. Set it to "
+            f"{_either(sorted({1, tensor}))}.")
     if virtual is None:
         return
     path = "parallel.virtual_pipeline_model_parallel_size"

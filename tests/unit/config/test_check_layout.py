@@ -53,6 +53,9 @@ def test_data_parallel_size(parallel: ParallelConfig, world_size: int | None, ex
     (recipe_of(layout(), micro=3), None, "Set train.global_batch_size to 6 or 9"),
     (recipe_of(layout()), 3, r"data_parallel_size=3; .* to 6 or 9"),
     (recipe_of(layout(sequence_parallel=True)), None, "sequence_parallel=true conflicts"),
+    (recipe_of(layout(expert_model_parallel_size=2)), None,
+     r"expert_.*=2 conflicts with parallel.tensor_model_parallel_size=1;.* Set it to 1\.$"),
+    (recipe_of(layout(4, expert_model_parallel_size=2)), None, r"Set it to 1 or 4\.$"),
     (recipe_of(layout(virtual=2)), None, "virtual_.*=2 conflicts with .*pipeline.*size=1"),
     (recipe_of(layout(pipeline=2, virtual=1)), None, "=1 is below 2"),
     (recipe_of(layout(pipeline=4, virtual=2), batch=6), None,
@@ -127,3 +130,27 @@ def test_model_parallel_size_counts_a_replicas_ranks():
     parallel = layout(2, 3, context_parallel_size=5)
     assert parallel.model_parallel_size == 30
     assert dataclasses.replace(parallel, data_parallel_size=7).model_parallel_size == 30
+
+
+@pytest.mark.parametrize(("parallel", "experts", "message"), [
+    (layout(3, expert_model_parallel_size=3), None, "=3 conflicts with a model that has no exp"),
+    (layout(3), 6, "without parallel.sequence_parallel conflicts with a model of 6 experts"),
+    (layout(3, expert_model_parallel_size=3, sequence_parallel=True), 8,
+     "=3 does not divide num_moe_experts=8; every rank holds as many"),
+])
+def test_experts_that_do_not_fit_a_layout(
+    parallel: ParallelConfig, experts: int | None, message: str
+):
+    with pytest.raises(UserError, match=message):
+        check_layout_against_model(parallel, **SMOLLM, num_moe_experts=experts)
+
+
+def test_whole_experts_need_not_divide():
+    """A width that three ranks could not split."""
+    odd = SMOLLM | {"ffn_hidden_size": 1537, "num_moe_experts": 6}
+    sliced, whole = (
+        layout(3, sequence_parallel=True, expert_model_parallel_size=size) for size in (1, 3)
+    )
+    check_layout_against_model(whole, **odd)
+    with pytest.raises(UserError, match="does not divide ffn_hidden_size=1537"):
+        check_layout_against_model(sliced, **odd)
