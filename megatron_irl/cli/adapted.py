@@ -12,6 +12,7 @@ from megatron_irl.adapters.spec import adapter_spec
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
 from megatron_irl.convert.export import export_hf
 from megatron_irl.convert.hf_config import architecture, read_hf_config
+from megatron_irl.convert.weights_digest import weights_digest
 from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.parallel.topology import initialize, shutdown
@@ -108,7 +109,7 @@ def _read(
 
 def _export_whole(adapters: Adapters, run: Path, base: Path, out: Path) -> None:
     """All that the run has learnt as one adapter of the model that it began with."""
-    digest, folder = start_of(run)["model.hf"], RunFolder(run)
+    digest, folder = start_of(run).get("model.hf") or weights_digest(base), RunFolder(run)
     if not adapters.rounds_merged:
         export_adapter(adapters, out, base=base, digest=digest)
         return

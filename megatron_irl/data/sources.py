@@ -129,7 +129,7 @@ class Records:
         for path in source.path:
             if left <= 0:
                 return
-            seen = self._seen[path] = _Seen()
+            seen = self._seen.setdefault(path, _Seen())
             place = None
             for place, raw in _with_trees(read_rows(Path(path))):
                 if left <= 0:

@@ -194,6 +194,8 @@ class PolicyGenerator:
         except (RuntimeError, MemoryError) as error:
             failure = str(error).split("\n")[0]
         if agree([failure is not None], self._topology)[0]:
+            if not self._holds:
+                whole.free()  # what there was memory for
             return f"their weights could not be allocated ({failure or 'on another rank'})"
         self._holds, self.residency.weight_bytes = True, whole.nbytes
         return None

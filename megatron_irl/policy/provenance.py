@@ -4,6 +4,9 @@ import hashlib
 import json
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from megatron_irl.convert.weights_digest import weights_digest
 from megatron_irl.data.tokenizer import Tokenizer
@@ -40,12 +43,41 @@ def describe_start(
     } | ({"adapter.path": weights_digest(Path(adapter))} if adapter else {})
 
 
-def start_of(run: Path) -> dict[str, str]:
-    """Return what a run's folder says it began with; empty for one of earlier versions."""
+def identity_of(run: Path) -> dict[str, Any]:
+    """What a run's ``run.json`` says, or what its ``recipe.yaml`` does where that is cut or gone.
+
+    Raises:
+        UserError: There is a ``run.json``, and neither can be read.
+    """
+    path = run / "run.json"
     try:
-        return dict(json.loads((run / "run.json").read_text())["start"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}  # cut or gone: what it would tell is a check, and the run's date
+        return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        return _said_in_recipe(run)
+    except (ValueError, TypeError, OSError) as error:
+        if known := _said_in_recipe(run):
+            return known
+        raise UserError(
+            f"{path} cannot be read: {error}. Restore it, or take another run folder."
+        ) from error
+
+
+def _said_in_recipe(run: Path) -> dict[str, Any]:
+    """The identity as ``recipe.yaml`` repeats it; of a run of 0.1.0 only that it is one."""
+    try:
+        written = yaml.safe_load((run / "recipe.yaml").read_text())
+        environment = written["environment"]
+        return environment.get("run") or {"restored_from": f"{environment['versions']}"}
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
+        return {}
+
+
+def start_of(run: Path) -> dict[str, str]:
+    """What a run began with, see ``describe_start``; empty before it has, and for runs of earlier
+    versions.
+    """
+    start = identity_of(run).get("start")
+    return dict(start) if isinstance(start, dict) else {}
 
 
 def date_of(start: dict[str, str]) -> datetime | None:

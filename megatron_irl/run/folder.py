@@ -23,7 +23,7 @@ from megatron_irl.config import (
 from megatron_irl.config.former import keep_former
 from megatron_irl.data.token_store import is_token_store
 from megatron_irl.errors import UserError
-from megatron_irl.policy.provenance import date_of
+from megatron_irl.policy.provenance import date_of, identity_of, start_of
 from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
 from megatron_irl.storage.lease import LEASE_PATTERN
 
@@ -67,7 +67,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        return bool(self._read().get("finished"))
+        return bool(identity_of(self.path).get("finished"))
 
     def was_finished_by(self, recipe: Recipe) -> bool:
         """Whether this is the finished run of a recipe, as far as can be told without its data.
@@ -75,7 +75,7 @@ class RunFolder:
         Args:
             recipe: Not resolved. One that is another experiment is for ``check`` to refuse.
         """
-        known = self._read()
+        known = identity_of(self.path)
         if not known.get("finished") or "demonstrations" not in known:
             return False
         recipe, _ = self.as_begun(recipe)
@@ -87,7 +87,7 @@ class RunFolder:
         Args:
             recipe: Not resolved; a new folder leaves it as it is.
         """
-        identity = self._read()
+        identity = identity_of(self.path)
         if not identity:
             return recipe, []
         try:
@@ -131,7 +131,7 @@ class RunFolder:
             start: What the run would begin with now, see ``provenance.describe_start``.
         """
         self.check_place()
-        known = self._read()
+        known = identity_of(self.path)
         if not known:
             return
         self._check_recipe(recipe, num_demonstrations, known)
@@ -163,7 +163,7 @@ class RunFolder:
             kernels: What the run computes with, for the record.
         """
         # What the folder was begun with stays: how samples are drawn must not change on the way.
-        known = self._read()
+        known = identity_of(self.path)
         sampling = known.get("sampling", 1) if known else SAMPLING
         identity = {"fingerprint": fingerprint(recipe), "sampling": sampling, **began_with}
         environment = {"environment": describe_environment(argv) | {"run": identity}}
@@ -175,25 +175,25 @@ class RunFolder:
 
     def note_pipeline(self, choice: dict[str, str]) -> None:
         """Record how the stages of a pipeline generated last, beside what the run computes with."""
-        known = self._read()
+        known = identity_of(self.path)
         if known.get("pipeline") != choice:
             self._write(known | {"pipeline": choice})
 
     def finish(self) -> None:
         """Mark the run finished; nothing is done on it again."""
-        self._write(self._read() | {"finished": True})
+        self._write(identity_of(self.path) | {"finished": True})
 
     @property
     def start(self) -> dict[str, str]:
         """What the run began with, see ``provenance.describe_start``; empty before it has, and for
         runs of earlier versions.
         """
-        return dict(self._read().get("start") or {})
+        return start_of(self.path)
 
     @property
     def sampling(self) -> int:
         """How the run draws its samples: 1 as release 0.1.0 did, whose runs go on so; else 2."""
-        known = self._read()
+        known = identity_of(self.path)
         return known.get("sampling", 1) if known else SAMPLING
 
     def _check_recipe(self, recipe: Recipe, num_demonstrations: int, known: dict[str, Any]) -> None:
@@ -218,33 +218,6 @@ class RunFolder:
                 f"{'; '.join(different)}. Set output_dir to a new folder, or start with that "
                 "recipe to resume it."
             )
-
-    def _read(self) -> dict[str, Any]:
-        """What ``run.json`` says, or what ``recipe.yaml`` does where that is cut or gone.
-
-        Raises:
-            UserError: There is a ``run.json``, and neither can be read.
-        """
-        try:
-            return dict(json.loads(self._identity.read_text()))
-        except FileNotFoundError:
-            return self._said_in_recipe()
-        except (ValueError, TypeError, OSError) as error:
-            known = self._said_in_recipe()
-            if not known:
-                raise UserError(
-                    f"{self._identity} cannot be read: {error}. Set output_dir to a new folder."
-                ) from error
-            return known
-
-    def _said_in_recipe(self) -> dict[str, Any]:
-        """The identity as ``recipe.yaml`` repeats it; of a run of 0.1.0 only that it is one."""
-        try:
-            written = yaml.safe_load((self.path / RECIPE).read_text())
-            environment = written["environment"]
-            return environment.get("run") or {"restored_from": f"{environment['versions']}"}
-        except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
-            return {}
 
     def _write(self, identity: dict[str, Any]) -> None:
         write_file(self._identity, json.dumps(identity, indent=2).encode())

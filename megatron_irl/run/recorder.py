@@ -51,8 +51,7 @@ class Recorder:
             console.warn(text)
         for line in self.log.read_metrics():
             if line["round"] == state.round:
-                self.guard.feed(line)
-                self.spikes.feed(line.get("loss"), line.get("phase", ""))
+                self._replay(line)
         options = recipe.logging
         self.trackers = build_trackers(
             folder.path, to_mapping(recipe), tensorboard=options.tensorboard, wandb=options.wandb,
@@ -99,6 +98,17 @@ class Recorder:
         )
         return self._watch(line, phase)
 
+    def _replay(self, line: dict[str, Any]) -> None:
+        """Take a step of before a kill: what it warned of was said, and belongs to the round."""
+        self.guard.feed(line)
+        self.guard.step_warnings()
+        spike = self.spikes.feed(line.get("loss"), line.get("phase", ""))
+        if spike and self.recipe.train.on_spike != "ignore":
+            self._warned.append(self._of_spike(spike, line))
+
+    def _of_spike(self, spike: str, line: dict[str, Any]) -> str:
+        return f"{spike} (step {line['step']}; train.on_spike={self.recipe.train.on_spike})"
+
     def _watch(self, line: dict[str, Any], phase: str) -> set[str]:
         """Warn of what the guards find in a step; what the recipe wants done about it."""
         options, wanted = self.recipe.train, set()
@@ -107,7 +117,7 @@ class Recorder:
             wanted.add(options.on_collapse)
         spike = self.spikes.feed(line["loss"], phase if self._has_phases else "")
         if spike and options.on_spike != "ignore":
-            self.warn(f"{spike} (step {line['step']}; train.on_spike={options.on_spike})")
+            self.warn(self._of_spike(spike, line))
             wanted.add(options.on_spike)
         return wanted - {"warn"}
 

@@ -143,7 +143,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         return {}
     try:
         recipe = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}. Restore it, or remove it.") from error
     return recipe if isinstance(recipe, dict) else {}
 
@@ -155,6 +155,8 @@ def _facts(recipe: Record) -> list[tuple[str, str]]:
     layout = " × ".join(f"{short}{parallel[key]}" for key, short in _LAYOUT if parallel.get(key))
     if parallel.get("sequence_parallel"):
         layout += " + SP"
+    if parallel.get("expert_model_parallel_size", 1) > 1:
+        layout += " + whole experts"
     rules = _rules(recipe)
     method = [algorithm.get("name"), *(rules.facts(recipe) if rules else ())]
     versions = section(environment, "versions")

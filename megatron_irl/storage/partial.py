@@ -78,6 +78,8 @@ class PartialJsonl:
             else:
                 os.replace(self._lines, self.folder.parent / self.path.resolve().name)
                 sync_folder(self.folder.parent)
+            # First the lines: left without their settings they would belong to nobody.
+            self._lines.unlink(missing_ok=True)
             shutil.rmtree(self.folder)
 
     def close(self) -> None:
@@ -107,7 +109,14 @@ class PartialJsonl:
 
     def _check_settings(self, count: int) -> None:
         path = self.folder / "settings.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
+        try:
+            known = dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            known = {}
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read ({error}), so what the {count} finished lines "
+                            f"of {self.path} were made with is not known. Remove {self.folder} to "
+                            "begin anew, or write to another file.") from error
         names = sorted(k for k in known.keys() | self._settings if
                        known.get(k) != self._settings.get(k))
         if names:

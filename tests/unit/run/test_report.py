@@ -211,6 +211,9 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "recipe.yaml").write_text("a: [")
     with pytest.raises(UserError, match="is not YAML"):
         write_report(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes("a: \u00e9".encode("latin-1"))
+    with pytest.raises(UserError, match="is not YAML"):
+        write_report(tmp_path)
 
 
 def test_rft_shows_both_phases():

@@ -60,6 +60,20 @@ def test_other_settings_are_refused_once_there_is_something_to_lose(tmp_path):
     opened(out, done=4).close()
 
 
+@pytest.mark.parametrize("text", ["", '{"seed": 1', "[1, 2]"])
+def test_settings_that_cannot_be_read_keep_the_lines(tmp_path, text):
+    out = tmp_path / "out.jsonl"
+    lines = opened(out)
+    lines.append(RECORDS)
+    lines.close()
+    (lines.folder / "settings.json").write_text(text)
+    again = PartialJsonl(out, {"seed": 1})
+    with pytest.raises(UserError, match=r"settings\.json cannot be read .* 4 finished lines"):
+        again.begin()
+    again.close()
+    assert (lines.folder / "lines.jsonl").read_bytes().count(b"\n") == 4
+
+
 def test_second_process_is_refused(tmp_path):
     first = opened(tmp_path / "out.jsonl")
     second = PartialJsonl(tmp_path / "out.jsonl", SETTINGS)
