@@ -1,5 +1,6 @@
 """One rank of the pool: ``python -m tests.dist.worker SOCKET``."""
 
+import gc
 import importlib
 import os
 import pickle
@@ -29,6 +30,9 @@ def main(address: str) -> None:
                 answer = pickle.dumps((False, traceback.format_exc()))
             finally:
                 shutdown()
+                # Models and optimizers are cycles that hold their process groups, and gloo has three
+                # threads for each of these, which wake up a hundred times a second.
+                gc.collect()
             pipe.send_bytes(answer)
 
 
