@@ -90,7 +90,9 @@ def write_ledger(
     """
     metadata = {"format_version": str(FORMAT_VERSION), "complete": str(is_complete)}
     schema = SCHEMA.with_metadata(metadata)
-    with replacing(_path(folder, round)) as file, pq.ParquetWriter(file, schema) as writer:
+    with replacing(_path(folder, round)) as file, pq.ParquetWriter(
+        file, schema, write_page_checksum=True
+    ) as writer:
         for block in itertools.batched(rows, BLOCK_ROWS):
             columns = {f.name: [getattr(row, f.name) for row in block] for f in fields(LedgerRow)}
             columns["round"] = [round] * len(block)

@@ -93,6 +93,21 @@ def test_full_disk_leaves_the_earlier_version(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path):
+    write_ledger(tmp_path, 0, make_rows(3))
+    (path,) = tmp_path.glob("*.parquet")
+    content, expected, found = path.read_bytes(), repr(read_ledger(tmp_path)), 0
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        try:
+            assert repr(read_ledger(tmp_path)) == expected, f"byte {place}"
+        except UserError:
+            found += 1
+    assert found > len(content) / 7 / 4
+
+
 def test_resuming_forgets_later_rounds_and_leftovers(tmp_path):
     for round_index in range(3):
         write_ledger(tmp_path, round_index, make_rows(round_index))
