@@ -53,16 +53,16 @@ def identity_of(run: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        return _said_in_recipe(run)
+        return said_in_recipe(run)
     except (ValueError, TypeError, OSError) as error:
-        if known := _said_in_recipe(run):
+        if known := said_in_recipe(run):
             return known
         raise UserError(
             f"{path} cannot be read: {error}. Restore it, or take another run folder."
         ) from error
 
 
-def _said_in_recipe(run: Path) -> dict[str, Any]:
+def said_in_recipe(run: Path) -> dict[str, Any]:
     """The identity as ``recipe.yaml`` repeats it; of a run of 0.1.0 only that it is one."""
     try:
         written = yaml.safe_load((run / "recipe.yaml").read_text())

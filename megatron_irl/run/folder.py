@@ -23,7 +23,7 @@ from megatron_irl.config import (
 from megatron_irl.config.former import keep_former
 from megatron_irl.data.token_store import is_token_store
 from megatron_irl.errors import UserError
-from megatron_irl.policy.provenance import date_of, identity_of, start_of
+from megatron_irl.policy.provenance import date_of, identity_of, said_in_recipe, start_of
 from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
 from megatron_irl.storage.lease import LEASE_PATTERN
 
@@ -107,7 +107,7 @@ class RunFolder:
             passing = (TEMPORARY_PATTERN, LEASE_PATTERN)
             found = [p for p in self.path.glob("*") if not any(map(p.match, passing))
                      and not (p == self.tokens and is_token_store(p))]
-            if found and not self._said_in_recipe():
+            if found and not said_in_recipe(self.path):
                 raise UserError(
                     f"output_dir={self.path} is not empty and is not a run of megatron-irl. Set "
                     "output_dir to a new or empty folder."

@@ -30,8 +30,8 @@ def main(address: str) -> None:
                 answer = pickle.dumps((False, traceback.format_exc()))
             finally:
                 shutdown()
-                # Models and optimizers are cycles that hold their process groups, and gloo has three
-                # threads for each of these, which wake up a hundred times a second.
+                # Models and optimizers are cycles that hold their process groups, and gloo has
+                # three threads for each of these, which wake up a hundred times a second.
                 gc.collect()
             pipe.send_bytes(answer)
 
