@@ -200,15 +200,16 @@ def _gather(shard: Tensor | None, owner: Owner, device: Any, topology: Topology)
         shards = [torch.empty_like(shard) for _ in owner.tp_ranks]
         dist.all_gather(shards, shard, group=group)
         return shards if rank == 0 else []
-    shards = []
+    shards = list[Tensor]()
     for holder in owner.tp_ranks:
-        if rank == holder == 0:
-            shards.append(shard)
+        if rank == holder and shard is not None:
+            if rank == 0:
+                shards.append(shard)
+            else:
+                dist.send(shard, dst=dist.get_global_rank(group, 0), group=group)
         elif rank == 0:
             shards.append(torch.empty(owner.shape, dtype=owner.dtype, device=device))
             dist.recv(shards[-1], src=dist.get_global_rank(group, holder), group=group)
-        elif rank == holder:
-            dist.send(shard, dst=dist.get_global_rank(group, 0), group=group)
     return shards
 
 
