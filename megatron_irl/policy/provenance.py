@@ -58,7 +58,7 @@ def identity_of(run: Path) -> dict[str, Any]:
         if known := said_in_recipe(run):
             return known
         raise UserError(
-            f"{path} cannot be read: {error}. Restore it, or take another run folder."
+            f"{path} cannot be read: {error}. Set output_dir to a new folder, or restore it."
         ) from error
 
 
