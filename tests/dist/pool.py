@@ -21,6 +21,7 @@ from megatron_irl.cli.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_WORKERS = 4
+MAX_THREADS = 600  # of a worker: gloo's, of groups that something still holds, and they wake up
 GRACE_SECONDS = 10.0  # for the other ranks, once one has failed: they may wait for it for ever
 
 
@@ -51,6 +52,8 @@ class Pool:
             RuntimeError: A rank failed; the message holds its traceback.
         """
         assert 1 <= world_size <= MAX_WORKERS
+        if any(_threads(process.pid) > MAX_THREADS for process in self._processes):
+            self.close()
         self._start(world_size)
         port = free_port()
         for rank, pipe in enumerate(self._pipes[:world_size]):
@@ -115,3 +118,10 @@ class Pool:
                 if not answers[rank][0]:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return answers
+
+
+def _threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:  # it has died, or the system has no such files
+        return 0
