@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 
 from megatron_irl.families.linears import targeted_layers
+from megatron_irl.families.rows import HEAD
 from megatron_irl.flops import Tokens
 from megatron_irl.generation.cache_size import (
     CUDA_BLOCK_TOKENS,
@@ -13,7 +14,7 @@ from megatron_irl.generation.cache_size import (
     cuda_step_tokens,
     tokens_to_all_experts,
 )
-from megatron_irl.planning.activations import PerToken
+from megatron_irl.planning.activations import PerToken, shallow
 from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.machines import GIB
 from megatron_irl.planning.state import (
@@ -215,8 +216,12 @@ def checkpoint_share(setup: Setup, trained: int) -> float:
 
 def _adapted_bytes(setup: Setup) -> float:
     """Weights of a rank's layers that have adapters: what is kept of them while they are merged."""
-    layers = targeted_layers(setup.arch, setup.recipe.adapter.targets)
-    elements = sum(math.prod(layer.row.shape(setup.arch)) for layer in layers)
+    arch = shallow(setup.arch, 1)  # layers are alike, and a mixture has thousands of rows
+    elements = sum(
+        math.prod(layer.row.shape(arch))
+        * (1 if layer.row.megatron == HEAD else setup.arch.dims["layers"])
+        for layer in targeted_layers(arch, setup.recipe.adapter.targets)
+    )
     return elements / setup.tp / setup.pp * element_size(setup.recipe)
 
 

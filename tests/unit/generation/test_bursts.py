@@ -15,10 +15,9 @@ from megatron_irl.generation.interface import SAMPLES_PER_PROMPT, SamplingConfig
 from megatron_irl.generation.requests import RequestTable
 from megatron_irl.generation.residency import Residency
 from megatron_irl.generation.sampling import bisect_nucleus, filter_weights, uniforms
+from tests.unit.generation.exact import EXACT
 
 SAMPLING = SamplingConfig(max_new_tokens=6, eos_id=2, stop_ids=(9,))
-# MKL's products for AVX2 depend on the number of rows.
-EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def test_keys_of_prompts_and_samples_never_meet():

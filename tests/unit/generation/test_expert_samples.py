@@ -8,17 +8,13 @@ import pytest
 import torch
 
 import megatron_irl.hardware  # noqa: F401
-from megatron_irl.config import ParallelConfig
-from megatron_irl.convert.hf_config import architecture, read_hf_config
-from megatron_irl.convert.load import load_hf_weights
 from megatron_irl.generation import SamplingConfig, cache_size, every_expert
 from megatron_irl.generation.engine import Controller
 from megatron_irl.generation.megatron_engine import MegatronGenerator
-from megatron_irl.model.build import build_chunks, build_config
-from megatron_irl.parallel.topology import initialize, shutdown
 from tests.convert.test_families import MODELS
 from tests.convert.tiny import make_tiny_llama
-from tests.unit.generation.test_megatron_engine import EXACT
+from tests.unit.generation.alone import alone
+from tests.unit.generation.exact import EXACT
 
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
     TextGenerationController,
@@ -31,13 +27,8 @@ SAMPLED = SamplingConfig(max_new_tokens=40, seed=3, eos_id=10**6)
 def sparse(request, tmp_path):
     """A tiny mixture on this process alone: (chunks, topology)."""
     folder = make_tiny_llama(tmp_path / "tiny", **MODELS[request.param] | {"layers": 2})
-    parallel = ParallelConfig()
-    topology = initialize(parallel)
-    arch = architecture(read_hf_config(folder))
-    chunks = build_chunks(build_config(arch, parallel), arch, topology)
-    load_hf_weights(chunks, arch, folder, tp_rank=0, tp_size=1)
-    yield chunks, topology
-    shutdown()
+    with alone(folder) as model:
+        yield model
 
 
 def test_company_does_not_change_a_bit_of_a_sample(sparse):
@@ -56,10 +47,10 @@ def test_company_does_not_change_a_bit_of_a_sample(sparse):
 
     expected = sampled(max_requests=1)
     for options in ({"max_requests": 3}, {"max_requests": 16, "burst_steps": 8}):
-        for got, alone in zip(sampled(**options), expected, strict=True):
-            np.testing.assert_array_equal(got.token_ids, alone.token_ids)
+        for got, single in zip(sampled(**options), expected, strict=True):
+            np.testing.assert_array_equal(got.token_ids, single.token_ids)
             tolerance = 0 if EXACT else 1e-5
-            np.testing.assert_allclose(got.logprobs, alone.logprobs, rtol=0, atol=tolerance)
+            np.testing.assert_allclose(got.logprobs, single.logprobs, rtol=0, atol=tolerance)
 
 
 def test_small_steps_go_to_all_experts_and_large_ones_do_not(sparse, monkeypatch):

@@ -14,11 +14,10 @@ from megatron_irl.generation.borrow import borrow
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.engine import BuiltEngine
 from megatron_irl.generation.graphs import LayerGraphs
+from tests.unit.generation.exact import EXACT
 
 EOS = 1
 SAMPLED = SamplingConfig(max_new_tokens=12, seed=3, eos_id=EOS)
-# MKL's products for AVX2 depend on the number of rows.
-EXACT = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def ids(samples):
