@@ -1,6 +1,7 @@
 """Runs of the real command in this process, over models and data small enough for seconds."""
 
 import contextlib
+import gc
 import io
 import json
 import shutil
@@ -40,6 +41,7 @@ def run(*arguments: Any) -> Result:
             code = main([str(a) for a in arguments])
     finally:
         shutdown()
+        gc.collect()  # process groups in cycles, whose threads would wake up again and again
     return Result(code, err.getvalue())
 
 

@@ -1,4 +1,4 @@
-"""A rank of ``test_hangs``: all but the last wait in a collective for it: ``... FOLDER``."""
+"""Three ranks of ``test_hangs``, two wait in a collective for the last: ``... FOLDER``."""
 
 import os
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_irl.cli.ranks import run_ranks
 from megatron_irl.config import ParallelConfig
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.run.watchdog import Watchdog
@@ -34,4 +35,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if "RANK" in os.environ:
+        main(Path(sys.argv[1]))
+    else:
+        sys.exit(run_ranks(sys.argv[1:], 3, ("-m", "tests.cli.hung_rank")))

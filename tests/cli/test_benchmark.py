@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,7 @@ def test_a_case_names_what_a_batch_is_of(bench, sections, override, batch):
     assert f" {batch} " in case_name(*case_of(options, recipe_of(options)), "train")
 
 
-def test_ranks_save_into_one_folder(bench):
-    result = run(*bench, "--phase", "save", "parallel.data_parallel_size=2")
-    assert result.code == 0, result.err
+def test_ranks_save_into_one_folder(bench, tmp_path, zygote):
+    command = zygote.start([*bench, "--phase", "save", "parallel.data_parallel_size=2"],
+                           cwd=str(tmp_path), log=str(tmp_path / "log"), env=dict(os.environ))
+    assert command.wait(timeout=300) == 0, command.said

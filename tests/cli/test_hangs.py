@@ -7,53 +7,49 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_irl.cli.ranks import run_ranks
 from megatron_irl.errors import HUNG
-from tests.cli.harness import deterministic, write_recipe
+from tests.cli.harness import deterministic, run, write_recipe
 from tests.cli.test_ranks import assert_same_run
 from tests.cli.test_two_starts import ours
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_stopped_rank(sections, finished, tmp_path):
+def test_a_stopped_rank(sections, finished, tmp_path, zygote, no_report):
     """Rank 1 gets SIGSTOP after the first step; the run resumes to what it would have been."""
     sections["parallel"] = {"data_parallel_size": 2, "hang_seconds": 8}
     sections["checkpoint"] = {"interval": 1}
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "megatron_irl", "train", str(recipe)]
-    log = tmp_path / "log"
-    with open(log, "wb") as file:
-        launcher = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=file,
-                                    start_new_session=True)
+    launcher = zygote.start(["train", recipe], cwd=str(tmp_path), env=environment,
+                            log=str(tmp_path / "log"))
     try:
         deadline = time.monotonic() + 240
         while not (tmp_path / "run" / "checkpoints" / "step_000001").exists():
-            assert launcher.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert launcher.poll() is None and time.monotonic() < deadline, launcher.said
             time.sleep(0.02)
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         os.kill(int(children[1]), signal.SIGSTOP)
-        assert launcher.wait(timeout=120) == HUNG, log.read_text()
+        assert launcher.wait(timeout=120) == HUNG, launcher.said
     finally:
         for pid in ours(tmp_path):
             os.kill(pid, signal.SIGKILL)
-    text = log.read_text()
+    text = launcher.said
     assert "[rank 0 of 2 on" in text and "no progress for" in text and "hang_seconds" in text
     assert f"rank 1 (process {children[1]}) is stopped by a signal (SIGSTOP)" in text
     assert "most recent call first" in text and "loop.py" in text
     assert len(list((tmp_path / "run" / "hangs").glob("*.txt"))) == 1
-    again = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE,
-                           text=True, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr
+    again = run("train", recipe, "parallel.data_parallel_size=1")
+    assert again.code == 0, again.err
     assert len(deterministic(tmp_path / "run")) == len(deterministic(finished)) == 4
 
 
-def test_every_living_rank_shows_its_stack(tmp_path, monkeypatch):
+def test_every_living_rank_shows_its_stack(tmp_path, zygote):
     """Two of three wait in a collective for one that does something else; all are alive."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("MEGATRON_IRL_PLATFORM", "cpu")
-    assert run_ranks([str(tmp_path)], 3, ("-m", "tests.cli.hung_rank")) == HUNG
+    launcher = zygote.start(
+        [tmp_path], module="tests.cli.hung_rank", cwd=str(tmp_path), log=str(tmp_path / "log"),
+        env=os.environ | {"MEGATRON_IRL_PLATFORM": "cpu"})
+    assert launcher.wait(timeout=120) == HUNG, launcher.said
     for rank, where in enumerate(["in_the_collective", "in_the_collective", "elsewhere"]):
         text = (tmp_path / f"rank{rank}.log").read_text()
         assert "most recent call first" in text and f" in {where}\n" in text, (rank, text)
@@ -62,7 +58,7 @@ def test_every_living_rank_shows_its_stack(tmp_path, monkeypatch):
     assert ours(tmp_path) == []
 
 
-def test_a_killed_torchrun_leaves_nothing(sections, finished, tmp_path):
+def test_a_killed_torchrun_leaves_nothing(sections, finished, tmp_path, no_report):
     """Its ranks end with it, while a checkpoint is written too, and the run goes on."""
     sections["checkpoint"] = {"interval": 1}
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
@@ -88,7 +84,6 @@ def test_a_killed_torchrun_leaves_nothing(sections, finished, tmp_path):
     finally:
         for pid in ours(tmp_path):
             os.kill(pid, signal.SIGKILL)
-    again = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE,
-                           text=True, timeout=300, check=False)
-    assert again.returncode == 0, again.stderr
+    again = run("train", recipe)
+    assert again.code == 0, again.err
     assert_same_run(tmp_path / "run", finished)

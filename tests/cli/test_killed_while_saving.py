@@ -2,46 +2,22 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import psutil
 
 from tests.cli.harness import deterministic, run, write_recipe
-from tests.dist.pool import ROOT
-
-# The command, with a second checkpoint that takes for ever once its first file is begun.
-SLOW = """
-import sys, time, pathlib
-import megatron_irl.run.loop
-from megatron_irl.storage import saving
-original, calls = saving.write_buckets, []
-
-def write(buckets, folder, **options):
-    calls.append(folder)
-    if len(calls) == 2:
-        (folder / "__0_0.distcp").write_bytes(b"half")
-        pathlib.Path(sys.argv[2]).touch()
-        time.sleep(600)
-    return original(buckets, folder, **options)
-
-saving.write_buckets = write
-from megatron_irl.cli import main
-sys.exit(main(["train", sys.argv[1]]))
-"""
 
 
 def test_the_checkpoint_before_is_used_and_nothing_stays(
-    sections, finished, tmp_path, no_report
+    sections, finished, tmp_path, no_report, zygote
 ):
     folder = tmp_path / "run"
     recipe = write_recipe(tmp_path / "recipe.yaml", **sections | {"checkpoint": {"interval": 1}})
     flag = tmp_path / "writing"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(recipe), str(flag)], cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MEGATRON_IRL_PLATFORM": "cpu"},
-        start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    process = zygote.start(
+        [recipe, flag], module="tests.cli.slow_saving", cwd=str(tmp_path),
+        log=str(tmp_path / "log"), env=os.environ | {"MEGATRON_IRL_PLATFORM": "cpu"},
     )
     try:
         deadline = time.monotonic() + 240

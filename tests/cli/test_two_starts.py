@@ -17,17 +17,20 @@ WEIGHTS = "hf/model.safetensors"
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, zygote):
     """Start ``megatron-irl train``; whatever it has started is ended with the test."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     started = []
 
-    def run(recipe, *overrides):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_irl", "train", str(recipe), *overrides],
-            cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        )
+    def run(recipe, *overrides, fresh=False):
+        if not fresh:
+            log = str(tmp_path / f"log{len(started)}")
+            process = zygote.start(["train", recipe, *overrides], cwd=str(tmp_path), log=log,
+                                   env=environment)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_irl", "train", str(recipe), *overrides],
+                cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
         started.append(process)
         return process
 
@@ -38,7 +41,7 @@ def start(tmp_path):
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        process.communicate()
+        process.wait()
 
 
 def ours(folder) -> list[int]:
@@ -67,8 +70,8 @@ def wait_until(true, seconds=240.0):
 def test_one_of_two_that_start_together_runs(sections, finished, start, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
     both = [start(recipe) for _ in range(2)]
-    said = {process.pid: process.communicate(timeout=400)[1] for process in both}
-    codes = sorted(process.returncode for process in both)
+    codes = sorted(process.wait(timeout=400) for process in both)
+    said = {process.pid: process.said for process in both}
     assert codes in ([0, 2], [0, 0]), said
     for process in both:
         text = said[process.pid]
@@ -94,7 +97,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(sections, finished, start, tmp
     assert len(ours(tmp_path)) >= 3
     second = start(recipe)
     assert second.wait(timeout=100) == 2
-    assert "in use by process" in second.stderr.read()
+    assert "in use by process" in second.said
     launcher.send_signal(signal.SIGKILL)
     wait_until(lambda: not ours(tmp_path), 5)
     assert len(list(folder.glob("lease.*"))) == 1
@@ -103,8 +106,7 @@ def test_ranks_end_with_a_launcher_that_is_killed(sections, finished, start, tmp
     wait_until(lambda: [p for p in folder.glob("lease.*") if f'"pid": {third.pid},' in
                         p.read_text()], 60)
     assert time.monotonic() - begun < 60
-    _, said = third.communicate(timeout=400)
-    assert third.returncode == 0, said
+    assert third.wait(timeout=400) == 0, third.said
     steps = [line["step"] for line in deterministic(folder)]
     assert steps == [line["step"] for line in deterministic(finished)]
 
@@ -123,7 +125,7 @@ def test_a_run_killed_while_saving_leaves_no_process(sections, start, tmp_path):
 @pytest.mark.parametrize("after", [0.0, 0.4])
 def test_a_signal_in_the_first_instant_leaves_no_rank(sections, start, tmp_path, number, after):
     recipe = write_recipe(tmp_path / "r.yaml", **sections)
-    launcher = start(recipe, "parallel.data_parallel_size=2")
+    launcher = start(recipe, "parallel.data_parallel_size=2", fresh=True)
     time.sleep(after)
     launcher.send_signal(number)
     launcher.wait(timeout=30)

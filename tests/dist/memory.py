@@ -13,7 +13,7 @@ from tests.dist.jobs import Layout, build
 
 def live_tensors() -> list[torch.Tensor]:
     """Every tensor that Python can reach."""
-    gc.unfreeze()  # a run sets aside what it is built of, and that is not among the objects then
+    assert gc.get_freeze_count() > 10_000, "a run would set aside what it is built of: ``settled``"
     for _ in range(2):  # a model under DDP is only let go of when the hooks of its gradients are
         gc.collect()
     kinds = (torch.Tensor, torch.nn.Parameter)

@@ -1,4 +1,4 @@
-"""Gloo ranks that stay alive over many tests, so that torch and Megatron are imported once.
+"""Gloo ranks that stay alive over many tests, forks of a process that has imported Megatron.
 
 Every job gets a process group of its own: ranks 0 .. world_size - 1 of the four workers join it,
 run one importable function, and leave it.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_irl.cli.ports import free_port
+from tests.faults.forked import ForkedLauncher, Zygote
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_WORKERS = 4
@@ -30,11 +31,15 @@ class Pool:
 
     A job that fails on one rank only, or runs out of time, costs the workers their lives (their
     peers hang in a collective); the next job starts new ones.
+
+    Args:
+        zygote: What the workers are forks of; None: each is a fresh process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, zygote: Zygote | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._zygote = zygote
+        self._processes: list[subprocess.Popen[bytes] | ForkedLauncher] = []
         self._pipes: list[Connection] = []
 
     def environment_of(self, rank: int) -> dict[str, str]:
@@ -93,16 +98,21 @@ class Pool:
     def _start(self, count: int) -> None:
         while len(self._pipes) < count:
             address = str(Path(self._folder.name) / f"{time.monotonic_ns()}.sock")
-            path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-            environment = os.environ | {
-                "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path),
-            } | self.environment_of(len(self._pipes))
             with Listener(address, "AF_UNIX") as listener:
-                self._processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "tests.dist.worker", address], cwd=ROOT, env=environment,
-                    start_new_session=True,
-                ))
+                self._processes.append(
+                    self._fresh(address) if self._zygote is None else
+                    self._zygote.start_rank(address))
                 self._pipes.append(listener.accept())
+
+    def _fresh(self, address: str) -> subprocess.Popen[bytes]:
+        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path),
+        } | self.environment_of(len(self._pipes))
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.dist.worker", address], cwd=ROOT, env=environment,
+            start_new_session=True,
+        )
 
     def _collect(self, world_size: int, timeout: float) -> dict[int, tuple[bool, Any]]:
         deadline = time.monotonic() + timeout

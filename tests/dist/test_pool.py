@@ -8,8 +8,8 @@ def test_workers_are_cpu_ranks_on_any_machine(pool):
     assert pool.run(1, os.getenv, key="MEGATRON_IRL_PLATFORM") == ["cpu"]
 
 
-def test_workers_with_too_many_threads_are_replaced(monkeypatch):
-    made = Pool()
+def test_workers_with_too_many_threads_are_replaced(monkeypatch, zygote):
+    made = Pool(zygote)
     try:
         ((first,), (same,)) = (made.run(1, os.getpid) for _ in range(2))
         monkeypatch.setattr("tests.dist.pool.MAX_THREADS", 0)

@@ -1,4 +1,4 @@
-"""One rank of the pool: ``python -m tests.dist.worker SOCKET``."""
+"""One rank of the pool: ``python -m tests.dist.worker SOCKET``, or a fork (``faults.forked``)."""
 
 import gc
 import importlib
@@ -16,6 +16,8 @@ def main(address: str) -> None:
         from megatron_irl.parallel.topology import shutdown
 
         torch.set_num_threads(1)
+        gc.collect()
+        gc.freeze()  # libraries stay, and a collection after every job would go through them
         while True:
             try:
                 environment, name, arguments = pickle.loads(pipe.recv_bytes())

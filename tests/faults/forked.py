@@ -6,6 +6,8 @@ launcher would execute a new interpreter it forks itself (``ForkedRank``), and t
 process is ``_leave``, which does what the interpreter's end does up to its own memory.
 
     python -m tests.faults.forked      requests on standard input, answers on standard output
+
+Ranks of the tests' pool are forks of it, too (``tests.dist.pool``).
 """
 
 import atexit
@@ -17,6 +19,7 @@ import json
 import os
 import pkgutil
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,6 +28,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 ROOT = Path(__file__).parents[2]
@@ -32,17 +36,19 @@ _PR_SET_NAME, NAME_LENGTH = 15, 15  # a process's name, which its forks inherit
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 # What a run imports on its way, besides the package's own modules.
 _LATE = ("pyarrow.parquet", "safetensors.torch")
+# Arrow's allocator would start a thread, and a fork copies only one.
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 
 
 class Zygote:
     """The process with the imports, seen from the harness; its methods may be called by threads."""
 
     def __init__(self) -> None:
-        # Arrow's allocator would start a thread, and a fork copies only one.
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-            "ARROW_DEFAULT_MEMORY_POOL": "system",
-            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+        environment = os.environ | ONE_THREAD | {
+            "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
         }
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
@@ -50,9 +56,14 @@ class Zygote:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )
 
-    def start(self, argv: Sequence[str], **how: Any) -> "ForkedLauncher":
-        """Fork ``megatron-irl ARGV``; ``how`` as ``_launch`` takes it."""
-        return ForkedLauncher(self, self.ask(argv=list(argv), **how))
+    def start(self, argv: Sequence[str], *, log: str, **how: Any) -> "ForkedLauncher":
+        """Fork ``python -m MODULE ARGV``, ``megatron_irl`` if not said; see ``_launch``."""
+        pid = self.ask(argv=[str(word) for word in argv], log=log, **how)
+        return ForkedLauncher(self, pid, Path(log))
+
+    def start_rank(self, address: str) -> "ForkedLauncher":
+        """Fork a rank of the pool, see ``tests.dist.worker``."""
+        return ForkedLauncher(self, self.ask(rank=address))
 
     def ask(self, **request: Any) -> Any:
         stdin, stdout = self._process.stdin, self._process.stdout
@@ -71,34 +82,52 @@ class Zygote:
 class ForkedLauncher:
     """As ``subprocess.Popen``, of a child of the zygote."""
 
-    def __init__(self, zygote: Zygote, pid: int) -> None:
-        self._zygote, self.pid = zygote, pid
+    def __init__(self, zygote: Zygote, pid: int, log: Path = Path(os.devnull)) -> None:
+        self._zygote, self.pid, self._log = zygote, pid, log
         self.returncode: int | None = None
+
+    @property
+    def said(self) -> str:
+        """What it and its ranks have written by now."""
+        return self._log.read_text()
 
     def poll(self) -> int | None:
         if self.returncode is None:
             self.returncode = self._zygote.ask(poll=self.pid)
         return self.returncode
 
-    def wait(self) -> int:
-        while (code := self.poll()) is None:
-            time.sleep(0.01)
-        return code
+    def wait(self, timeout: float | None = None) -> int:
+        return _wait(self, timeout)
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _wait(process: "ForkedLauncher | ForkedRank", timeout: float | None) -> int:
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while (code := process.poll()) is None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(f"process {process.pid}", timeout or 0.0)
+        time.sleep(0.01)
+    return code
 
 
 class ForkedRank:
     """What the launcher starts instead of ``subprocess.Popen(command, ...)``."""
 
     def __init__(
-        self, command: Sequence[str], *, env: Mapping[str, str], start_new_session: bool
+        self, command: Sequence[str], *, env: Mapping[str, str], start_new_session: bool,
+        pass_fds: Sequence[int],
     ) -> None:
-        assert list(command[:3]) == [sys.executable, "-m", "megatron_irl"] and start_new_session
+        assert list(command[:2]) == [sys.executable, "-m"] and start_new_session
+        del pass_fds  # a fork has them all
         self.returncode: int | None = None
         # A signal between the fork and the handlers' reset would run the launcher's in the rank.
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         self.pid = os.fork()
         if self.pid == 0:
-            _become(command[3:], env)
+            _become(command[2], command[3:], env)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
 
     def poll(self) -> int | None:
@@ -108,17 +137,12 @@ class ForkedRank:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("rank", timeout or 0.0)
-            time.sleep(0.005)
-        return code
+        return _wait(self, timeout)
 
 
 def main() -> None:
     """Import, then fork what is asked for until standard input ends."""
-    _import()
+    import_package()
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -127,12 +151,13 @@ def main() -> None:
         else:
             answer = os.fork()
             if answer == 0:
-                _launch(**request)
+                _serve(request["rank"]) if "rank" in request else _launch(**request)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 
 
-def _import() -> None:
+def import_package() -> None:
+    """Import what a run may need, for forks; no thread is left by it."""
     import megatron_irl
 
     for module in pkgutil.walk_packages(megatron_irl.__path__, "megatron_irl."):
@@ -151,7 +176,19 @@ def _import() -> None:
     gc.freeze()  # the collector would touch, and so copy, every page of every fork
 
 
-def _launch(argv: Sequence[str], cwd: str, env: Mapping[str, str], log: str, name: str) -> NoReturn:
+def _serve(address: str) -> NoReturn:
+    """In the fork: be a rank of the pool."""
+    from tests.dist.worker import main as serve
+
+    os.setsid()
+    os.dup2(2, 1)  # what is written there would be taken for an answer
+    _leave(lambda: serve(address))
+
+
+def _launch(
+    argv: Sequence[str], cwd: str, env: Mapping[str, str], log: str, name: str = "launcher",
+    module: str = "megatron_irl",
+) -> NoReturn:
     """In the fork: be the launcher, under a process name that its ranks inherit."""
     from megatron_irl.cli import ranks
 
@@ -163,39 +200,35 @@ def _launch(argv: Sequence[str], cwd: str, env: Mapping[str, str], log: str, nam
     os.dup2(1, 2)
     os.chdir(cwd)
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:NAME_LENGTH], 0, 0, 0)
-    ranks.subprocess.Popen = ForkedRank  # type: ignore[misc,assignment]
-    _become(argv, env)
+    # What else the command starts is started as ever.
+    forking = SimpleNamespace(**vars(subprocess) | {"Popen": ForkedRank})
+    ranks.subprocess = forking  # type: ignore[assignment]
+    _become(module, argv, env)
 
 
-_POPEN = subprocess.Popen
-
-
-def _become(argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-    """Be ``python -m megatron_irl ARGV``, in a session of its own, and end."""
+def _become(module: str, argv: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+    """Be ``python -m MODULE ARGV``, in a session of its own, and end."""
     os.setsid()
     for number in _HANDLED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT
                       else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
-    if "RANK" in env:
-        subprocess.Popen = _POPEN  # type: ignore[misc]
     os.environ.clear()
     os.environ.update(env)
     random.seed()
-    sys.argv = ["megatron-irl", *argv]
-    from megatron_irl.cli import main as command
-
-    _leave(lambda: command(list(argv)))
+    sys.argv = [module, *argv]
+    _leave(lambda: runpy.run_module(module, run_name="__main__", alter_sys=True))
 
 
-def _leave(run: Callable[[], int]) -> NoReturn:
+def _leave(run: Callable[[], object]) -> NoReturn:
     """Run and end as the interpreter would: threads are waited for, what is registered is called.
 
     The stack below belongs to the launcher, whose ``finally`` would end the other ranks.
     """
     code = 1
     try:
-        code = run()
+        run()
+        code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
