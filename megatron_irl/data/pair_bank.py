@@ -121,7 +121,10 @@ class PairBank:
         self._commit(self._folder(round) / MANIFEST, json.dumps(text, indent=1).encode())
         return manifest
 
-    def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> list[int]:
+    def discard_others(
+        self, round: int, parts: Sequence[Sequence[Demonstration]],
+        on_part: Callable[[], None] = lambda: None,
+    ) -> list[int]:
         """Remove parts that are not of these demonstrations, or damaged; which ones are left?
 
         A held-out set may change while a run is stopped; what was sampled for another one is not
@@ -129,12 +132,14 @@ class PairBank:
 
         Args:
             parts: By part, the demonstration of every pair in order.
+            on_part: Called before each is read; a round's can take minutes.
 
         Returns:
             Their numbers, ascending: they are whole, read and verified.
         """
         left = []
         for number in self._on_disk(round):
+            on_part()
             expected = parts[number] if number < len(parts) else []
             try:
                 pairs = self._read_pairs(round, number, None)

@@ -52,10 +52,6 @@ class RoundPairs:
             self._read[part] = self.bank.read_part(self.round, part)
         return self._read[part]
 
-    def all(self) -> list[Pair]:
-        """All pairs of the round, part after part, on one rank: for held-out rounds."""
-        return [pair for part in self.parts for pair in self.part(part)]
-
     def some(self, part: int, rows: Sequence[int]) -> list[Pair]:
         """These pairs of a part; the part stays in memory only if it was there.
 

@@ -23,7 +23,7 @@ from megatron_irl.parallel.agreement import stop_if_asked
 from megatron_irl.parallel.main_rank import everywhere, on_main
 from megatron_irl.policy.pairs import generate, sample_pairs
 from megatron_irl.policy.policy import Policy
-from megatron_irl.policy.references import add_references, open_pairs
+from megatron_irl.policy.references import add_references, open_pairs, read_parts
 from megatron_irl.policy.scoring import Sequences, distinct_sequences
 from megatron_irl.storage.commit import checked_json, read_json, write_file
 from megatron_irl.storage.shared_bank import SharedBank
@@ -164,7 +164,9 @@ class Evaluator:
 
     def _read(self, round_index: int) -> list[Pair]:
         """All of a round's held-out pairs. Collective: what one rank cannot read none scores."""
-        return everywhere(self._pairs(round_index).all, self.policy.topology)
+        topology, pairs = self.policy.topology, self._pairs(round_index)
+        parts = everywhere(lambda: list(read_parts(pairs, pairs.parts, topology)), topology)
+        return [pair for _, part in parts for pair in part]
 
     def _scores(self, sequences: Sequences) -> list[float]:
         return raw_scores(self.policy, self.rules.reward, sequences)

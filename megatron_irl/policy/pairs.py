@@ -53,7 +53,8 @@ def sample_pairs(
         part_size = min(part_size, max(1, -(-count // topology.dp_size)))
     bounds = [(i, min(i + part_size, count)) for i in range(0, count, part_size)]
     parts = Parts(demonstrations, bank.begin_round(round_index, bounds), samples_per_prompt)
-    done = bank.discard_others(round_index, parts)  # once: it reads every part
+    # Once: it reads every part, each a sign of progress for the ranks that wait for it too.
+    done = bank.discard_others(round_index, parts, policy.topology.heart.beat)
     left = [number for number in range(len(parts)) if number not in done]
     start = time.perf_counter()
     with clock.timed("generation"):

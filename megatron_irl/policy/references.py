@@ -42,7 +42,8 @@ def index_pairs(pairs: RoundPairs, topology: Topology) -> RoundPairs:
     """
     mine = _share(pairs, topology)
     found = everywhere(
-        lambda: [index_of(part, number) for number, part in _read(pairs, mine, topology)], topology
+        lambda: [index_of(part, number) for number, part in read_parts(pairs, mine, topology)],
+        topology,
     )
     # In the order of the parts, whoever read them: positions in the index are what every rank
     # draws and splits by.
@@ -50,7 +51,7 @@ def index_pairs(pairs: RoundPairs, topology: Topology) -> RoundPairs:
     return pairs
 
 
-def _read(
+def read_parts(
     pairs: RoundPairs, numbers: Iterable[int], topology: Topology
 ) -> Iterator[tuple[int, list[Pair]]]:
     """Parts with their numbers, each a sign of progress: a round's can take minutes to read."""
@@ -86,7 +87,7 @@ def score_parts[T](
     # replicas exchange parameters in the first forward after an update, so each runs one.
     passes = mine or pairs.parts[-1:]
     # Each rank reads for itself, and one that cannot must not leave its peers in a forward.
-    everywhere(lambda: list(_read(pairs, passes, topology)), topology)
+    everywhere(lambda: list(read_parts(pairs, passes, topology)), topology)
     writes = topology.tp_rank == topology.pp_rank == 0  # one rank of a replica
     found: list[T] = []
 

@@ -67,13 +67,19 @@ class SharedBank(PairBank):
             self._known.pop(round, None)  # finished under another plan
         return plan
 
-    def discard_others(self, round: int, parts: Sequence[Sequence[Demonstration]]) -> list[int]:
+    def discard_others(
+        self, round: int, parts: Sequence[Sequence[Demonstration]],
+        on_part: Callable[[], None] = lambda: None,
+    ) -> list[int]:
         """Remove parts that are not of these demonstrations, or damaged. Collective.
+
+        Args:
+            on_part: Called on rank 0 before each part is read.
 
         Returns:
             The numbers of those that are left, as rank 0 finds them by reading all.
         """
-        return on_main(lambda: self._disk.discard_others(round, parts), self.topology)
+        return on_main(lambda: self._disk.discard_others(round, parts, on_part), self.topology)
 
     def write_part(self, round: int, part: int, pairs: Sequence[Pair]) -> Part:
         """Commit a part. Any rank may, each part by one of them; not collective."""
