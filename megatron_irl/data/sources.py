@@ -87,8 +87,9 @@ def _seed(data: DataConfig) -> int:
 
 @dataclass
 class _Seen:
-    """What was recognised in one file."""
+    """What was recognised in one file, as one source of it says."""
 
+    path: str
     counts: dict[str, int] = field(default_factory=dict)
     first: Conversation | None = None
 
@@ -107,7 +108,7 @@ class Records:
     def __init__(self, reading: Reading, purpose: Purpose) -> None:
         self._reading: Reading = reading
         self._purpose: Purpose = purpose
-        self._seen: dict[str, _Seen] = {}
+        self._seen: list[_Seen] = []
         self.count = 0
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any], list[Conversation] | RecordError]]:
@@ -129,7 +130,8 @@ class Records:
         for path in source.path:
             if left <= 0:
                 return
-            seen = self._seen.setdefault(path, _Seen())
+            # Of its own each time: two sources may read one file by other fields, or a part of it.
+            self._seen.append(seen := _Seen(path))
             place = None
             for place, raw in _with_trees(read_rows(Path(path))):
                 if left <= 0:
@@ -174,12 +176,12 @@ class Records:
         return whole + (draw < weight - whole)
 
     def note(self) -> None:
-        """Add what was recognised to the reading's notes: a line for every file."""
-        lines = [f"{path}: {_table(Path(path))}{_counted(seen)}"
-                 for path, seen in self._seen.items() if seen.counts]
+        """Add what was recognised to the reading's notes: a line for every file of a source."""
+        lines = [f"{seen.path}: {_table(Path(seen.path))}{_counted(seen)}"
+                 for seen in self._seen if seen.counts]
         if len(lines) > MAX_NOTES:
             rest = len(lines) - MAX_NOTES
-            forms = sorted({name for seen in self._seen.values() for name in seen.counts})
+            forms = sorted({name for seen in self._seen for name in seen.counts})
             lines[MAX_NOTES:] = [f"... and {rest} more files; in all of them: {'; '.join(forms)}"]
         self._reading.notes.extend(lines)
 

@@ -97,6 +97,15 @@ def test_sources_have_their_own_form(tmp_path):
         "qa.jsonl: 1 records as alpaca (Q, A)"]
 
 
+def test_a_file_of_two_sources_is_listed_for_each(tmp_path):
+    """A recipe refuses it; what reads files for itself is told what each source took, no sum."""
+    path = write(tmp_path / "a.jsonl", range(3))
+    reading = Reading((path, DataSource((path,), limit=1)))
+    assert read(reading) == [0, 1, 2, 0]
+    assert [note.partition(" as ")[0] for note in reading.notes] == [
+        f"{path}: 3 records", f"{path}: 1 records"]
+
+
 def test_bad_records_are_refused_or_left_out_and_named(tmp_path):
     path = tmp_path / "a.jsonl"
     good = json.dumps({"prompt": "1?", "response": "1!"})
