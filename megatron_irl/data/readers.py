@@ -7,7 +7,8 @@ import lzma
 import sys
 import zlib
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -129,25 +130,45 @@ def delimiter_of(path: Path) -> str:
     Spreadsheets write semicolons where the comma is a decimal sign. A comma outside of quotes in
     the header is what it says it is.
     """
-    csv.field_size_limit(sys.maxsize)
     if TABLES[kind_of(path)] != ",":
         return TABLES[kind_of(path)]
     with closing(open_binary(path)) as file:
         header = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="").readline()
+    return _delimiter_in(header)
 
+def _delimiter_in(header: str) -> str:
     def names(delimiter: str) -> int:
-        return len(next(csv.reader([header], delimiter=delimiter), []))
+        with _cells_of_any_length():
+            return len(next(csv.reader([header], delimiter=delimiter), []))
 
     other = max(";\t", key=names)
     return other if names(",") < 2 <= names(other) else ","
 
 
+@contextmanager
+def _cells_of_any_length() -> Iterator[None]:
+    """Within the block: csv's limit is the process's, and others may count on it."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 def _read_table(path: Path) -> Iterator[Row]:
     """Rows of a table with a header line; an empty cell is a field that is not there."""
-    delimiter = delimiter_of(path)
+    delimiter = TABLES[kind_of(path)]
     with closing(open_binary(path)) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-        for number, row in enumerate(csv.DictReader(text, delimiter=delimiter), start=1):
+        header = text.readline()
+        if delimiter == ",":
+            delimiter = _delimiter_in(header)
+        rows = csv.DictReader(chain([header], text), delimiter=delimiter)
+        for number in count(1):
+            with _cells_of_any_length():  # not while others do something with a row
+                row = next(rows, None)
+            if row is None:
+                return
             source = f"{path}:row {number}"
             if None in row:
                 yield source, RecordError("the row has more cells than the header has names")

@@ -1,6 +1,7 @@
 """Files of every kind give the same records, each with its place; broken ones are named."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_irl.data import readers
 from megatron_irl.data.readers import as_object, delimiter_of, read_rows
 from megatron_irl.data.records import collect
 from megatron_irl.data.sources import Reading
@@ -161,6 +163,23 @@ def test_cells_that_are_empty_are_not_there(tmp_path):
 def test_the_header_says_what_separates_cells(tmp_path, header, delimiter):
     (tmp_path / "a.csv").write_text(header + "\n1;2,3\n")
     assert delimiter_of(tmp_path / "a.csv") == delimiter
+
+
+def test_a_table_is_opened_once_and_its_limit_is_its_own(tmp_path, monkeypatch):
+    """Cells may be of any length; what the process has set for csv stands, also between rows."""
+    answer = "b" * 200_000
+    (tmp_path / "a.csv").write_text(f"prompt,response\na,{answer}\nc,{answer}\n")
+    opened = []
+    original = readers.open_binary
+    monkeypatch.setattr(readers, "open_binary", lambda path: opened.append(path) or original(path))
+    before = csv.field_size_limit(1000)
+    try:
+        for _, row in read_rows(tmp_path / "a.csv"):
+            assert row["response"] == answer and csv.field_size_limit() == 1000
+        assert delimiter_of(tmp_path / "a.csv") == "," and csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(before)
+    assert len(opened) == 2  # delimiter_of's too
 
 
 def test_what_was_taken_for_a_table_is_said_and_an_encoding_once(tmp_path):
