@@ -53,6 +53,30 @@ def kill_at_previous_write(patch, writes):
     patch.setattr(PairBank, "write_part", write_part)
 
 
+def test_spin_refuses_to_mix_pairs_that_are_gone(sections, tmp_path, monkeypatch, no_report):
+    """Without them it would go on as if it had been asked not to mix; with them it does."""
+    algorithm = {"name": "spin", "rounds": 2, "beta": 0.1, "mix_previous": True}
+    mapping = sections | {"output_dir": str(tmp_path / "run"), "algorithm": algorithm,
+                          "checkpoint": {"interval": 1}}
+    recipe = write_recipe(tmp_path / "r.yaml", **mapping)
+    earlier, aside = tmp_path / "run" / "pairs" / "round_0000", tmp_path / "aside"
+
+    # The second pass is sampled, and has not begun to take over the pairs of the first.
+    stop(monkeypatch, recipe, "megatron_irl.algorithms.pair_steps.previous_pairs", after=False)
+    earlier.rename(aside)
+    refused("train", recipe, named=("round_0000 is gone or lacks parts", "Restore the folder"))
+    aside.rename(earlier)
+    # Within the second pass, the copy with references of this round's is what it trains on.
+    stop(monkeypatch, recipe, "megatron_irl.run.loop.optimizer_step", 2)
+    copy = tmp_path / "run" / "previous" / "round_0001"
+    copy.rename(aside)
+    refused("train", recipe, named=("previous lacks pairs of round 1", "in the middle of",
+                                    "Restore"))
+    aside.rename(copy)
+    result = run("train", recipe)
+    assert result.code == 0, result.err
+
+
 def test_another_evaluation_limit_after_a_kill_in_the_first_evaluation(
     sections, tmp_path, monkeypatch, no_report
 ):
