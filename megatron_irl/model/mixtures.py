@@ -27,6 +27,11 @@ REFUSED = {
     "moe_apply_probs_on_input": "the families here weight what experts give, not what they get",
     "moe_shared_expert_intermediate_size": "no family here has shared experts",
     "moe_latent_size": "no family here has latent experts",
+    "moe_single_grouped_weight": "it makes one weight of all experts', and folders are read and "
+    "written by those of each",
+    "moe_single_grouped_bias": "no family here has experts with biases",
+    "use_transformer_engine_op_fuser": "its products pass by the modules of the experts, and none "
+    "of them was ever compared with the folder's model",
     "moe_upcycling_granularity": "the weights are the folder's",
     "mtp_num_layers": "no family here predicts more than one token",
 }
