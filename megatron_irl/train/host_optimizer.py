@@ -82,10 +82,24 @@ def _check_offload(recipe: Recipe, fields: dict[str, Any], *, check_hardware: bo
 
 
 def _check_aware(recipe: Recipe, fields: dict[str, Any]) -> None:
-    """Megatron's own two conditions, which it would say without a remedy or not at all."""
+    """Megatron's own conditions, which it would say without a remedy or not at all.
+
+    Products in FP8 are none of them, whatever ``model.fp8_recipe`` says: the weights are bf16 then
+    as ever. But of weights kept in FP8 it makes neither a shard nor a float32 copy for this
+    optimizer to update; told of their recipe, unless it is ``delayed``, it makes the copies of all
+    weights itself, beside what is planned and stored here.
+    """
     if fields.get("optimizer", "adam") != "adam":
         raise UserError(f"optimizer.{AWARE}=true conflicts with optimizer.optimizer="
                         f"{fields['optimizer']}; only Adam keeps such state. Remove one of them.")
+    key = _OFFLOAD if fields.get(_OFFLOAD) else AWARE
+    if fields.get("fp8_recipe") not in (None, "delayed"):
+        raise UserError(f"optimizer.{key}=true conflicts with optimizer.fp8_recipe="
+                        f"{fields['fp8_recipe']}; that speaks of weights kept in FP8, and "
+                        "those that it updates are bf16. Remove optimizer.fp8_recipe.")
+    if recipe.model.overrides.get("fp8_param"):
+        raise UserError(f"optimizer.{key}=true conflicts with model.fp8_param=true; such an "
+                        "optimizer has nothing to update of weights in FP8. Remove one of them.")
     for section in ("optimizer", "ddp"):
         if getattr(recipe, section).get("use_distributed_optimizer") is False:
             raise UserError(

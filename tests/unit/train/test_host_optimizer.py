@@ -11,6 +11,7 @@ from megatron_irl.train.host_optimizer import DTYPES, completed, grad_buffer_fie
 from megatron_irl.train.optimizer import build_optimizer_config
 
 OFFLOAD = {"optimizer_cpu_offload": True}
+FP8_WEIGHTS = {"precision": "fp8", "model": {"hf": "m", "fp8_param": True}}
 
 
 def recipe(optimizer, **sections):
@@ -49,6 +50,16 @@ def test_without_keys_nothing_changes():
     assert completed(recipe(given), check_hardware=True) == given
 
 
+@pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_products_in_fp8_change_nothing(name):
+    """The weights are bf16, and the optimizer keeps their copies as without FP8."""
+    few = recipe({"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16"},
+                 precision="fp8", model={"hf": "m", "fp8_recipe": name})
+    model = SimpleNamespace(bf16=True, params_dtype=torch.bfloat16)
+    config = build_optimizer_config(few, model, check_hardware=False)
+    assert config.fp8_recipe is None and config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+
 @pytest.mark.parametrize(("optimizer", "sections", "named"), [
     (OFFLOAD | {"optimizer_offload_fraction": 0}, {}, "optimizer_offload_fraction=0"),
     (OFFLOAD | {"use_precision_aware_optimizer": False}, {}, "use_precision_aware_optimizer"),
@@ -62,6 +73,10 @@ def test_without_keys_nothing_changes():
      "optimizer.use_distributed_optimizer=false"),
     ({"use_precision_aware_optimizer": True}, {"ddp": {"use_distributed_optimizer": False}},
      "ddp.use_distributed_optimizer=false"),
+    ({"use_precision_aware_optimizer": True, "fp8_recipe": "tensorwise"}, {"precision": "fp8"},
+     "aware_optimizer=true conflicts with optimizer.fp8_recipe=tensorwise"),
+    ({"use_precision_aware_optimizer": True}, FP8_WEIGHTS, "aware_optimizer=true.*model.fp8_param"),
+    (OFFLOAD, FP8_WEIGHTS, "optimizer_cpu_offload=true conflicts with model.fp8_param=true"),
     ({"main_grads_dtype": "bf16"}, {"ddp": {"grad_reduce_in_fp32": True}}, "the same buffer"),
 ])
 def test_refused(optimizer, sections, named):
