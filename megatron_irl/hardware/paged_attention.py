@@ -6,11 +6,11 @@ them fast on CPU: indices and masks are built once per engine step, not once per
 trimmed to the longest live request; and when every request lives in one block, decode reads the
 cache in place instead of gathering it.
 
-What a request attends to does not depend on who shares the step with it, to the last bit, where
-keys come in multiples of ``LANES``: sums over keys are kept a vector register wide, and hidden
-keys then add zeros to whole registers. A ragged end would be added up in another order, and where
-it is, is the longest request's doing. Many keys are taken in pieces (``steady_attention``). (So
-measured for AVX-512; for AVX2 up to 192 tokens.)
+What a request attends to, capped or not, does not depend on who shares the step with it, to the
+last bit, where keys come in multiples of ``LANES``: sums over keys are kept a vector register wide,
+and hidden keys then add zeros to whole registers. A ragged end would be added up in another order,
+and where it is, is the longest request's doing. Many keys are taken in pieces
+(``steady_attention``). (So measured for AVX-512; for AVX2 up to 192 tokens.)
 
 Shape letters: B requests, T packed query tokens, S key positions, N query heads, K key heads,
 G = N / K, D head size, L block length in tokens.
@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_irl.hardware.steady_attention import steady_attend
+from megatron_irl.hardware.steady_attention import LANES, steady_attend
 
 FULL_ATTENTION = (-1, -1)
-LANES = 16  # float32 numbers in a vector register of AVX-512, and a multiple of narrower ones
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,25 @@ def attend(
             q, k, v, attn_mask=mask, is_causal=causal and mask is None, scale=scale,
             dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1],
         )
+    scores = capped_scores(q, k, mask, causal=causal, scale=scale, softcap=softcap)
+    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0).to(v.dtype)
+    return (weights @ v[:, :, None]).flatten(1, 2)
+
+
+def capped_scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool, scale: float | None,
+    softcap: float,
+) -> Tensor:
+    """float32 [B, K, N / K, Q, S], -inf where a query does not see a key; arguments as above."""
     if causal and mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_()
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, N / K, Q, D]
     factor: float = q.shape[-1] ** -0.5 if scale is None else scale
     # Capped and summed in fp32 whatever the inputs are, as the fused kernels do inside.
     scores = soft_cap((grouped @ k[:, :, None].transpose(-1, -2)).float() * factor, softcap)
-    if mask is not None:
-        shaped: Tensor = mask if mask.dim() == 2 else mask[:, :, None]
-        if shaped.dtype == torch.bool:
-            scores = scores.masked_fill(~shaped, float("-inf"))
-        else:
-            scores = scores + shaped
-    weights = F.dropout(scores.softmax(-1), dropout, training=dropout > 0).to(v.dtype)
-    return (weights @ v[:, :, None]).flatten(1, 2)
+    if mask is None:
+        return scores
+    shaped: Tensor = mask if mask.dim() == 2 else mask[:, :, None]
+    if shaped.dtype == torch.bool:
+        return scores.masked_fill(~shaped, float("-inf"))
+    return scores + shaped

@@ -172,8 +172,9 @@ def test_many_keys_are_attended_to(window, softcap):
         torch.testing.assert_close(out[cu_q[row] : cu_q[row + 1]], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize(("block", "sizes"), [(64, SHORT), (256, SHORT), (64, LONG), (1024, LONG)])
-def test_a_request_gets_the_same_bits_alone_and_in_any_company(block, sizes):
+def test_a_request_gets_the_same_bits_alone_and_in_any_company(block, sizes, softcap):
     if sizes is LONG and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("MKL's products for AVX2 add up more than 192 terms in another order")
     keys, queries = sizes
@@ -187,7 +188,8 @@ def test_a_request_gets_the_same_bits_alone_and_in_any_company(block, sizes):
         )
         part = torch.cat([q[starts[row] : starts[row + 1]] for row in rows])
         out = flash_attn_varlen_func(
-            part, paged.k_cache, paged.v_cache, cu_q, cu_k, 0, 0, block_table=paged.table[rows]
+            part, paged.k_cache, paged.v_cache, cu_q, cu_k, 0, 0, block_table=paged.table[rows],
+            softcap=softcap,
         )
         return dict(zip(rows, out.split([queries[row] for row in rows]), strict=True))
 
