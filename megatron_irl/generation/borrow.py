@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_irl import hardware
+from megatron_irl.compat.replaced import replaced
 from megatron_irl.generation.every_expert import every_expert
 from megatron_irl.generation.skinny import skinny_products
 from megatron_irl.parallel.scratch import drop_shared_buffers
@@ -45,17 +46,18 @@ def borrow(chunks: Sequence[nn.Module]) -> Iterator[list[Any]]:
         for config in {id(model.config): model.config for model in models}.values():
             # Each rank of a context-parallel group holds all the weights and generates on its
             # own; interleaved stages are run one after the other by our own forward.
-            stack.enter_context(replaced(config, "context_parallel_size", 1))
-            stack.enter_context(replaced(config, "virtual_pipeline_model_parallel_size", None))
+            stack.enter_context(replaced(
+                (config, "context_parallel_size", 1),
+                (config, "virtual_pipeline_model_parallel_size", None)))
             # In 8 bits the engine would replace the forward of Transformer Engine's layers for
             # good, read its cached 8-bit weights of an earlier update, and fail on later stages.
-            stack.enter_context(replaced(config, "fp8", None))
-            stack.enter_context(replaced(config, "fp4", None))
+            stack.enter_context(replaced((config, "fp8", None), (config, "fp4", None)))
             if config.params_dtype == torch.float32:
                 _use_paged_attention(models, stack)
         for model in models:
             # It would cut the angles to this rank's part of a sequence, which is whole here.
-            stack.enter_context(replaced(model.rotary_pos_emb, "cp_group", None))
+            if hasattr(model.rotary_pos_emb, "cp_group"):
+                stack.enter_context(replaced((model.rotary_pos_emb, "cp_group", None)))
         stack.callback(_forget, models)
         # A flag of the process: left on, it would change how layers of training run.
         was_active = InferenceMode.is_active()
@@ -86,28 +88,14 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Within the block an attribute has another value; one that is not there is left out."""
-    if not hasattr(owner, name):
-        yield
-        return
-    old = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, old)
-
-
 def _use_paged_attention(models: Sequence[nn.Module], stack: ExitStack) -> None:
     """Lead the attention of fp32 models to the entries that ``compat.attention_kernels`` serves.
 
     They are flash-attn 2's; the newer ones, preferred where installed, do not take fp32.
     """
-    for model in models:
-        for module in model.modules():
-            stack.enter_context(replaced(module, "flash_attention_version", 2))
+    name = "flash_attention_version"
+    having = [m for model in models for m in model.modules() if hasattr(m, name)]
+    stack.enter_context(replaced(*((module, name, 2) for module in having)))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_irl import hardware
 from megatron_irl.compat.engine_manners import no_progress_bar
-from megatron_irl.generation.borrow import replaced
+from megatron_irl.compat.replaced import replaced
 from megatron_irl.generation.cache_size import (
     cache_gb,
     mixed_graph_tokens,
@@ -69,7 +69,7 @@ class Controller(TextGenerationController):
     def __init__(self, wrapper: StageWrapper, sampler: TableSampler) -> None:
         # Upstream refuses graphs of ranks with experts of their own, whose dispatcher asks the
         # host; the steps that are captured here go to all experts (``every_expert``).
-        with replaced(wrapper.config, "expert_model_parallel_size", 1):
+        with replaced((wrapper.config, "expert_model_parallel_size", 1)):
             super().__init__(wrapper, tokenizer=None)
         self._sampling = sampler
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
-from megatron_irl.planning.fake_world import replaced
+from megatron_irl.compat.replaced import replaced
 
 from megatron.core.transformer.moe.token_dispatcher import (  # isort: skip
     MoEAlltoAllTokenDispatcher,
@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.token_dispatcher import (  # isort: skip
 
 def even_routing() -> AbstractContextManager[None]:
     """Within it mixtures of experts run on fake tensors."""
-    return replaced([(MoEAlltoAllTokenDispatcher, "preprocess", _preprocess)])
+    return replaced((MoEAlltoAllTokenDispatcher, "preprocess", _preprocess))
 
 
 def _preprocess(self: Any, routing_map: Tensor) -> np.ndarray:

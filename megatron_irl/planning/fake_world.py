@@ -100,19 +100,3 @@ class Ledger(TorchDispatchMode):
 def fake_tensors() -> FakeTensorMode:
     """Within it tensors are made without data; real ones may be used beside them."""
     return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@contextmanager
-def replaced(places: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Within it each (module or class, name, stand-in) has its stand-in in the place of the name.
-
-    For modules on fake tensors only.
-    """
-    before = [(place, name, place.__dict__[name]) for place, name, _ in places]
-    for place, name, stand_in in places:
-        setattr(place, name, stand_in)
-    try:
-        yield
-    finally:
-        for place, name, original in before:
-            setattr(place, name, original)

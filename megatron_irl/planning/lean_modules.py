@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
+from megatron_irl.compat.replaced import replaced
 from megatron_irl.model.local_layers import ZeroCenteredRMSNorm
 from megatron_irl.model.packed_attention import PackedAttention
-from megatron_irl.planning.fake_world import replaced
 
 from megatron.core.models.common.embeddings import rope_utils  # isort: skip
 from megatron.core.transformer import attention  # isort: skip
@@ -142,4 +142,4 @@ def like_transformer_engine() -> AbstractContextManager[None]:
         (MLP, "forward", mlp), (SequentialMLP, "__init__", build),
         (SequentialMLP, "forward", experts), (token_dispatcher, "sort_chunks_by_idxs", sort),
     ]
-    return replaced(places)
+    return replaced(*places)
