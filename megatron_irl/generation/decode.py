@@ -48,9 +48,11 @@ class DecodeLoop:
         )
         self._host_seconds = 0.0
         self._done_at: float | None = None  # when the device had finished the last burst
-        # Of the last burst, what the engine has to be told: (request, tokens, count) each, and a
-        # step's result and state in the engine's form.
-        self._untold: tuple[list[Any], dict[str, Any], dict[str, Any]] | None = None
+        # Of the last burst, what the engine has to be told: requests [B], tokens [K, B] and counts
+        # [B], and a step's result and state in the engine's form.
+        self._untold: tuple[
+            tuple[Tensor, np.ndarray, np.ndarray], dict[str, Any], dict[str, Any]
+        ] | None = None
 
     def ready(self) -> bool:
         """Whether there are requests, and none of them waits for room in the cache."""
@@ -242,8 +244,9 @@ class DecodeLoop:
             "sample": last_B[~live_B], "accepted_tokens": None, "log_probs": None,
             "cuda_graph_request_count": None, **updated,
         }
-        sampled = list(zip(ids_B.tolist(), tokens.T.tolist(), counts.tolist(), strict=True))
-        self._untold = (sampled, result, state)
+        # Lists are made of it when the device is at work again. A copy, as on a CPU the next burst
+        # writes to where these tokens are.
+        self._untold = ((ids_B, tokens.copy(), counts), result, state)
         if updated.get("evict_request_ids") is not None:
             self.tell_engine()  # it has to put them back into its queue
 
@@ -264,9 +267,10 @@ class DecodeLoop:
         """
         if self._untold is None:
             return
-        (sampled, result, state), self._untold = self._untold, None
-        for request, tokens, count in sampled:
+        ((ids_B, tokens, counts), result, state), self._untold = self._untold, None
+        sampled = zip(ids_B.tolist(), tokens.T.tolist(), counts.tolist(), strict=True)
+        for request, of_request, count in sampled:
             # The engine keeps tokens of its own: eviction turns them into a part of the prompt.
-            self._engine.get_request(request).generated_tokens += tokens[:count]
+            self._engine.get_request(request).generated_tokens += of_request[:count]
         # ``async_bookkeep`` is upstream's private end of a step (0.19.2): there is no public one.
         self._engine._run_coroutine_sync(self._engine.async_bookkeep(result, state, 0.0))

@@ -1,13 +1,14 @@
 """Requests, keys, bursts and memory: what decoding does beside the model."""
 
-import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from megatron_irl import hardware
+from megatron_irl.generation import decode
 from megatron_irl.generation.cache_size import mixed_graph_tokens, step_tokens
 from megatron_irl.generation.context import PagedContext
 from megatron_irl.generation.device_steps import DeviceSteps
@@ -258,21 +259,27 @@ def test_another_seed_or_budget_needs_no_other_recording():
 
 
 def test_the_time_between_bursts_is_told_once(make, monkeypatch):
-    """Of the device's time only what no burst fills, and only since it was asked last."""
-    generator, slow = make(burst_steps=8, max_requests=2), 0.02
-    prompts, sampling = [np.full(3, 7, np.int32)] * 6, SamplingConfig(max_new_tokens=9, eos_id=999)
-    generator.generate(prompts, sampling)
-    monkeypatch.setattr(hardware, "IS_CUDA", True)
-    before = generator.costs()["host_seconds"]
-    assert 0 < before and generator.costs()["host_seconds"] == 0
-    monkeypatch.setattr(hardware, "IS_CUDA", False)
+    """Of the device's time only what no burst fills, and only since it was asked last.
 
-    looks = []
-    generator.generate(
-        prompts, sampling, on_progress=lambda *_: looks.append(0) or time.sleep(slow)
-    )
-    time.sleep(1.0)  # between calls nobody waits
-    generator.generate(prompts[:2], replace(sampling, max_new_tokens=1))
-    monkeypatch.setattr(hardware, "IS_CUDA", True)
-    waited = generator.costs()["host_seconds"]
-    assert slow * (len(looks) - 1) < waited < slow * (len(looks) - 1) + 0.5
+    The clock stands still but for a quarter of a second a look, and between two calls.
+    """
+    generator, clock = make(burst_steps=8, max_requests=2), SimpleNamespace(now=0.0)
+    monkeypatch.setattr(decode, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    prompts, sampling = [np.full(3, 7, np.int32)] * 6, SamplingConfig(max_new_tokens=9, eos_id=999)
+    bursts, run = [], decode.DecodeLoop.run
+    monkeypatch.setattr(decode.DecodeLoop, "run", lambda *args, **options: (
+        bursts.append(clock.now) or run(*args, **options)))
+
+    def pass_time(*_):
+        clock.now += 0.25
+
+    def told():
+        with monkeypatch.context() as patch:
+            patch.setattr(hardware, "IS_CUDA", True)
+            return generator.costs()["host_seconds"]
+
+    generator.generate(prompts, sampling, on_progress=pass_time)
+    assert told() == 0.25 * (len(bursts) - 1) > 0 and told() == 0
+    clock.now += 100.0  # between calls nobody waits
+    generator.generate(prompts[:2], replace(sampling, max_new_tokens=1), on_progress=pass_time)
+    assert told() == 0
