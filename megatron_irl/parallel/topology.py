@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_irl import hardware
+from megatron_irl.compat.gloo_device import share_device
 from megatron_irl.config import ParallelConfig
 from megatron_irl.errors import UserError
 from megatron_irl.parallel.heartbeat import Heartbeat
@@ -89,6 +90,7 @@ def initialize(
     check_world_size(parallel, world_size)
     if not dist.is_initialized():
         hardware.select_device(int(os.environ.get("LOCAL_RANK", "0")))
+        share_device()
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(hardware.BACKEND, timeout=timeout)
