@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from tests.convert import family_jobs
-from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)  # fresh inputs; printed with a failure
@@ -114,19 +113,9 @@ def seed(request):
     return seed_of(request.node.callspec.params["name"])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Tiny models by name, each made once."""
-    root, made = tmp_path_factory.mktemp("families"), {}
-
-    def make(name):
-        if name not in made:
-            made[name] = make_tiny_llama(
-                root / name, seed=seed_of(name), vocab=VOCAB, **MODELS[name]
-            )
-        return made[name]
-
-    return make
+def options_of(name):
+    """What a model is made with, for ``folder``."""
+    return {"seed": seed_of(name), "vocab": VOCAB, **MODELS[name]}
 
 
 @pytest.fixture(scope="module")

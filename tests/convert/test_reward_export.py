@@ -19,7 +19,6 @@ from megatron_irl.errors import UserError
 from tests.convert import reward_jobs
 from tests.convert.test_round_trip import SP, SPARSE, assert_same_weights, layout_of, weights
 from tests.convert.test_stream import ignore
-from tests.convert.tiny import make_tiny_llama
 
 EOS = 1
 MODELS = {
@@ -45,17 +44,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Tiny models by name, each made once."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def make(name: str):
-        if name not in made:
-            made[name] = make_tiny_llama(root / name, seed=577, **MODELS[name])
-        return made[name]
-
-    return make
+def options_of(name):
+    """What a model is made with, for ``folder``."""
+    return {"seed": 577, **MODELS[name]}
 
 
 def random_head(seed: int, size: int = 64) -> list[float]:

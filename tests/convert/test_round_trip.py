@@ -70,17 +70,9 @@ def layout_of(name: str, layout: str) -> tuple[int, dict[str, int]]:
     return (LAYOUTS | SPARSE_LAYOUTS if name in SPARSE else LAYOUTS)[layout]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Tiny models by name, each made once."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = make_tiny_llama(root / name, layers=4, seed=SEED, **MODELS[name])
-        return made[name]
-
-    return make
+def options_of(name):
+    """What a model is made with, for ``folder``."""
+    return {"seed": SEED, **MODELS[name]}
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

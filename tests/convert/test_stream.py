@@ -23,7 +23,6 @@ from tests.convert.test_round_trip import (
     layout_of,
     weights,
 )
-from tests.convert.tiny import make_tiny_llama
 
 SEED = int(np.random.SeedSequence().entropy % 2**31)
 MODELS = {
@@ -37,17 +36,9 @@ MODELS = {
 } | SPARSE
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Tiny models by name, each made once."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = make_tiny_llama(root / name, layers=4, seed=SEED, **MODELS[name])
-        return made[name]
-
-    return make
+def options_of(name):
+    """What a model is made with, for ``folder``."""
+    return {"seed": SEED, **MODELS[name]}
 
 
 @pytest.fixture(scope="module")

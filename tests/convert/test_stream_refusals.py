@@ -13,18 +13,7 @@ from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert import jobs
-from tests.convert.test_stream import MODELS, SEED, back, ignore, rename
-from tests.convert.tiny import make_tiny_llama
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Tiny models by name, each made once."""
-    root = tmp_path_factory.mktemp("models")
-    names = ("llama_tied_odd", "mixtral", "qwen3")
-    return {
-        name: make_tiny_llama(root / name, layers=4, seed=SEED, **MODELS[name]) for name in names
-    }.__getitem__
+from tests.convert.test_stream import back, ignore, options_of, rename  # noqa: F401  (for ``folder``)
 
 
 @pytest.fixture(scope="module")
