@@ -67,6 +67,7 @@ def adapter_spec(
     layers = tuple(targeted_layers(arch, targets, start.folder if start else None))
     if start is not None:
         start.check(arch, layers)
+        _check_targets(options, start, arch, layers)
     only_head = all(layer.row.megatron == HEAD for layer in layers)
     stages = parallel.pipeline_model_parallel_size
     if only_head and stages > 1:
@@ -87,8 +88,15 @@ def _check_same(options: AdapterConfig, start: PeftFolder) -> None:
                 f"{name} is {found}; a run goes on with the adapter it is given. Remove "
                 f"adapter.{name}."
             )
+
+
+def _check_targets(
+    options: AdapterConfig, start: PeftFolder, arch: Architecture,
+    layers: tuple[TargetedLayer, ...],
+) -> None:
+    """Raise UserError unless the recipe names the layers that a start has, in whatever words."""
     targets = options.targets
-    if targets != AdapterConfig().targets and set(targets) != set(start.targets):
+    if targets != AdapterConfig().targets and tuple(targeted_layers(arch, targets)) != layers:
         raise UserError(
             f"adapter.targets={', '.join(targets)} conflicts with adapter.path={start.folder}, "
             f"which has {', '.join(start.targets)}. Remove adapter.targets."
