@@ -75,7 +75,8 @@ def read_part_file(path: Path, seed: int | None, known: Part | None = None) -> p
         raise UserError(f"{path} does not exist, but {MANIFEST} beside it has it with {known.rows} "
                         f"pairs. {_REMEDY}") from error
     except Exception as error:  # a damaged file can make its reader stumble over anything
-        raise UserError(f"{path} cannot be read: {error}. {_REMEDY}") from error
+        said = str(error).rstrip(".")
+        raise UserError(f"{path} cannot be read: {said}. {_REMEDY}") from error
     if not is_whole:
         raise UserError(f"{path} is damaged: its values are not those that were written. {_REMEDY}")
     if known is not None and said != known:

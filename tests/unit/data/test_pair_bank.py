@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_said(tmp_path):
         PairBank(tmp_path, seed=8).read_part(0, 0)
     path = tmp_path / "round_0000" / "part_00000.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read: .*[^.]\. Restore the file"):
         bank.read_part(0, 0)
     pandas.DataFrame({"a": [1]}).to_parquet(path)
     with pytest.raises(UserError, match="not a part of pairs"):
