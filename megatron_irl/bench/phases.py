@@ -4,8 +4,9 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -14,12 +15,11 @@ from megatron_irl.bench.timing import median_seconds
 from megatron_irl.bench.work import Case, PhaseMemory, random_pairs
 from megatron_irl.collector import settled
 from megatron_irl.compat.narrow_optimizer import reload_main_params
-from megatron_irl.config import Recipe
 from megatron_irl.hardware.stopwatch import Stopwatch
 from megatron_irl.objectives import irft_loss, sequence_logprobs
 from megatron_irl.parallel.main_rank import on_main
 from megatron_irl.parallel.topology import Topology
-from megatron_irl.run.inputs import Headers, Inputs
+from megatron_irl.run.inputs import Headers
 from megatron_irl.run.opening import build_policy, build_trainer, open_generator
 from megatron_irl.run.speed import Speedometer
 from megatron_irl.storage.checkpoint import Checkpointer
@@ -27,16 +27,6 @@ from megatron_irl.train.batches import microbatches_for, work_of
 
 PHASES = ("generate", "reference", "train", "save")
 BETA = 0.1
-
-
-class _Known:
-    """What ``build_policy`` and ``build_trainer`` read of ``Inputs``: no data, no tokenizer."""
-
-    def __init__(self, recipe: Recipe, headers: Headers) -> None:
-        self.recipe = recipe
-        for name in ("algorithm", "architecture", "model_config", "optimizer_config",
-                     "ddp_config", "adapter"):
-            setattr(self, name, getattr(headers, name))
 
 
 class Bench:
@@ -50,11 +40,11 @@ class Bench:
     ) -> None:
         self.case, self.topology, self.arch = case, topology, headers.architecture
         self.memory = PhaseMemory()
-        known = cast(Inputs, _Known(case.recipe, headers))
-        self.policy = build_policy(known, topology, weights=not random_weights)
+        headers = replace(headers, recipe=case.recipe)  # resolved
+        self.policy = build_policy(headers, topology, weights=not random_weights)
         if random_weights:
             fill_randomly(self.policy.chunks)
-        self.trainer = build_trainer(known, self.policy)
+        self.trainer = build_trainer(headers, self.policy)
         if hasattr(self.trainer.optimizer, "reload_model_params"):
             reload_main_params(self.trainer.optimizer)
         self.speed = Speedometer(self.arch, topology, self.policy.chunks)

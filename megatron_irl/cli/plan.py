@@ -108,7 +108,7 @@ def _read(recipe: Recipe, lengths: Lengths | None, *, shows: bool) -> _Known:
     )
 
 
-def _lr(of: Inputs | Headers) -> float:
+def _lr(of: Headers) -> float:
     return of.optimizer_config.lr or 0.0
 
 

@@ -4,7 +4,7 @@ The order here is the order in which errors surface.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,30 +35,38 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # is
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything that follows from the recipe and the files it names, each made once.
+class Headers:
+    """What follows from the recipe and the model's config.json, each made once.
 
     Attributes:
-        recipe: Resolved.
         hf_config: The starting model's config.json.
         model_config, optimizer_config, ddp_config: Megatron's.
         adapter: What is trained instead of the whole model, if anything.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    algorithm: Algorithm
+    hf_config: dict[str, Any]
+    architecture: Architecture
+    model_config: TransformerConfig
+    optimizer_config: OptimizerConfig
+    ddp_config: DistributedDataParallelConfig
+    adapter: AdapterSpec | None
+
+
+@dataclass(frozen=True)
+class Inputs(Headers):
+    """And what follows from the other files that the recipe names; the recipe is resolved.
+
+    Attributes:
         start: What the run begins with, see ``describe_start``.
         notes: Lines for the user.
         tokens: Where the token ids are kept; None where nothing is.
     """
 
-    recipe: Recipe
-    algorithm: Algorithm
-    folder: RunFolder
     tokenizer: Tokenizer
     data: Corpus
-    architecture: Architecture
-    hf_config: dict[str, Any]
-    model_config: TransformerConfig
-    optimizer_config: OptimizerConfig
-    ddp_config: DistributedDataParallelConfig
-    adapter: AdapterSpec | None
     start: dict[str, str]
     notes: list[str]
     tokens: Tokens | None
@@ -72,7 +80,7 @@ class Inputs:
 
 def read_inputs(
     recipe: Recipe, *, check_hardware: bool = True, keeps_tokens: bool = True,
-    check: Callable[["Headers", Recipe], None] | None = None,
+    check: Callable[[Headers, Recipe], None] | None = None,
 ) -> Inputs:
     """Read and check recipe, model folder, data and output folder; needs no process group.
 
@@ -113,25 +121,11 @@ def read_inputs(
             folder.check(resolved, data.digest, len(data.demonstrations), start)
         except UserError as error:
             kept = [*kept, f"train would refuse this: {error}"]
+    notes = [*kept, *certificate_notes(hf_dir), *data.notes]
     return Inputs(
-        resolved, algorithm, folder, tokenizer, data, arch, headers.hf_config,
-        headers.model_config, headers.optimizer_config, headers.ddp_config, adapter, start,
-        [*kept, *certificate_notes(hf_dir), *data.notes], tokens,
+        **vars(replace(headers, recipe=resolved)), tokenizer=tokenizer, data=data, start=start,
+        notes=notes, tokens=tokens,
     )
-
-
-@dataclass(frozen=True)
-class Headers:
-    """What follows from the recipe and the model's config.json; as in ``Inputs``."""
-
-    folder: RunFolder
-    algorithm: Algorithm
-    hf_config: dict[str, Any]
-    architecture: Architecture
-    model_config: TransformerConfig
-    optimizer_config: OptimizerConfig
-    ddp_config: DistributedDataParallelConfig
-    adapter: AdapterSpec | None
 
 
 def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
@@ -152,7 +146,7 @@ def read_headers(recipe: Recipe, *, check_hardware: bool = True) -> Headers:
     ddp_config = build_ddp_config(grad_buffer_fields(recipe) | recipe.ddp | sharded)
     check_lengths(recipe, arch, model_config)
     return Headers(
-        folder, algorithm, hf_config, arch, model_config, optimizer_config, ddp_config,
+        recipe, folder, algorithm, hf_config, arch, model_config, optimizer_config, ddp_config,
         adapter_spec(recipe.adapter, arch, recipe.parallel, seed=recipe.seed),
     )
 

@@ -20,7 +20,7 @@ from megatron_irl.parallel.topology import Topology
 from megatron_irl.policy.policy import Policy
 from megatron_irl.run.adapter_rounds import restore_base
 from megatron_irl.run.folder import RunFolder
-from megatron_irl.run.inputs import Inputs, generation_length
+from megatron_irl.run.inputs import Headers, Inputs, generation_length
 from megatron_irl.run.prediction import Prediction
 from megatron_irl.run.recorder import Recorder
 from megatron_irl.run.run import Run
@@ -153,36 +153,37 @@ def announce_kernels(policy: Policy, recipe: Recipe, console: Console) -> Kernel
     return kernels
 
 
-def build_policy(inputs: Inputs, topology: Topology, *, weights: bool) -> Policy:
+def build_policy(headers: Headers, topology: Topology, *, weights: bool) -> Policy:
     """The policy with the algorithm's heads, ready for an optimizer. Collective.
 
     Args:
+        headers: Of a resolved recipe, as ``Inputs`` are.
         weights: Read the starting model's; else they are unset, for a checkpoint to fill. One
             with adapters has no others.
     """
-    recipe, arch = inputs.recipe, inputs.architecture
-    chunks = build_chunks(inputs.model_config, arch, topology)
+    recipe, arch = headers.recipe, headers.architecture
+    chunks = build_chunks(headers.model_config, arch, topology)
     # In this order: adapters freeze what is there, a reward head is trained all the same, and DDP
     # makes buffers of the parameters that it finds.
     adapters = None
-    if inputs.adapter is not None:
-        adapters = add_adapters(chunks, inputs.adapter, arch, topology)
-    inputs.algorithm.attach_heads(recipe, chunks, topology)
+    if headers.adapter is not None:
+        adapters = add_adapters(chunks, headers.adapter, arch, topology)
+    headers.algorithm.attach_heads(recipe, chunks, topology)
     policy = Policy(
         chunks, topology, arch, rows_at_once=recipe.train.logprob_rows,
         adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
     )
     if weights:
         policy.load_weights(Path(recipe.model.hf))
-    return policy.for_training(inputs.ddp_config)
+    return policy.for_training(headers.ddp_config)
 
 
-def build_trainer(inputs: Inputs, policy: Policy) -> Trainer:
+def build_trainer(headers: Headers, policy: Policy) -> Trainer:
     """The optimizer over the policy, and its schedule. Collective."""
-    recipe = inputs.recipe
+    recipe = headers.recipe
     optimizer = build_optimizer(
-        inputs.optimizer_config, policy.chunks, policy.topology,
-        head_lr=inputs.algorithm.head_lr(recipe), min_lr_ratio=recipe.schedule.min_lr_ratio,
+        headers.optimizer_config, policy.chunks, policy.topology,
+        head_lr=headers.algorithm.head_lr(recipe), min_lr_ratio=recipe.schedule.min_lr_ratio,
     )
     return Trainer(recipe, policy, optimizer)
 
