@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from megatron_irl.algorithms.base import Algorithm, Phase, Work
 from megatron_irl.algorithms.rules import section, shown_beta
 from megatron_irl.config.bounds import check_at_least_one, check_not_negative, check_range
+from megatron_irl.config.run_files import HF_REWARD
 from megatron_irl.config.schema import DataSource, Recipe
 from megatron_irl.errors import UserError
 
@@ -191,8 +192,8 @@ class Rft(Algorithm):
         """The reward as a sequence classifier, in ``hf_reward/``."""
         from megatron_irl.algorithms.rft_steps import export_reward
 
-        say(f"writing {run_folder / 'hf_reward'}")
-        export_reward(policy, run_folder / "hf_reward", companions)
+        say(f"writing {run_folder / HF_REWARD}")
+        export_reward(policy, run_folder / HF_REWARD, companions)
 
 
 def _learn_reward(round: "Round", step: int) -> Work:

@@ -16,6 +16,7 @@ from typing import Any, get_args
 from megatron_irl import __version__
 from megatron_irl.cli.evaluate_options import add_evaluate_options
 from megatron_irl.cli.ranks import adopt_environment, follow_launcher, may_tell, run_ranks
+from megatron_irl.config.run_files import IDENTITY, RECIPE
 from megatron_irl.config.schema import FormatName, Recipe
 from megatron_irl.errors import STOPPED, RunStopped, UserError, is_told_elsewhere
 
@@ -221,7 +222,7 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
 
 def _was_finished(recipe: Recipe) -> bool:
     """Whether the output folder is a finished run of this recipe, known without reading data."""
-    if not (Path(recipe.output_dir) / "run.json").exists():
+    if not (Path(recipe.output_dir) / IDENTITY).exists():
         return False
     from megatron_irl.run.folder import RunFolder
 
@@ -324,8 +325,8 @@ def _report(options: argparse.Namespace, argv: list[str]) -> int:
     from megatron_irl.run.report import write_report
 
     del argv
-    if not (options.folder / "recipe.yaml").exists():
-        raise UserError(f"{options.folder} is not a run folder: it has no recipe.yaml.")
+    if not (options.folder / RECIPE).exists():
+        raise UserError(f"{options.folder} is not a run folder: it has no {RECIPE}.")
     _say(str(write_report(options.folder)))
     return 0
 

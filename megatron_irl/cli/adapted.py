@@ -10,6 +10,7 @@ from megatron_irl.adapters.adapters import Adapters, add_adapters, remove_adapte
 from megatron_irl.adapters.export import export_adapter, join_adapters
 from megatron_irl.adapters.spec import adapter_spec
 from megatron_irl.config import ParallelConfig, Recipe, load_recipe
+from megatron_irl.config.run_files import RECIPE
 from megatron_irl.convert.export import export_hf
 from megatron_irl.convert.hf_config import architecture, read_hf_config
 from megatron_irl.convert.weights_digest import weights_digest
@@ -53,14 +54,14 @@ def convert_adapted(
             or something cannot be read or written.
     """
     run = checkpoint.resolve().parents[1]
-    if not (run / "recipe.yaml").is_file():
+    if not (run / RECIPE).is_file():
         raise UserError(
             f"the checkpoint {checkpoint} holds adapters, and not the model below them; its run's "
-            f"recipe.yaml, which names that, is not in {run}. Give it where the run left it."
+            f"{RECIPE}, which names that, is not in {run}. Give it where the run left it."
         )
     if out.exists():
         raise UserError(f"--out {out} exists. Remove it, or give another folder.")
-    recipe = load_recipe(run / "recipe.yaml", check_files=False)
+    recipe = load_recipe(run / RECIPE, check_files=False)
     base, parallel = Path(recipe.model.hf), ParallelConfig()
     hf_config = read_hf_config(base)
     arch = architecture(hf_config)

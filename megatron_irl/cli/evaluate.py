@@ -15,6 +15,7 @@ import numpy as np
 from megatron_irl.cli.encoding import prompt_ids
 from megatron_irl.cli.evaluation_plan import EvaluationPlan, evaluation_plan
 from megatron_irl.cli.inference import OpenModel, check_reference, open_model, with_ranks
+from megatron_irl.config.run_files import EVALUATION, RECIPE
 from megatron_irl.console import Console
 from megatron_irl.data.preferences import Preferences, load_preferences
 from megatron_irl.errors import UserError
@@ -217,4 +218,4 @@ def _write(
 
 
 def _is_in_run(out: Path, model: Path) -> bool:
-    return (model / "recipe.yaml").exists() and out.parent == model / "evaluation"
+    return (model / RECIPE).exists() and out.parent == model / EVALUATION

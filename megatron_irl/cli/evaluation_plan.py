@@ -12,6 +12,7 @@ from megatron_irl.cli.inference import Source, find_source, refuse_reference, re
 from megatron_irl.cli.outputs import check_out, reading_of
 from megatron_irl.config import hub_snapshot
 from megatron_irl.config.files import files_of
+from megatron_irl.config.run_files import EVALUATION, RECIPE
 from megatron_irl.convert.peft_folder import is_adapter, model_folder
 from megatron_irl.data.prompts import PromptRecord, load_prompts
 from megatron_irl.data.sources import Reading
@@ -203,13 +204,13 @@ def _out(options: argparse.Namespace, settings: dict[str, Any]) -> Path:
     if options.out is not None:
         check_out(options.out, options.overwrite)
         return options.out
-    if not (options.model / "recipe.yaml").exists():
+    if not (options.model / RECIPE).exists():
         raise UserError(f"--model {options.model} is not a run folder; say with --out where the "
                         "results go.")
     said = [options.tasks or "", *(name for name in ASKED[1:] if getattr(options, name))]
     name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, said)).replace("_", "-"))[:40].strip("-")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    return options.model / "evaluation" / f"{name}-{digest}.json"
+    return options.model / EVALUATION / f"{name}-{digest}.json"
 
 
 def _check_template(options: argparse.Namespace, source: Source) -> None:

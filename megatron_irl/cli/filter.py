@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_irl.cli.outputs import check_out
 from megatron_irl.config import load_recipe
+from megatron_irl.config.run_files import LEDGER, RECIPE
 from megatron_irl.data.conversation import Conversation
 from megatron_irl.data.formats import prompt_of
 from megatron_irl.data.ledger import (
@@ -57,11 +58,11 @@ def filter_demonstrations(
     """
     _check_options(run, out, min_reward, top_quantile)
     check_out(out, overwrite)
-    rounds = ledger_rounds(run / "ledger")
+    rounds = ledger_rounds(run / LEDGER)
     if not rounds:
         raise UserError(f"{run} has no demonstration ledger. Runs with algorithm.name=rft write "
                         "one, each round after its reward steps.")
-    rows = read_ledger(run / "ledger", round)
+    rows = read_ledger(run / LEDGER, round)
     chosen = rounds[-1] if round is None else round
     _check_complete(run, chosen, len(rows))
     rewards = sorted((row.reward for row in rows), reverse=True)
@@ -86,8 +87,8 @@ def filter_demonstrations(
 def _check_options(
     run: Path, out: Path, min_reward: float | None, top_quantile: float | None
 ) -> None:
-    if not (run / "recipe.yaml").exists():
-        raise UserError(f"{run} is not a run folder: it has no recipe.yaml.")
+    if not (run / RECIPE).exists():
+        raise UserError(f"{run} is not a run folder: it has no {RECIPE}.")
     if (min_reward is None) == (top_quantile is None):
         given = "neither is given" if min_reward is None else "both are given"
         raise UserError(f"--min-reward and --top-quantile: {given}. Give exactly one.")
@@ -101,7 +102,7 @@ def _check_options(
 
 
 def _check_complete(run: Path, round: int, num_rows: int) -> None:
-    complete = complete_rounds(run / "ledger")
+    complete = complete_rounds(run / LEDGER)
     if round in complete:
         return
     remedy = (f"Rounds that have all: {', '.join(map(str, complete))}; set --round to one."
@@ -149,7 +150,7 @@ def _unchanged_records(
 def _reading(run: Path, paths: Sequence[Path]) -> tuple[Reading, Turns]:
     """How the run read the files that its ledger names, and which turns it learnt."""
     try:
-        data = load_recipe(run / "recipe.yaml", check_files=False).data
+        data = load_recipe(run / RECIPE, check_files=False).data
     except UserError:  # the recipe is for people to look at; what was read, the digests tell
         return Reading(tuple(paths)), "last"
     return training_reading(data, []), data.turns

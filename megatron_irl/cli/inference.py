@@ -19,6 +19,7 @@ from megatron_irl.cli.encoding import scored_sequences
 from megatron_irl.cli.outputs import check_out, reading_of, say_what_was_read, write_records
 from megatron_irl.cli.ranks import adopt_environment, run_ranks
 from megatron_irl.config import ParallelConfig, Recipe, hub_snapshot, load_recipe
+from megatron_irl.config.run_files import CHECKPOINTS, HF, HF_REWARD, RECIPE
 from megatron_irl.console import Console
 from megatron_irl.convert.hf_config import Architecture, architecture, read_hf_config
 from megatron_irl.convert.hf_folder import validate_hf_folder
@@ -98,15 +99,15 @@ def find_source(folder: Path, *, reward_model: bool = False) -> Source:
         UserError: It is neither, or a run that has no weights yet.
     """
     folder = hub_snapshot(folder)
-    if (folder / "recipe.yaml").exists():
-        recipe = load_recipe(folder / "recipe.yaml", check_files=False)  # the data may be gone
+    if (folder / RECIPE).exists():
+        recipe = load_recipe(folder / RECIPE, check_files=False)  # the data may be gone
         tokenizer = Path(recipe.data.tokenizer or recipe.model.hf)
         template = recipe.data.chat_template
-        if (folder / "hf").is_dir():  # whole, with tokenizer and template
-            return Source(folder / "hf", folder / "hf", None, None, recipe, folder / "hf_reward")
-        if any((folder / "checkpoints").glob("step_*")):
+        if (folder / HF).is_dir():  # whole, with tokenizer and template
+            return Source(folder / HF, folder / HF, None, None, recipe, folder / HF_REWARD)
+        if any((folder / CHECKPOINTS).glob("step_*")):
             return Source(
-                Path(recipe.model.hf), tokenizer, template, folder / "checkpoints", recipe
+                Path(recipe.model.hf), tokenizer, template, folder / CHECKPOINTS, recipe
             )
         raise UserError(f"--model {folder} is a run without hf/ or a checkpoint yet. Let it run.")
     if is_adapter(folder):
@@ -119,7 +120,7 @@ def find_source(folder: Path, *, reward_model: bool = False) -> Source:
             )
         raise UserError(
             f"--model {folder} is neither an HF folder (config.json), nor an adapter of peft "
-            "(adapter_config.json), nor a run folder (recipe.yaml). Give one of these."
+            f"(adapter_config.json), nor a run folder ({RECIPE}). Give one of these."
         )
     if "ForSequenceClassification" in str(read_hf_config(folder).get("architectures")):
         if not reward_model:
@@ -259,7 +260,7 @@ def refuse_reference(options: argparse.Namespace, reference: Path) -> NoReturn:
     """Say that there is no reference policy in a folder."""
     if options.reference is not None:
         raise UserError(f"--reference {reference} is not an HF folder; it has no config.json.")
-    recipe = options.model / "recipe.yaml"
+    recipe = options.model / RECIPE
     there = "has no config.json" if reference.is_dir() else "does not exist"
     raise UserError(f"model.hf={reference} in {recipe}, the reference policy of the run, {there}; "
                     f"the working directory is {Path.cwd()}. Start the command where the run was "

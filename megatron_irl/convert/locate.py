@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from megatron_irl.config import load_recipe
+from megatron_irl.config.run_files import CHECKPOINTS, HF, RECIPE
 from megatron_irl.errors import UserError
 
 # Megatron-LM's names for weights that no iteration of training belongs to.
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
-HF_PART = "hf"  # config and tokenizer, beside a converted checkpoint
+HF_PART = HF  # config and tokenizer, beside a converted checkpoint too
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -25,7 +26,7 @@ def find_checkpoint(path: Path) -> Path:
         if text.isdigit():
             return path / f"iter_{int(text):07d}"
         raise UserError(f"{path / TRACKER} holds {text[:40]!r}, which names no iteration.")
-    for folder in (path / "checkpoints", path):
+    for folder in (path / CHECKPOINTS, path):
         steps = sorted(p for p in folder.glob("step_*") if p.name[5:].isdigit())
         if steps:
             return max(steps, key=lambda p: int(p.name[5:]))
@@ -42,8 +43,8 @@ def find_hf_source(checkpoint: Path) -> Path:
         UserError: Neither a run's ``recipe.yaml`` nor an ``hf/`` folder is near it.
     """
     for folder in list(checkpoint.resolve().parents)[:2]:
-        if (folder / "recipe.yaml").is_file():
-            source = Path(load_recipe(folder / "recipe.yaml", check_files=False).model.hf)
+        if (folder / RECIPE).is_file():
+            source = Path(load_recipe(folder / RECIPE, check_files=False).model.hf)
             if source.is_dir():  # a run may outlive the model it started from
                 return source
         if (folder / HF_PART / "config.json").is_file():

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from megatron_irl.config.run_files import IDENTITY, RECIPE
 from megatron_irl.convert.weights_digest import weights_digest
 from megatron_irl.data.tokenizer import Tokenizer
 from megatron_irl.errors import UserError
@@ -49,7 +50,7 @@ def identity_of(run: Path) -> dict[str, Any]:
     Raises:
         UserError: There is a ``run.json``, and neither can be read.
     """
-    path = run / "run.json"
+    path = run / IDENTITY
     try:
         return dict(json.loads(path.read_text()))
     except FileNotFoundError:
@@ -65,7 +66,7 @@ def identity_of(run: Path) -> dict[str, Any]:
 def said_in_recipe(run: Path) -> dict[str, Any]:
     """The identity as ``recipe.yaml`` repeats it; of a run of 0.1.0 only that it is one."""
     try:
-        written = yaml.safe_load((run / "recipe.yaml").read_text())
+        written = yaml.safe_load((run / RECIPE).read_text())
         environment = written["environment"]
         return environment.get("run") or {"restored_from": f"{environment['versions']}"}
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError):

@@ -21,13 +21,13 @@ from megatron_irl.config import (
     to_yaml,
 )
 from megatron_irl.config.former import keep_former
+from megatron_irl.config.run_files import CHECKPOINTS, HF, HF_REWARD, IDENTITY, LEDGER, RECIPE
 from megatron_irl.data.token_store import is_token_store
 from megatron_irl.errors import UserError
 from megatron_irl.policy.provenance import date_of, identity_of, said_in_recipe, start_of
 from megatron_irl.storage.commit import TEMPORARY_PATTERN, write_file
 from megatron_irl.storage.lease import LEASE_PATTERN
 
-RECIPE = "recipe.yaml"
 SAMPLING = 2  # the way of drawing samples that a new run begins with
 # Keys of trackers and the like come from the environment, but somebody may write one in a command.
 _SECRET = re.compile(r"(?i)([\w.-]*(?:api_?key|secret|password|_token))=.*")
@@ -49,17 +49,17 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.hf = path / "hf"
+        self.hf = path / HF
         self.adapter = path / "adapter"
-        self.hf_reward = path / "hf_reward"
-        self.ledger = path / "ledger"
+        self.hf_reward = path / HF_REWARD
+        self.ledger = path / LEDGER
         self.preference_references = path / "preference_references.json"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
         self.pairs = path / "pairs"
         self.heldout = path / "heldout"
         self.previous = path / "previous"
         self.tokens = path / "tokens"
-        self._identity = path / "run.json"
+        self._identity = path / IDENTITY
 
     def round_adapter(self, round_index: int) -> Path:
         """Where the adapter of a round is kept that is merged into the base."""

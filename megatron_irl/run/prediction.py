@@ -65,7 +65,7 @@ class Prediction:
         self._warn = warn if recipe.parallel.memory_check != "off" else lambda _: None
         self._plan: dict[str, Any] | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="megatron-irl-plan-")
-        path = Path(self._folder.name) / "recipe.yaml"
+        path = Path(self._folder.name) / "planned.yaml"
         path.write_text(to_yaml(recipe))
         environment = {k: v for k, v in os.environ.items()
                        if k not in _OF_RANKS and not k.startswith("SLURM_")}

@@ -14,6 +14,7 @@ import yaml
 
 from megatron_irl.algorithms.registry import REGISTRY, rules_of
 from megatron_irl.algorithms.rules import AlgorithmRules, section
+from megatron_irl.config.run_files import EVALUATION, RECIPE
 from megatron_irl.console import format_seconds
 from megatron_irl.errors import UserError
 from megatron_irl.evaluation.measurements import table
@@ -45,12 +46,12 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     log = RunLog(run_dir)
-    recipe_path = run_dir / "recipe.yaml"
+    recipe_path = run_dir / RECIPE
     if not any(path.exists() for path in (recipe_path, log.metrics_path, log.rounds_path)):
-        raise UserError(f"{run_dir} is not a run folder: it has no recipe.yaml, metrics.jsonl or "
+        raise UserError(f"{run_dir} is not a run folder: it has no {RECIPE}, metrics.jsonl or "
                         "rounds.jsonl. Give the output_dir of a run.")
     page = render_report(run_dir.resolve().name, _read_recipe(recipe_path), log.read_metrics(),
-                         log.read_rounds(), read_comparisons(run_dir / "evaluation"))
+                         log.read_rounds(), read_comparisons(run_dir / EVALUATION))
     path = run_dir / REPORT_FILE
     write_file(path, page.encode(errors="replace"))
     return path

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_irl.algorithms.registry import REGISTRY
+from megatron_irl.config.run_files import IDENTITY, RECIPE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "megatron_irl"
@@ -191,15 +192,27 @@ def test_upstream_is_patched_in_one_room():
             assert re.search(r"(?i)to be removed when|goes when|removal condition", said), path
 
 
-def algorithm_names_in(path: Path) -> list[str]:
-    """Names of algorithms that a file holds as strings, outside of documentation."""
+def test_a_run_folders_own_files_are_named_in_one_place():
+    """``run`` writes them, and rooms below and above it read them."""
+    package = [p for p in PRODUCT if module_of(p).startswith(PACKAGE)]
+    said = {relative(p): strings_in(p) & {RECIPE, IDENTITY} for p in package}
+    assert {path for path, names in said.items() if names} == {f"{PACKAGE}/config/run_files.py"}
+
+
+def strings_in(path: Path) -> set[str]:
+    """Strings that a file holds, outside of documentation."""
     nodes = list(ast.walk(tree(path)))
     documentation = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
-    return [
+    return {
         node.value for node in nodes
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        and node.value in REGISTRY and id(node) not in documentation
-    ]
+        and id(node) not in documentation
+    }
+
+
+def algorithm_names_in(path: Path) -> set[str]:
+    """Names of algorithms that a file holds as strings, outside of documentation."""
+    return strings_in(path) & set(REGISTRY)
 
 
 def test_only_algorithms_know_algorithms_by_name():
