@@ -18,9 +18,10 @@ $(VENV)/.ready: setup.py constraints.txt
 demo: setup
 	$(BIN)/python tools/demo.py --out runs/demo
 
-# Two files at a time, one thread each: the suite is made of many small runs.
+# Two files at a time, one thread each: the suite is made of many small runs. In their order: the
+# long ones, of tests/cli and tests/convert, are not left for the end, when one worker has nothing.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 # The job script on a real Slurm of two nodes, which needs root and ten minutes; Debian's packages.
 test-slurm: setup

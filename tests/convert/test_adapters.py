@@ -13,7 +13,6 @@ from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert.test_round_trip import assert_same_weights
 from tests.convert.test_stream import ignore
-from tests.convert.test_verify import verify
 from tests.convert.tiny import make_tiny_llama
 from tests.dist import jobs
 
@@ -96,7 +95,7 @@ def test_unmerged_adapter_is_refused_with_the_remedy(adapted):
         read_hf_config(adapter)
 
 
-def test_unmerged_adapter_converts_as_merged_by_peft(adapted, tmp_path):
+def test_unmerged_adapter_converts_as_merged_by_peft(adapted, tmp_path, verify_in_pool):
     """From the adapter's folder alone; and Megatron's ranks read their slices so, as peft says."""
     adapter, merged, model = adapted
     hf_to_megatron(adapter, tmp_path / "megatron").run(ignore)
@@ -106,8 +105,8 @@ def test_unmerged_adapter_converts_as_merged_by_peft(adapted, tmp_path):
     worst = max((one.slice(n)[:] - other.slice(n)[:]).abs().max().item() for n in one.files)
     assert worst < 1e-6
     assert (tmp_path / "megatron" / "hf" / "tokenizer.json").is_file()
-    if model.config.model_type == "llama":  # processes of their own, which takes long
-        assert verify(["--hf", str(adapter), "--layouts", "tp1pp1", "tp2pp1"]) == 0
+    if model.config.model_type == "llama":
+        assert verify_in_pool(["--hf", str(adapter), "--layouts", "tp1pp1", "tp2pp1"]) == 0
 
 
 def test_adapter_without_its_base_is_refused(adapted, tmp_path):

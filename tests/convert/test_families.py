@@ -1,5 +1,6 @@
 """Families with layers of their own: equal to transformers under every layout, and trainable."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -135,8 +136,44 @@ def reference(folder):
     return load
 
 
+@pytest.fixture(scope="module")
+def expected_logprobs(reference):
+    """By name, those of each response's tokens, by transformers."""
+
+    @functools.cache
+    def of(name):
+        found = []
+        for prompt, response in jobs.random_sequences(seed_of(name), 8, VOCAB):
+            ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
+            with torch.no_grad():
+                logprobs = reference(name)(ids).logits[0].log_softmax(-1)
+            targets = ids[0, len(prompt) :, None]
+            found.append(logprobs[len(prompt) - 1 : -1].gather(1, targets)[:, 0])
+        return found
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def expected_tokens(reference):
+    """By name, the greedy answers to each prompt, by transformers."""
+
+    @functools.cache
+    def of(name):
+        found = []
+        for prompt, _ in jobs.random_sequences(seed_of(name), 6, VOCAB):
+            ids = torch.tensor(prompt)[None].long()
+            found.append(reference(name).generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+                eos_token_id=1, pad_token_id=1,
+            )[0, len(prompt) :].tolist())
+        return found
+
+    return of
+
+
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_token_logprobs_equal_transformers(pool, folder, reference, seed, name, layout):
+def test_token_logprobs_equal_transformers(pool, folder, expected_logprobs, seed, name, layout):
     world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     ranks = pool.run(
         world_size, jobs.token_logprobs, hf=str(folder(name)), layout=sizes, seed=seed, num=8,
@@ -144,13 +181,7 @@ def test_token_logprobs_equal_transformers(pool, folder, reference, seed, name, 
     )
     assert all(rank == ranks[0] for rank in ranks)
     everything = []
-    for got, (prompt, response) in zip(
-        ranks[0], jobs.random_sequences(seed, 8, VOCAB), strict=True
-    ):
-        ids = torch.tensor(np.concatenate([prompt, response]))[None].long()
-        with torch.no_grad():
-            logprobs = reference(name)(ids).logits[0].log_softmax(-1)
-        expected = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+    for got, expected in zip(ranks[0], expected_logprobs(name), strict=True):
         np.testing.assert_allclose(got, expected.numpy(), atol=1e-4, err_msg=f"seed {seed}")
         everything += got
     assert np.std(everything) > 0.3, "flat predictions would hide a wrong model"
@@ -159,7 +190,7 @@ def test_token_logprobs_equal_transformers(pool, folder, reference, seed, name, 
 @pytest.mark.parametrize(("name", "layout"), [
     c for c in CASES
     if c[1] in ("one", "tp4", "pp2", "tp2_ep2") or c[1] == "tp2" and c[0] in FEW])
-def test_greedy_generation_equals_transformers(pool, folder, reference, seed, name, layout):
+def test_greedy_generation_equals_transformers(pool, folder, expected_tokens, seed, name, layout):
     world_size, sizes = (LAYOUTS | SPARSE_LAYOUTS)[layout]
     prompts = [prompt for prompt, _ in jobs.random_sequences(seed, 6, VOCAB)]
     ranks = pool.run(
@@ -167,12 +198,7 @@ def test_greedy_generation_equals_transformers(pool, folder, reference, seed, na
         sampling=GREEDY, vocab=VOCAB,
     )
     lengths = set()
-    for (tokens, _, _), prompt in zip(ranks[0], prompts, strict=True):
-        ids = torch.tensor(prompt)[None].long()
-        expected = reference(name).generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
-            eos_token_id=1, pad_token_id=1,
-        )[0, len(prompt) :].tolist()
+    for (tokens, _, _), expected in zip(ranks[0], expected_tokens(name), strict=True):
         assert tokens == expected, f"seed {seed}"
         lengths.add(len(set(tokens)))
     # Six to twelve as a rule, with fresh weights three at times; one in a thousand runs.

@@ -1,24 +1,18 @@
 """The certificate: written when everything agrees, and missed by training where there is none."""
 
 import json
-import runpy
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_irl.cli.verification import Layout, score_as_rank
+from megatron_irl.cli.verification import Layout
 from megatron_irl.convert.certificate import certificate_notes, sha256
 from megatron_irl.convert.stream import hf_to_megatron, megatron_to_hf
 from megatron_irl.errors import UserError
 from tests.convert.test_round_trip import SPARSE
 from tests.convert.test_stream import ignore
 from tests.convert.tiny import make_tiny_llama
-
-TOOL = Path(__file__).parents[2] / "tools" / "verify_checkpoint.py"
-verify = runpy.run_path(str(TOOL))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +25,7 @@ def models(tmp_path_factory):
     return source, root / "megatron", root / "hf"
 
 
-def test_what_agrees_is_certified(models, capfd, monkeypatch):
+def test_what_agrees_is_certified(models, verify, capfd, monkeypatch):
     source, megatron, hf = models
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert certificate_notes(source) == [], "nobody converted this one"
@@ -53,29 +47,19 @@ def test_what_agrees_is_certified(models, capfd, monkeypatch):
     assert certificate_notes(hf) == []
 
 
-def test_experts_are_certified(pool, tmp_path, monkeypatch):
+def test_experts_are_certified(verify_in_pool, tmp_path):
     """Under tensor parallelism the sequence is split too."""
-
-    def in_the_pool(hf_dir, checkpoint, layout, sequences, program):
-        (job := tmp_path / "job.json").write_text(json.dumps({
-            "hf": str(hf_dir), "checkpoint": str(checkpoint), "tp": layout.tp, "pp": layout.pp,
-            "sequences": sequences}))
-        pool.run(layout.tp * layout.pp, score_as_rank, job_file=job)
-        return [np.array(score) for score in json.loads(job.with_suffix(".out").read_text())]
-
-    monkeypatch.setitem(verify.__globals__, "megatron_logprobs", in_the_pool)
     source = make_tiny_llama(tmp_path / "source", layers=2, seed=13, **SPARSE["mixtral"])
     hf_to_megatron(source, megatron := tmp_path / "megatron").run(ignore)
     arguments = ["--hf", str(source), "--checkpoint", str(megatron)]
-    assert verify([*arguments, "--layouts", "tp2pp1", "tp1pp2"]) == 0
+    assert verify_in_pool([*arguments, "--layouts", "tp2pp1", "tp1pp2"]) == 0
     numbers = json.loads((megatron / "certificate.json").read_text())["largest_difference_nats"]
     assert set(numbers) == {"tp2pp1", "tp1pp2"}
     assert all(0 < each["from_transformers"] < 1e-4 for each in numbers.values())
 
 
-def test_what_differs_is_not(models, tmp_path, capfd, monkeypatch):
+def test_what_differs_is_not(models, tmp_path, capfd, verify_in_pool):
     source, megatron, _ = models
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     other = tmp_path / "other"
     shutil.copytree(source, other)
     tensors = load_file(other / "model.safetensors")
@@ -83,7 +67,8 @@ def test_what_differs_is_not(models, tmp_path, capfd, monkeypatch):
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     checkpoint = tmp_path / "megatron"
     shutil.copytree(megatron, checkpoint, ignore=shutil.ignore_patterns("certificate.json"))
-    code = verify(["--hf", str(other), "--checkpoint", str(checkpoint), "--layouts", "tp1pp1"])
+    code = verify_in_pool(
+        ["--hf", str(other), "--checkpoint", str(checkpoint), "--layouts", "tp1pp1"])
     said = capfd.readouterr().err
     assert code == 1 and "more than the bound" in said, said
     assert "Traceback" not in said
