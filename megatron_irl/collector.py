@@ -9,7 +9,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_AT_FIRST = gc.get_freeze_count()  # the interpreter sets a few hundred objects aside itself
+_is_kept = False
 
 
 @contextmanager
@@ -24,16 +24,27 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
+def keep_aside() -> None:
+    """Have collections pass over what is alive now, to the end of the process.
+
+    For one that runs much after its imports: they are a million objects, and every full collection
+    would go through them.
+    """
+    global _is_kept
+    gc.collect()
+    gc.freeze()
+    _is_kept = True
+
+
 @contextmanager
 def settled() -> Iterator[None]:
     """Within the block collections pass over what is alive at its beginning.
 
-    For a run that has been built: models, optimizer and libraries stay to its end. Objects are set
-    aside and taken back all together, so a process that has set some aside itself keeps them so,
-    and a run adds none of its own.
+    For a run that has been built: models, optimizer and libraries stay to its end. Python takes
+    back all that is set aside or none of it, so after ``keep_aside`` a run adds nothing to that.
     """
     gc.collect()
-    if gc.get_freeze_count() > _AT_FIRST:
+    if _is_kept:
         yield
         return
     gc.freeze()

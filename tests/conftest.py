@@ -1,9 +1,8 @@
 """Fixtures that every folder of tests may use."""
 
-import gc
-
 import pytest
 
+from megatron_irl.collector import keep_aside
 from tests.dist.pool import Pool
 from tests.faults.forked import Zygote
 
@@ -13,8 +12,7 @@ def pytest_collection_finish():
 
     Each full collection would go through them: a quarter of the suite's processor time.
     """
-    gc.collect()
-    gc.freeze()
+    keep_aside()
 
 
 @pytest.fixture(scope="session")

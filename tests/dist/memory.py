@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from megatron_irl import collector
 from megatron_irl.generation import SamplingConfig
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from tests.dist.jobs import Layout, build
@@ -13,7 +14,7 @@ from tests.dist.jobs import Layout, build
 
 def live_tensors() -> list[torch.Tensor]:
     """Every tensor that Python can reach."""
-    assert gc.get_freeze_count() > 10_000, "a run would set aside what it is built of: ``settled``"
+    assert collector._is_kept, "else a run would set aside what it is built of"
     for _ in range(2):  # a model under DDP is only let go of when the hooks of its gradients are
         gc.collect()
     kinds = (torch.Tensor, torch.nn.Parameter)

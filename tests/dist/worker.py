@@ -13,11 +13,11 @@ def main(address: str) -> None:
     with Client(address, "AF_UNIX") as pipe:
         import torch
 
+        from megatron_irl.collector import keep_aside
         from megatron_irl.parallel.topology import shutdown
 
         torch.set_num_threads(1)
-        gc.collect()
-        gc.freeze()  # libraries stay, and a collection after every job would go through them
+        keep_aside()  # what a collection after every job would go through
         while True:
             try:
                 environment, name, arguments = pickle.loads(pipe.recv_bytes())

@@ -8,9 +8,9 @@ import pytest
 
 PROGRAM = """
 import gc
-from megatron_irl.collector import settled
+from megatron_irl.collector import keep_aside, settled
 if {before}:
-    gc.freeze()
+    keep_aside()
 own = gc.get_freeze_count()
 more = [[] for _ in range(1000)]
 with settled():
