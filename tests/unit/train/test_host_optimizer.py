@@ -50,6 +50,25 @@ def test_without_keys_nothing_changes():
     assert completed(recipe(given), check_hardware=True) == given
 
 
+def test_megatron_gives_it_nothing_to_update_of_weights_in_fp8(monkeypatch):
+    """Why they are refused below; when this fails, upstream has learnt it (0.19.2 has not)."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    def updated(*, aware):
+        weight, group = torch.nn.Parameter(torch.zeros(8, dtype=torch.bfloat16)), {}
+        places = {weight: {"param": SimpleNamespace(start=0, end=8)}}
+        config = SimpleNamespace(
+            fp8_recipe=None, use_precision_aware_optimizer_no_fp8_or_ds_fp8=aware)
+        DistributedOptimizer._build_model_and_main_param_groups(
+            [{torch.bfloat16: [{"param_map": places}]}], {weight: (0, torch.bfloat16, 0)},
+            [{"params": [weight], "orig_group": group}], config)
+        return [part is not None for part in group["params"]]
+
+    assert updated(aware=True) == updated(aware=False) == [True]
+    monkeypatch.setattr(DistributedOptimizer, "_is_distopt_quantized_param", lambda _: True)
+    assert updated(aware=True) == [False] and updated(aware=False) == [True]
+
+
 @pytest.mark.parametrize("name", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_products_in_fp8_change_nothing(name):
     """The weights are bf16, and the optimizer keeps their copies as without FP8."""
