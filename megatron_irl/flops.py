@@ -13,11 +13,12 @@ class Tokens:
     """What a step's sequences add up to.
 
     Attributes:
-        sum: Tokens, prompts included.
+        sum: Tokens that the layers compute, prompts included.
         squares: Sum over sequences of their squared lengths.
         rows: Response tokens, each of which the head sees one row of.
         sequences: How many they are.
         longest: The longest of them.
+        again: Tokens of shared prompts that attention goes over beside those of ``sum``.
     """
 
     sum: int
@@ -25,14 +26,31 @@ class Tokens:
     rows: int
     sequences: int
     longest: int
+    again: int = 0
 
     @classmethod
-    def of(cls, lengths: Iterable[tuple[int, int]]) -> "Tokens":
-        """Of (prompt tokens, response tokens) of each sequence."""
+    def of(cls, lengths: Iterable[tuple[int, int]], *, sharing: int = 1) -> "Tokens":
+        """Of (prompt tokens, response tokens) of each sequence.
+
+        Args:
+            sharing: How many neighbours have a prompt in common.
+        """
         pairs = np.array(list(lengths), dtype=np.int64).reshape(-1, 2)
         whole = pairs.sum(1)
-        return cls(int(whole.sum()), int((whole**2).sum()), int(pairs[:, 1].sum()), len(pairs),
-                   int(whole.max(initial=0)))
+        again = int(pairs[:, 0].sum() - pairs[::sharing, 0].sum())
+        return cls(int(whole.sum()) - again, int((whole**2).sum()), int(pairs[:, 1].sum()),
+                   len(pairs), int(whole.max(initial=0)), again)
+
+    def __mul__(self, times: float) -> "Tokens":
+        """So many times the same sequences."""
+        return Tokens(*(round(n * times) for n in (
+            self.sum, self.squares, self.rows, self.sequences)), self.longest,
+            round(self.again * times))
+
+    @property
+    def whole(self) -> int:
+        """Tokens of the sequences, a shared prompt counted in each: what other trainers compute."""
+        return self.sum + self.again
 
     @property
     def padded(self) -> "Tokens":
@@ -86,8 +104,8 @@ def attended(arch: Architecture, tokens: Tokens) -> float:
     half = tokens.squares / 2
     if not window or not tokens.sum:
         return half
-    mean = tokens.squares / tokens.sum  # the length of a sequence, weighted by tokens
-    return half if mean <= window[0] else tokens.sum * window[0] - 0.5 * tokens.sequences * (
+    mean = tokens.squares / tokens.whole  # the length of a sequence, weighted by tokens
+    return half if mean <= window[0] else tokens.whole * window[0] - 0.5 * tokens.sequences * (
         window[0] ** 2)
 
 

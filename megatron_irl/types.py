@@ -112,15 +112,40 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class SharedPrompts:
+    """Where the tokens of a pack stand in the sequences that attention sees.
+
+    In the pack a prompt that several responses share stands once; attention sees every sequence
+    whole, laid end to end in A >= T places.
+
+    Attributes:
+        rows_A: int64 [A], the position in T of the token at each place.
+        first_T: int64 [T], the first place of each token, and
+        again_B: int64 [A - T], all other places. Within a training item no token has more than two
+            places, so what is added up over them has one order.
+    """
+
+    rows_A: Tensor
+    first_T: Tensor
+    again_B: Tensor
+
+    def to(self, device: torch.device) -> "SharedPrompts":
+        """Return the same on ``device``, as ``PackedBatch.to``."""
+        return SharedPrompts(*(_send(value, device) for value in vars(self).values()))
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """One microbatch of variable-length sequences laid end to end; no padding between them.
 
     Attributes:
         tokens_T: int64 [1, T].
-        position_ids_T: int64 [1, T], restarting at 0 in every sequence.
-        cu_seqlens: int32 [S + 1], or [S + 2] when a final masked padding segment aligns T.
+        position_ids_T: int64 [1, T], of each token in its sequence, from 0 on.
+        cu_seqlens: int32 [S + 1], or [S + 2] when a final masked padding segment aligns T; bounds
+            of whole sequences, which end at T, or at A where prompts are ``shared``.
         max_seqlen: Longest segment, padding segment included.
-        rows_R: int64 [R], positions in T whose next token is a response token.
+        rows_R: int64 [R], positions in T whose next token is a response token. The last one of a
+            shared prompt comes once for each of its responses.
         targets_R: int64 [R], that next token.
         segment_R: int64 [R], the sequence (0..S-1) each row belongs to; non-decreasing.
         num_sequences: S; the padding segment is not counted.
@@ -130,6 +155,7 @@ class PackedBatch:
         sampled_logprobs_R: float32 [R], nats, of each response token when it was sampled, and
         advantages_S: float32 [S]; both only where a policy step needs them.
         is_preference: The pairs are (chosen, rejected) ones of the preference stream.
+        shared: Where sequences share prompts; None: each sequence has its tokens to itself.
     """
 
     tokens_T: Tensor
@@ -146,6 +172,7 @@ class PackedBatch:
     sampled_logprobs_R: Tensor | None = None
     advantages_S: Tensor | None = None
     is_preference: bool = False
+    shared: SharedPrompts | None = None
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch on ``device``.
@@ -157,6 +184,8 @@ class PackedBatch:
             name: _send(value, device) if isinstance(value, Tensor) else value
             for name, value in vars(self).items()
         }
+        if self.shared is not None:
+            moved["shared"] = self.shared.to(device)
         return PackedBatch(**moved)
 
 

@@ -23,6 +23,8 @@ RUNS = [
     ("llama-1.1b", f"{TRAIN} train.micro_batch_size=4 train.global_batch_size=16 "
                    "--peer transformers"),
     ("llama-1.1b", f"{TRAIN} --sweep train.micro_batch_size,train.global_batch_size=4,16"),
+    ("llama-1.1b", f"{TRAIN} --sweep train.share_prompts=true,false train.micro_batch_size=16 "
+                   "train.global_batch_size=16"),
     ("llama-2.8b", f"{TRAIN} --sweep precision=bf16,fp8 train.micro_batch_size=8 "
                    "train.global_batch_size=8"),
     ("llama-2.8b", f"{TRAIN} --sweep precision=bf16,fp8 train.micro_batch_size=8 "

@@ -69,8 +69,9 @@ class RolloutRows(Sequence[Rollout]):
         return RolloutRows(self._pairs.chosen(indices),
                            self._advantages[np.asarray(indices, np.int64)])
 
-    def token_counts(self) -> list[int]:
-        """Of each: prompt and sample."""
+    def token_counts(self, *, share_prompts: bool) -> list[int]:
+        """Of each: prompt and sample, which shares it with none."""
+        del share_prompts
         known = self._pairs.numbers
         return (known["prompt_length"] + known["sample_length"]).tolist()
 

@@ -67,12 +67,13 @@ class Bench:
                     pairs, self.topology, multiple_of=self.policy.multiple_of,
                     micro_batch_size=case.recipe.train.micro_batch_size,
                     micro_batch_tokens=case.recipe.train.micro_batch_tokens,
+                    share_prompts=case.recipe.train.share_prompts,
                 )
                 self.trainer.stepper.train_step(packs, pair_objective)
             if step >= case.warmup:
                 work = work_of(packs)
                 speed = self.speed.step(work, timer.seconds, has_head=True)
-                rates.append((timer.seconds, work.sum * self.topology.dp_size, speed))
+                rates.append((timer.seconds, work.whole * self.topology.dp_size, speed))
         seconds = statistics.median(rate[0] for rate in rates)
         tokens = statistics.median(rate[1] / rate[0] for rate in rates)
         found = {"seconds": seconds, "tokens_per_second": tokens}

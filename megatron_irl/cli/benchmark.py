@@ -113,6 +113,8 @@ def case_name(case: Case, headers: Headers, phase: str) -> str:
     work = (f"{case.requests} requests" if phase in ("generate", "reference") else
             f"{at_once} of {train.global_batch_size} "
             f"{'pairs' if headers.algorithm.draws_samples else 'sequences'}")
+    if phase in ("train", "reference") and not train.share_prompts:
+        work = f"{work} prompts apart"
     places = case.recipe.generation.max_requests
     if phase == "generate" and places < case.requests:
         work = f"{work} at {places} places"

@@ -15,9 +15,9 @@ from megatron_irl.config.schema import Recipe
 NOT_THE_EXPERIMENT = (
     "output_dir", "logging", "profile", "checkpoint", "evaluation", "parallel", "ddp", "data.eval",
     "data.eval_limit", "data.eval_preferences", "train.micro_batch_size",
-    "train.micro_batch_tokens", "train.logprob_rows", "train.on_nonfinite",
-    "train.max_skips", "train.on_spike", "train.spike_factor", "train.on_collapse",
-    "generation.max_requests",
+    "train.micro_batch_tokens", "train.share_prompts", "train.logprob_rows",
+    "train.on_nonfinite", "train.max_skips", "train.on_spike", "train.spike_factor",
+    "train.on_collapse", "generation.max_requests",
     "generation.kv_cache_gb", "generation.cuda_graphs", "generation.keep_cache",
     "generation.share_prompts", "adapter.generation", "generation.offload_optimizer",
     "generation.pipeline",

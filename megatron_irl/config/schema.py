@@ -192,6 +192,9 @@ class TrainConfig:
     GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
+    share_prompts: bool = True
+    """Compute the prompt of a pair once for demonstration and sample, in training and in the
+    reference pass; attention alone goes over it for both. Changes no number beyond rounding."""
     logprob_rows: int = 2048
     """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
     they stay in the model's precision, and so many more as fit the same memory are taken."""

@@ -4,12 +4,14 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from megatron_irl.types import PackedBatch
+from megatron_irl.types import PackedBatch, SharedPrompts
 
 TokenIds = Sequence[int] | np.ndarray
 
@@ -23,6 +25,7 @@ def pack(
     *,
     multiple_of: int = 1,
     pad_id: int = 0,
+    sharing: Sequence[int] | None = None,
     sampled_logprobs: Sequence[np.ndarray] | None = None,
     advantages: Sequence[float] | None = None,
     loss_masks: Sequence[np.ndarray | None] | None = None,
@@ -35,12 +38,17 @@ def pack(
     Masking is by length; token ids play no part, so pad and EOS may be the same id. Where a
     response has a mask, only the tokens it marks have a row.
 
+    Neighbours that share a prompt have it once, before their responses. Every token keeps the
+    position that it has in its sequence, and attention sees whole sequences (``SharedPrompts``).
+
     Args:
         sequences: [S] (prompt ids, response ids).
         ref_logps: [S] cached reference log-probabilities in nats, or None for zeros.
         multiple_of: T is padded up to a multiple of this with one more segment, which no row
             belongs to.
         pad_id: What that segment is filled with.
+        sharing: How many neighbours have one prompt in common, group after group; adds up to S.
+            None: no sequence shares its prompt.
         sampled_logprobs: [S] float32 arrays as long as the responses, and
         advantages: [S]; for policy steps only.
         loss_masks: [S] bool arrays as long as the responses, or None for all of a response; not
@@ -49,53 +57,121 @@ def pack(
 
     Raises:
         ValueError: No sequence, an empty prompt (nothing would predict the first response
-            token), an empty response or one with nothing marked, or ref_logps of another length.
+            token), an empty response or one with nothing marked, ref_logps of another length, or
+            groups that are none.
     """
     prompt_S = np.array([len(prompt) for prompt, _ in sequences], dtype=np.int64)
     response_S = np.array([len(response) for _, response in sequences], dtype=np.int64)
-    if not sequences or not prompt_S.all() or not response_S.all():
-        raise ValueError(f"prompt lengths {prompt_S.tolist()} and response lengths "
-                         f"{response_S.tolist()} must all be positive, and there must be some")
-    if ref_logps is not None and len(ref_logps) != len(sequences):
-        raise ValueError(f"{len(ref_logps)} ref_logps for {len(sequences)} sequences")
-    if sampled_logprobs is not None and list(map(len, sampled_logprobs)) != response_S.tolist():
-        raise ValueError(f"sampled_logprobs of lengths {list(map(len, sampled_logprobs))} for "
-                         f"responses of {response_S.tolist()} tokens")
-    segment_lengths = prompt_S + response_S
-    num_tokens = int(segment_lengths.sum())
-    num_padding = -num_tokens % multiple_of
-    parts = [np.asarray(ids, dtype=np.int64) for sequence in sequences for ids in sequence]
-    if num_padding:  # a sequence of its own, so that no real token sees it or is seen by it
-        parts.append(np.full(num_padding, pad_id, dtype=np.int64))
-        segment_lengths = np.append(segment_lengths, num_padding)
-    tokens_T = np.concatenate(parts)
-    cu_seqlens = np.concatenate([[0], np.cumsum(segment_lengths)])
-    starts = cu_seqlens[:-1]
-    rows_R = _ranges(starts[: len(sequences)] + prompt_S - 1, response_S)
+    _check(prompt_S, response_S, ref_logps, sampled_logprobs)
+    place = _Places.of(prompt_S, response_S, sharing, multiple_of)
+    parts = [np.asarray(ids, dtype=np.int64) for sequence, owns in zip(
+        sequences, place.owns_prompt_S, strict=True) for ids in sequence[0 if owns else 1 :]]
+    tokens_T = np.concatenate([*parts, np.full(place.num_padding, pad_id, dtype=np.int64)])
+    rows_R = _ranges(place.response_S - 1, response_S)
+    # The first token of a response is predicted at the end of its prompt, wherever that stands.
+    rows_R[np.cumsum(response_S) - response_S] = place.prompt_S + prompt_S - 1
+    targets_R = tokens_T[_ranges(place.response_S, response_S)]
     segment_R, counted_S = np.repeat(np.arange(len(sequences)), response_S), response_S
     if loss_masks is not None and any(mask is not None for mask in loss_masks):
         mask_R = _joined_masks(loss_masks, response_S)
-        rows_R, segment_R = rows_R[mask_R], segment_R[mask_R]
+        rows_R, targets_R, segment_R = rows_R[mask_R], targets_R[mask_R], segment_R[mask_R]
         counted_S = np.bincount(segment_R, minlength=len(sequences))
     ref = np.zeros(len(sequences)) if ref_logps is None else np.asarray(ref_logps)
+    segments = place.segment_lengths
+    positions_A = torch.from_numpy(_ranges(np.zeros_like(segments), segments))
+    shared = place.shared()
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens_T)[None],
-        position_ids_T=torch.from_numpy(_ranges(np.zeros_like(starts), segment_lengths))[None],
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        max_seqlen=int(segment_lengths.max()),  # on the host: attention would wait to read it
+        position_ids_T=(positions_A if shared is None else positions_A[shared.first_T])[None],
+        cu_seqlens=torch.from_numpy(np.append(0, np.cumsum(segments)).astype(np.int32)),
+        max_seqlen=int(segments.max()),  # on the host: attention would wait to read it
         rows_R=torch.from_numpy(rows_R),
-        targets_R=torch.from_numpy(tokens_T[rows_R + 1]),
+        targets_R=torch.from_numpy(targets_R),
         segment_R=torch.from_numpy(segment_R),
         num_sequences=len(sequences),
         lengths_S=torch.from_numpy(counted_S),
         ref_logps_S=torch.from_numpy(ref.astype(np.float32)),
-        final_S=torch.from_numpy(starts[: len(sequences)] + prompt_S + response_S - 1),
+        final_S=torch.from_numpy(place.response_S + response_S - 1),
         sampled_logprobs_R=None if sampled_logprobs is None else torch.from_numpy(
             np.concatenate(sampled_logprobs).astype(np.float32)),
         advantages_S=None if advantages is None else torch.tensor(
             advantages, dtype=torch.float32),
         is_preference=is_preference,
+        shared=shared,
     )
+
+
+def _check(
+    prompt_S: np.ndarray, response_S: np.ndarray, ref_logps: Sequence[float] | None,
+    sampled_logprobs: Sequence[np.ndarray] | None,
+) -> None:
+    if not len(prompt_S) or not prompt_S.all() or not response_S.all():
+        raise ValueError(f"prompt lengths {prompt_S.tolist()} and response lengths "
+                         f"{response_S.tolist()} must all be positive, and there must be some")
+    if ref_logps is not None and len(ref_logps) != len(prompt_S):
+        raise ValueError(f"{len(ref_logps)} ref_logps for {len(prompt_S)} sequences")
+    if sampled_logprobs is not None and list(map(len, sampled_logprobs)) != response_S.tolist():
+        raise ValueError(f"sampled_logprobs of lengths {list(map(len, sampled_logprobs))} for "
+                         f"responses of {response_S.tolist()} tokens")
+
+
+class _Places(NamedTuple):
+    """Where the prompts and responses of a pack stand.
+
+    Attributes:
+        owns_prompt_S: bool, whether its prompt stands before a response; else it is that of an
+            earlier sequence.
+        prompt_S, response_S: int64, position in T of the first token of each.
+        lengths_2S: int64, tokens of prompt and response of each sequence in turn.
+        segment_lengths: int64 [S], or [S + 1] with the padding: tokens of whole sequences.
+        num_padding: Tokens of that.
+    """
+
+    owns_prompt_S: np.ndarray
+    prompt_S: np.ndarray
+    response_S: np.ndarray
+    lengths_2S: np.ndarray
+    segment_lengths: np.ndarray
+    num_padding: int
+
+    @classmethod
+    def of(
+        cls, prompt_S: np.ndarray, response_S: np.ndarray, sharing: Sequence[int] | None,
+        multiple_of: int,
+    ) -> "_Places":
+        count_G = np.asarray([1] * len(prompt_S) if sharing is None else sharing, np.int64)
+        if count_G.sum() != len(prompt_S) or not count_G.all():
+            raise ValueError(f"sharing={sharing} does not divide {len(prompt_S)} sequences")
+        first_S = np.repeat(np.cumsum(count_G) - count_G, count_G)  # of each one's group
+        if (prompt_S != prompt_S[first_S]).any():
+            raise ValueError(f"prompts of {prompt_S.tolist()} tokens are not shared by groups of "
+                             f"{count_G.tolist()} sequences")
+        owns_S = first_S == np.arange(len(prompt_S))
+        own_S = np.where(owns_S, prompt_S, 0)
+        begin_S = np.cumsum(own_S + response_S) - own_S - response_S
+        num_padding = int(-(own_S + response_S).sum() % multiple_of)
+        # A sequence of its own, so that no real token sees the padding or is seen by it.
+        padding = np.full(min(num_padding, 1), num_padding)
+        return cls(
+            owns_S, begin_S[first_S], begin_S + own_S,
+            np.stack([prompt_S, response_S], axis=1).ravel(),
+            np.concatenate([prompt_S + response_S, padding]), num_padding,
+        )
+
+    def shared(self) -> SharedPrompts | None:
+        """None where every sequence owns its prompt."""
+        if self.owns_prompt_S.all():
+            return None
+        starts_2S = np.stack([self.prompt_S, self.response_S], axis=1).ravel()
+        end = self.response_S[-1] + self.lengths_2S[-1]
+        rows_A = np.append(_ranges(starts_2S, self.lengths_2S), end + np.arange(self.num_padding))
+        return _shared(torch.from_numpy(rows_A))
+
+
+def _shared(rows_A: Tensor) -> SharedPrompts:
+    _, first_T = np.unique(rows_A.numpy(), return_index=True)
+    again_B = np.setdiff1d(np.arange(len(rows_A)), first_T, assume_unique=True)
+    return SharedPrompts(rows_A, torch.from_numpy(first_T), torch.from_numpy(again_B))
 
 
 def _joined_masks(masks: Sequence[np.ndarray | None], response_S: np.ndarray) -> np.ndarray:
@@ -117,16 +193,21 @@ def lengthen(batch: PackedBatch, num_tokens: int) -> PackedBatch:
     if missing == 0:
         return batch
     bounds = batch.cu_seqlens[: batch.num_sequences + 1]
-    num_kept = int(bounds[-1])
-    padding = num_tokens - num_kept
+    padding = int(batch.cu_seqlens[-1] - bounds[-1]) + missing
+    num_kept = num_tokens - padding
+    shared = batch.shared
+    if shared is not None:
+        rows_A = shared.rows_A[: int(bounds[-1])]
+        shared = _shared(torch.cat([rows_A, torch.arange(num_kept, num_tokens)]))
     return replace(
         batch,
         tokens_T=F.pad(batch.tokens_T, (0, missing)),
         position_ids_T=torch.cat(
             [batch.position_ids_T[:, :num_kept], torch.arange(padding)[None]], dim=1
         ),
-        cu_seqlens=torch.cat([bounds, bounds.new_tensor([num_tokens])]),
+        cu_seqlens=torch.cat([bounds, bounds[-1:] + padding]),
         max_seqlen=max(batch.max_seqlen, padding),
+        shared=shared,
     )
 
 
@@ -137,7 +218,7 @@ def assign(lengths: Sequence[int], num_bins: int, per_bin: int) -> list[list[int
     still has room. Deterministic, so every rank computes the same split.
 
     Args:
-        lengths: Tokens of each item; a pair counts demonstration and sample, prompts included.
+        lengths: Tokens of each item; a pair counts prompt, demonstration and sample.
         num_bins: Microbatches, over all data-parallel ranks.
         per_bin: Items in each of them.
 

@@ -137,10 +137,10 @@ class PairRows(Sequence[Pair]):
         copy.keep(range(len(copy)))
         return [copy[index] for index in range(len(copy))]
 
-    def token_counts(self) -> list[int]:
-        """Of each pair: the prompt twice, demonstration and sample."""
-        known = self.numbers
-        total = 2 * known["prompt_length"] + known["demo_length"] + known["sample_length"]
+    def token_counts(self, *, share_prompts: bool) -> list[int]:
+        """Of each pair: the prompt, once or twice, demonstration and sample."""
+        known, prompts = self.numbers, 1 if share_prompts else 2
+        total = prompts * known["prompt_length"] + known["demo_length"] + known["sample_length"]
         return total.tolist()
 
     def keep(self, indices: Iterable[int]) -> None:

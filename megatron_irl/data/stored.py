@@ -16,8 +16,10 @@ class Stored(Protocol):
         """These of the sequence, in this order, as another one over the same store."""
         ...
 
-    def token_counts(self) -> list[int]:
-        """Of every item, the tokens a step processes: prompt and response of each sequence."""
+    def token_counts(self, *, share_prompts: bool) -> list[int]:
+        """Of every item, the tokens a step processes: its responses, and its prompt once or, if
+        not shared, for each of them.
+        """
         ...
 
     def keep(self, indices: Sequence[int]) -> None:

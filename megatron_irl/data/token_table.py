@@ -86,13 +86,13 @@ class MappedRows[T](Sequence[T]):
         batches: The file's.
         make: (its columns, row in the file, row in the batch) -> what a row is.
         rows: Which rows, in order; None: all.
-        count: As ``make``, the tokens of a row.
+        count: As ``make``, the tokens of a row's prompt and of each of its responses.
     """
 
     def __init__(
         self, batches: "Batches", make: Callable[["Batch", int, int], T],
         rows: range | np.ndarray | None = None,
-        count: Callable[["Batch", int, int], int] | None = None,
+        count: Callable[["Batch", int, int], tuple[int, ...]] | None = None,
     ) -> None:
         self._batches, self._make, self._count = batches, make, count
         self._rows: range | np.ndarray = range(batches.count) if rows is None else rows
@@ -117,10 +117,11 @@ class MappedRows[T](Sequence[T]):
         rows = np.asarray(self._rows)[np.asarray(indices, np.int64)]
         return MappedRows(self._batches, self._make, rows, self._count)
 
-    def token_counts(self) -> list[int]:
+    def token_counts(self, *, share_prompts: bool) -> list[int]:
         """Of every row, the tokens a step processes (``data.stored.Stored``)."""
         assert self._count is not None, "rows of something else than training items"
-        return list(self.of_each(self._count))
+        return [prompt * (1 if share_prompts else len(responses)) + sum(responses)
+                for prompt, *responses in self.of_each(self._count)]
 
     def keep(self, indices: Sequence[int]) -> None:
         """Nothing to do: the system keeps the pages that are in use."""
@@ -196,12 +197,14 @@ class Batches:
 
 def demonstrations_in(path: Path) -> MappedRows[Demonstration]:
     """The demonstrations of a file that ``TableWriter`` wrote."""
-    return MappedRows(Batches(path, DEMONSTRATIONS), _demonstration, count=_demonstration_tokens)
+    lengths = _lengths("prompt_ids", "response_ids")
+    return MappedRows(Batches(path, DEMONSTRATIONS), _demonstration, count=lengths)
 
 
 def preferences_in(path: Path) -> MappedRows[Preference]:
     """As ``demonstrations_in``, of preferences."""
-    return MappedRows(Batches(path, PREFERENCES), _preference, count=_preference_tokens)
+    lengths = _lengths("prompt_ids", "chosen_ids", "rejected_ids")
+    return MappedRows(Batches(path, PREFERENCES), _preference, count=lengths)
 
 
 def ids_of(demonstrations: Sequence[Demonstration]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -249,15 +252,8 @@ def _preference(batch: Batch, row: int, place: int) -> Preference:
     return Preference(*ids, source=batch.text("source", place))
 
 
-def _demonstration_tokens(batch: Batch, row: int, place: int) -> int:
-    del row
-    return len(batch.ids("prompt_ids", place)) + len(batch.ids("response_ids", place))
-
-
-def _preference_tokens(batch: Batch, row: int, place: int) -> int:
-    del row
-    responses = len(batch.ids("chosen_ids", place)) + len(batch.ids("rejected_ids", place))
-    return 2 * len(batch.ids("prompt_ids", place)) + responses
+def _lengths(*names: str) -> Callable[[Batch, int, int], tuple[int, ...]]:
+    return lambda batch, _, place: tuple(len(batch.ids(name, place)) for name in names)
 
 
 def _bytes(text: str | None) -> bytes | None:

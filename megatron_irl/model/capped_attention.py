@@ -6,12 +6,12 @@ from torch import Tensor
 
 from megatron_irl import hardware  # noqa: F401  (must precede megatron)
 from megatron_irl.hardware import paged_attention
+from megatron_irl.model.shared_prompts import SharedPromptAttention
 
-from megatron.core.transformer.attention import SelfAttention  # isort: skip
 from megatron.core.transformer.utils import is_layer_window_attention  # isort: skip
 
 
-class CappedSelfAttention(SelfAttention):
+class CappedSelfAttention(SharedPromptAttention):
     """Upstream's self-attention, with our paged kernels in the place of flash-attn's.
 
     Upstream passes no soft cap to flash-attn. In training the cap is the core attention's.

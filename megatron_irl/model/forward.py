@@ -16,6 +16,7 @@ from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
 from megatron_irl.model.reward_head import RewardHead
 from megatron_irl.model.scales import LOGIT_SOFTCAP
+from megatron_irl.model.shared_prompts import SHARED
 from megatron_irl.parallel.logprobs import likeliest_tokens, response_logprobs
 from megatron_irl.types import HeadChoice, HeadOutputs, PackedBatch
 
@@ -112,6 +113,7 @@ def forward_packed(
         float32 [S] rewards, or ``HeadOutputs``. The stage's hidden states elsewhere. Gradient
         flows to the chunk's parameters.
     """
+    # Bounds of whole sequences, as attention sees them: in A places where prompts are shared.
     packed = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
@@ -119,12 +121,15 @@ def forward_packed(
         max_seqlen_q=batch.max_seqlen,
         max_seqlen_kv=batch.max_seqlen,
     )
+    setattr(packed, SHARED, batch.shared)
     model = unwrap(chunk)
     rotary = model.rotary_pos_emb
     if isinstance(rotary, PackedRotaryEmbedding):
         # Left on the module, because GPTModel (0.19) has no argument that reaches it. ``tolist``
         # and the layout make the host wait on CUDA, where the local layers are the slow way anyhow.
-        rotary.positions_T = batch.position_ids_T[0]
+        positions = batch.position_ids_T[0]
+        shared = batch.shared
+        rotary.positions = positions if shared is None else positions[shared.rows_A]
         packed.padded_layout = padded_layout(batch.cu_seqlens.tolist(), batch.tokens_T.device)
     return chunk(
         input_ids=batch.tokens_T,

@@ -47,17 +47,17 @@ class ZeroCenteredRMSNorm(nn.RMSNorm):
 
 
 class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles laid out per packed token, so that RoPE is one operation per layer.
+    """Rotary angles laid out per place of a pack, so that RoPE is one operation per layer.
 
     Upstream applies RoPE to a pack one sequence at a time, with the angles recomputed for each.
-    When the angles are already one per token it applies them at once; ``positions_T`` (set per
+    When the angles are already one per token it applies them at once; ``positions`` (set per
     microbatch by ``model.forward``) provides them.
 
     A model whose layers rotate by two sets of frequencies gets both side by side, its own
     ``inv_freq`` first and ``local_inv_freq`` second; each layer takes its half.
     """
 
-    positions_T: Tensor | None = None
+    positions: Tensor | None = None
     local_inv_freq: Tensor | None = None
 
     def get_emb(self, max_seq_len: int, offset: int = 0) -> Tensor:
@@ -72,8 +72,8 @@ class PackedRotaryEmbedding(RotaryEmbedding):
     def forward(  # pyright: ignore[reportIncompatibleVariableOverride]  (upstream caches it)
         self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
     ) -> Tensor:
-        """Angles [T, 1, 1, d] of a pack, or [max_seq_len, 1, 1, d] otherwise; see ``get_emb``."""
+        """Angles [A, 1, 1, d] of a pack, or [max_seq_len, 1, 1, d] otherwise; see ``get_emb``."""
         # Past upstream's forward, which is cached by its arguments: the positions are none of them.
-        if packed_seq and self.positions_T is not None:
-            return self.get_emb(max_seq_len).index_select(0, self.positions_T)
+        if packed_seq and self.positions is not None:
+            return self.get_emb(max_seq_len).index_select(0, self.positions)
         return super().forward(max_seq_len, offset, packed_seq, cp_group)

@@ -18,6 +18,7 @@ from megatron_irl.model.local_layers import LocalNorm
 from megatron_irl.model.packed_attention import PackedAttention
 from megatron_irl.model.parallel_residual import ParallelResidualLayer
 from megatron_irl.model.sandwich_layer import SandwichLayer
+from megatron_irl.model.shared_prompts import SharedPromptAttention
 
 from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
     get_gpt_layer_local_submodules,
@@ -129,6 +130,7 @@ def block_spec(
     if architecture.sandwich_norms:
         layer.module = SandwichLayer
         layer.params = {"local_rope_layers": architecture.local_rope_layers}
+    layer.submodules.self_attention.module = SharedPromptAttention
     _set_biases(layer.submodules, architecture)
     _set_softcap(layer.submodules, architecture.attention_softcap)
     if name == "transformer_engine":

@@ -19,14 +19,18 @@ from megatron_irl.adapters.adapters import add_adapters
 from megatron_irl.adapters.spec import AdapterSpec, adapter_spec
 from megatron_irl.config import ParallelConfig, Precision
 from megatron_irl.config.schema import AdapterConfig
+from megatron_irl.data.packing import pack
 from megatron_irl.families.architecture import Architecture
+from megatron_irl.flops import Tokens
 from megatron_irl.model.build import build_chunks, build_config
 from megatron_irl.model.local_layers import PackedRotaryEmbedding
 from megatron_irl.model.packed_attention import padded_layout
+from megatron_irl.model.shared_prompts import SHARED
 from megatron_irl.parallel.topology import Topology
 from megatron_irl.planning.even_routing import even_routing
 from megatron_irl.planning.fake_world import Ledger, fake_tensors, fake_world
 from megatron_irl.planning.lean_modules import like_transformer_engine
+from megatron_irl.types import SharedPrompts
 
 from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 
@@ -51,17 +55,20 @@ class Footprint:
 
 def footprint(
     config: Any, arch: Architecture, topology: Topology, lengths: list[int],
-    attach: Attach | None = None,
+    attach: Attach | None = None, *, sharing: int = 1,
 ) -> list[Footprint]:
     """Of each chunk of this rank, for a microbatch of sequences of these lengths; without the head.
 
     Within ``fake_world``; with ``like_transformer_engine`` as its layers would have it.
+
+    Args:
+        sharing: How many neighbours, equally long ones, have their first half in common.
     """
     multiple = topology.tp_size if config.sequence_parallel else 1
-    total = -(-sum(lengths) // multiple) * multiple
-    if total > sum(lengths):
-        lengths = [*lengths, total - sum(lengths)]
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    ids = [np.zeros(length, np.int64) for length in lengths]
+    batch = pack([(i[: len(i) // 2], i[len(i) // 2 :]) for i in ids], None, multiple_of=multiple,
+                 sharing=[sharing] * (len(ids) // sharing))
+    cu_seqlens = batch.cu_seqlens.numpy()
     layout = padded_layout(cu_seqlens.tolist(), torch.device("cpu"))
     with fake_tensors() as mode, even_routing():
         chunks: list[Any] = build_chunks(config, arch, topology, spec="local")
@@ -70,19 +77,25 @@ def footprint(
         packed = PackedSeqParams(
             # Sizes that are read on the host stand in numpy: fake tensors have no values.
             qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens,  # pyright: ignore
-            max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
+            max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen,
         )
         packed.padded_layout = None if layout is None else tuple(map(mode.from_tensor, layout))
-        return [_of_chunk(chunk, packed, total, config) for chunk in chunks]
+        if batch.shared is not None:
+            indices = map(mode.from_tensor, vars(batch.shared).values())
+            setattr(packed, SHARED, SharedPrompts(*indices))
+        tokens, places = batch.tokens_T.shape[1], int(cu_seqlens[-1])
+        return [_of_chunk(chunk, packed, tokens, places, config) for chunk in chunks]
 
 
-def _of_chunk(chunk: Any, packed: PackedSeqParams, total: int, config: Any) -> Footprint:
-    tokens = torch.zeros(1, total, dtype=torch.long)
+def _of_chunk(
+    chunk: Any, packed: PackedSeqParams, total: int, places: int, config: Any
+) -> Footprint:
+    tokens, positions = (torch.zeros(1, n, dtype=torch.long) for n in (total, places))
     for parameter in chunk.parameters():  # Megatron's DDP adds gradients to its buffer, and frees
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
     if isinstance(chunk.rotary_pos_emb, PackedRotaryEmbedding):
-        chunk.rotary_pos_emb.positions_T = tokens[0]
+        chunk.rotary_pos_emb.positions = positions[0]
     chunk.train()
     share = total // (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
@@ -96,7 +109,7 @@ def _of_chunk(chunk: Any, packed: PackedSeqParams, total: int, config: Any) -> F
         )
 
     run()  # tables of angles are made once and kept
-    known = [*chunk.parameters(), *chunk.buffers(), tokens]
+    known = [*chunk.parameters(), *chunk.buffers(), tokens, positions]
     with Ledger(known) as ledger, torch.no_grad():
         output = run()
         forward = ledger.peak
@@ -144,6 +157,19 @@ def parameters_of_stage(
 
 
 @dataclass(frozen=True)
+class Again:
+    """Bytes for a place of attention's sequences beyond the tokens of a microbatch.
+
+    Attributes:
+        layer, forward, backward: As of ``PerToken``.
+    """
+
+    layer: float = 0.0
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+@dataclass(frozen=True)
 class PerToken:
     """A stage's footprint by token of a microbatch, on one tensor-parallel rank.
 
@@ -153,6 +179,7 @@ class PerToken:
             goes out, the final norm's.
         forward, backward: As in ``Footprint``.
         gradients: Bytes of weight gradients on the way to Megatron's buffer, whatever the tokens.
+        again: For every token of a shared prompt that attention sees again.
     """
 
     layer: float
@@ -160,13 +187,15 @@ class PerToken:
     forward: float
     backward: float
     gradients: float
+    again: "Again"
 
-    def kept(self, layers: float, *, chunks: int) -> float:
-        """Bytes a token that so many layers keep, in so many chunks.
+    def kept(self, pack: Tokens, layers: float, *, chunks: int) -> float:
+        """Bytes that so many layers keep of a microbatch, in so many chunks.
 
         Between two chunks stands what is passed on, about half of what the model's ends keep.
         """
-        return layers * self.layer + (1 + (chunks - 1) / 2) * self.edge
+        edges = (1 + (chunks - 1) / 2) * self.edge
+        return pack.sum * (layers * self.layer + edges) + pack.again * layers * self.again.layer
 
 
 def per_token(
@@ -193,7 +222,7 @@ def per_token(
     plain: Precision = "bf16" if precision == "fp8" else precision
     together = overrides.get("recompute_num_layers") or 1
 
-    def look(layers: int, times: int) -> Footprint:
+    def look(layers: int, times: int, sharing: int = 1) -> Footprint:
         model = shallow(arch, layers)
         stand_ins = like_transformer_engine() if lean else nullcontext()
         with fake_world(parallel) as topology, stand_ins:
@@ -201,19 +230,33 @@ def per_token(
                 model, parallel, precision=plain, overrides=overrides, check_hardware=False
             )
             attach = attach_adapter(adapter, model, parallel)
-            (chunk,) = footprint(config, model, topology, list(lengths) * times, attach)
+            (chunk,) = footprint(
+                config, model, topology, list(lengths) * times, attach, sharing=sharing)
             return chunk
 
     tokens, one, two, long = sum(lengths), look(together, 1), look(2 * together, 1), look(
         2 * together, 2)
     layer = (two.kept - one.kept) / together
     backward = (long.backward - two.backward) / tokens
-    return PerToken(
+    known = PerToken(
         layer / tokens, max(0.0, one.kept - together * layer) / tokens,
         (long.forward - two.forward) / tokens, backward,
         # Transformer Engine's layers add theirs to the buffer as they compute them.
-        0.0 if lean else max(0.0, two.backward - backward * tokens),
+        0.0 if lean else max(0.0, two.backward - backward * tokens), Again(),
     )
+    shared = look(2 * together, 2, sharing=2)
+    return replace(known, again=_again(known, shared, long, 2 * together, lengths))
+
+
+def _again(
+    known: PerToken, shared: Footprint, apart: Footprint, layers: int, lengths: tuple[int, ...]
+) -> Again:
+    """By what two microbatches take that share the first halves of their sequences, and apart."""
+    again = sum(length // 2 for length in lengths)
+    kept = shared.kept - apart.kept + again * (layers * known.layer + known.edge)
+    forward = shared.forward - apart.forward + again * known.forward
+    backward = shared.backward - apart.backward + again * known.backward
+    return Again(*(max(0.0, n) / again for n in (kept / layers, forward, backward)))
 
 
 def attach_adapter(

@@ -43,8 +43,8 @@ def microbatch_seconds(
     attention_passes = passes + (1.0 if is_adapter and backward else 0.0)
     attention = 4.0 * layers * arch.dims["q"] * attended(arch, pack) / setup.tp
     attention *= attention_passes / (ATTENTION * peak(setup))
-    elementwise = layers * elementwise_bytes(setup) * pack.sum * passes / 3 / (
-        ELEMENTWISE * machine.bandwidth)
+    moved = elementwise_bytes(setup) * pack.sum + _copied_bytes(setup, pack)
+    elementwise = layers * moved * passes / 3 / (ELEMENTWISE * machine.bandwidth)
     host = HOST_LAYER * layers * passes / 3
     head = _head(setup, pack, backward=backward) if has_head else 0.0
     return max(weights + attention + elementwise + head, host) + _tensor_parallel(
@@ -84,6 +84,15 @@ def elementwise_bytes(setup: Setup) -> float:
         sorting = chosen * 16.0 * dims["hidden"] / setup.ep
     split = mlp + 8.0 * (dims["q"] + dims["kv"])
     return (shared + sorting + split / setup.tp) * element_size(setup.recipe) / 2
+
+
+def _copied_bytes(setup: Setup, pack: Tokens) -> float:
+    """Bytes a layer moves between shared prompts and attention's sequences, there and back."""
+    if not pack.again:
+        return 0.0
+    dims = setup.arch.dims
+    rows = 4.0 * (dims["qkv"] + dims["q"]) * pack.whole
+    return rows / setup.tp * element_size(setup.recipe)
 
 
 def _waiting_for_experts(

@@ -104,7 +104,10 @@ def stage_memory(
         if setup.replicas:
             terms["other stages' weights"] = whole - terms["weights"]
             parts["generation"] += ("other stages' weights",)
-        terms["reference pass"] = GPU_PACK_TOKENS * activations.forward
+        one = work.of_a_prompt(share_prompts=setup.recipe.train.share_prompts)
+        again = GPU_PACK_TOKENS * one.again / one.sum
+        terms["reference pass"] = (
+            GPU_PACK_TOKENS * activations.forward + again * activations.again.forward)
         parts["reference"] = (*held, "reference pass")
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
             terms["reference weights"] = terms["weights"]
@@ -137,13 +140,14 @@ def _activations(
 def _phase_activations(
     setup: Setup, stage: int, per_token: PerToken, phase: PhaseWork, pack: Tokens
 ) -> dict[str, float]:
-    kept = pack.sum * per_token.kept(setup.layers, chunks=setup.vpp)
+    kept = per_token.kept(pack, setup.layers, chunks=setup.vpp)
     if setup.recipe.precision == "fp8":
         kept += pack.sum * setup.layers * fp8_change(setup)
     in_flight = setup.in_flight(stage, len(phase.packs))
     logits, head = head_memory(setup, pack) if stage == setup.pp - 1 and phase.has_head else (0, 0)
     # The head's backward comes first and frees its logits before the layers' begins.
-    backward = max(head, pack.sum * per_token.backward + per_token.gradients - logits)
+    layers = pack.sum * per_token.backward + pack.again * per_token.again.backward
+    backward = max(head, layers + per_token.gradients - logits)
     return {"activations": kept * in_flight, "logits": logits, "backward": max(0.0, backward)}
 
 

@@ -32,7 +32,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{format_seconds(time.total * work.rounds)} (evaluation not counted)",
     ]
     for phase in work.phases:
-        speed, tokens = time.tokens_per_second[phase.name], sum(p.sum for p in phase.packs)
+        speed, tokens = time.tokens_per_second[phase.name], sum(p.whole for p in phase.packs)
         lines.append(
             f"{phase.name} steps: {time.step[phase.name]:.3g} s of {len(phase.packs)} "
             f"microbatches a rank with {tokens:,} tokens, {speed:,.0f} tokens/s a rank"

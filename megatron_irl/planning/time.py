@@ -79,7 +79,7 @@ def round_time(
     trained = parameters if adapter is None else adapter
     steps = {p.name: step_seconds(setup, p, trained, is_adapter=adapter is not None)
              for p in work.phases}
-    speeds = {p.name: sum(pack.sum for pack in p.packs) / steps[p.name] / (setup.tp * setup.pp)
+    speeds = {p.name: sum(pack.whole for pack in p.packs) / steps[p.name] / (setup.tp * setup.pp)
               for p in work.phases}
     seconds = {"training": sum(steps[p.name] * p.steps for p in work.phases)}
     decode, rate = 0.0, 0.0
@@ -149,14 +149,9 @@ def update_seconds(setup: Setup, trained: int) -> float:
 
 def _reference(setup: Setup, work: Workload) -> float:
     """A forward pass over the demonstrations and samples of a round."""
-    lengths = work.lengths
-    prompt, response = float(lengths.prompt.mean()), float(lengths.response.mean())
-    sample = float(lengths.sample.mean())
-    count = max(1.0, GPU_PACK_TOKENS // (prompt + response))
-    pack = Tokens.of([(round(prompt), round(response))] * round(count))
-    sequences = work.prompts * (1 + work.samples_per_prompt * (prompt + sample) / (
-        prompt + response))
-    packs = sequences / count / setup.dp
+    one = work.of_a_prompt(share_prompts=setup.recipe.train.share_prompts)
+    packs = work.prompts * one.sum / GPU_PACK_TOKENS / setup.dp
+    pack = one * (GPU_PACK_TOKENS / one.sum)
     return (packs + setup.pp - 1) * microbatch_seconds(setup, pack, backward=False)
 
 

@@ -69,6 +69,13 @@ class Workload:
         """Responses that a round samples."""
         return self.prompts * self.samples_per_prompt
 
+    def of_a_prompt(self, *, share_prompts: bool) -> Tokens:
+        """What the reference pass scores for a prompt of mean length: demonstration and samples."""
+        prompt, response, sample = (round(float(n.mean())) for n in (
+            self.lengths.prompt, self.lengths.response, self.lengths.sample))
+        together = [(prompt, response), *[(prompt, sample)] * self.samples_per_prompt]
+        return Tokens.of(together, sharing=len(together) if share_prompts else 1)
+
 
 def workload_of(
     recipe: Recipe, algorithm: Algorithm, lengths: Lengths, data_parallel_size: int
@@ -95,15 +102,17 @@ def _phase_work(
 ) -> PhaseWork:
     train, rng = recipe.train, np.random.default_rng(recipe.seed)
     size, drawn = train.global_batch_size, []
+    sharing = phase.sequences_per_item if train.share_prompts else 1
     for _ in range(_DRAWS):
         chosen = rng.integers(0, len(lengths.prompt), size)
         items = [_sequences(lengths, int(i), phase.sequences_per_item) for i in chosen]
-        totals = [sum(map(sum, item)) for item in items]
+        totals = [Tokens.of(item, sharing=sharing).sum for item in items]
         if train.micro_batch_tokens is None:
             bins = assign(totals, size // train.micro_batch_size, train.micro_batch_size)
         else:
             bins = assign_by_tokens(totals, train.micro_batch_tokens, data_parallel_size)
-        drawn.append([Tokens.of(s for i in one for s in items[i]) for one in bins])
+        drawn.append([Tokens.of((s for i in one for s in items[i]), sharing=sharing)
+                      for one in bins])
     typical = sorted(drawn, key=lambda packs: sum(p.sum for p in packs))[_DRAWS // 2]
     largest = max((pack for packs in drawn for pack in packs), key=lambda pack: pack.sum)
     prompt = recipe.data.max_prompt_length
@@ -111,10 +120,10 @@ def _phase_work(
     item = [(prompt, longest)] * phase.sequences_per_item
     count = train.micro_batch_size
     if train.micro_batch_tokens is not None:
-        count = max(1, train.micro_batch_tokens // sum(map(sum, item)))
+        count = max(1, train.micro_batch_tokens // Tokens.of(item, sharing=sharing).sum)
     return PhaseWork(
         phase.name, phase.last - phase.first, tuple(typical[::data_parallel_size]), largest,
-        max(Tokens.of(item * count), largest, key=lambda pack: pack.sum),
+        max(Tokens.of(item * count, sharing=sharing), largest, key=lambda pack: pack.sum),
         phase.heads != "rewards",
     )
 

@@ -49,6 +49,7 @@ class Policy:
         rows_at_once: Response rows whose logits exist at one time.
         adapters: Those of the chunks, if they have any.
         samples_merged: Sample with the adapters merged into the weights.
+        share_prompts: Scores of neighbours with one prompt compute it once.
 
     Attributes:
         config: Megatron's TransformerConfig of the chunks.
@@ -69,14 +70,16 @@ class Policy:
     def __init__(
         self, chunks: Sequence[Any], topology: Topology, architecture: Architecture, *,
         rows_at_once: int = 2048, adapters: Adapters | None = None, samples_merged: bool = True,
+        share_prompts: bool = True,
     ) -> None:
         self.chunks, self.topology, self.architecture = list(chunks), topology, architecture
         self.config: Any = get_model_config(self.chunks[0])
         # Once, here: while the model is lent to the engine its config says less than this.
         self.multiple_of = alignment(
             self.config.tensor_model_parallel_size, self.config.sequence_parallel,
-            self.config.context_parallel_size, self.config.fp8_recipe if self.config.fp8 else None,
-        )
+            self.config.context_parallel_size, self.config.fp8_recipe if self.config.fp8 else None)
+        self._packing: dict[str, Any] = {
+            "multiple_of": self.multiple_of, "share_prompts": share_prompts}
         self.rows_at_once = rows_at_once
         self.adapters, self.samples_merged = adapters, samples_merged
         self.schedule = PipelineSchedule(self.chunks, topology, rows_at_once=rows_at_once)
@@ -92,16 +95,12 @@ class Policy:
         return Policy(
             wrapped, self.topology, self.architecture, rows_at_once=self.rows_at_once,
             adapters=self.adapters, samples_merged=self.samples_merged,
-        )
+            share_prompts=self._packing["share_prompts"])
 
     # --- weights
 
     def load_weights(self, hf_dir: Path) -> None:
-        """Read HF weights into the model in place.
-
-        Raises:
-            UserError: As ``load_hf_weights``, on every rank. Collective.
-        """
+        """Read HF weights into the model in place. Raises as ``load_hf_weights``. Collective."""
         load_hf_weights_once(self.chunks, self.architecture, hf_dir, self.topology)
 
     def complete_gather(self) -> None:
@@ -191,8 +190,8 @@ class Policy:
             TrainingDiverged: A log-probability is NaN or infinite: the weights are no good.
         """
         scores = score_in_packs(
-            self.token_logprobs, sequences, self.topology, max_tokens=max_tokens,
-            multiple_of=self.multiple_of, on_progress=on_progress,
+            self.token_logprobs, sequences, self.topology, max_tokens=max_tokens, **self._packing,
+            on_progress=on_progress,
         )
         # After the exchange: every rank has all scores, so all of them find the same and raise.
         check_finite(np.array([values.sum() for values in scores]), "log-probabilities")
@@ -213,7 +212,7 @@ class Policy:
         sums = sum_in_packs(
             self.token_logprobs, sequences, self.topology,
             lambda i, values: Sums.of(values, against[i] if against is not None else None),
-            alone=alone, multiple_of=self.multiple_of, on_progress=on_progress,
+            alone=alone, **self._packing, on_progress=on_progress,
         )
         found = Sums(*sums.reshape(-1, 4).T)
         check_finite(found.logp, "log-probabilities")
@@ -236,7 +235,7 @@ class Policy:
         found = sum_in_packs(
             choices, sequences, self.topology,
             lambda _, v: (float(v[:, 0].sum(dtype=np.float64)), float(v[:, 1].min())),
-            alone=False, multiple_of=self.multiple_of, on_progress=on_progress,
+            alone=False, **self._packing, on_progress=on_progress,
         ).reshape(-1, 2)
         check_finite(found[:, 0], "log-probabilities")
         return found[:, 0], found[:, 1] == 1
@@ -252,7 +251,7 @@ class Policy:
         """
         rewards = sum_in_packs(
             self.rewards, sequences, self.topology, lambda _, value: float(value), alone=alone,
-            max_tokens=max_tokens, multiple_of=self.multiple_of, on_progress=on_progress,
+            max_tokens=max_tokens, **self._packing, on_progress=on_progress,
         )
         check_finite(rewards, "rewards")
         return rewards.tolist()

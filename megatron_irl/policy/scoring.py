@@ -55,7 +55,7 @@ class Sums(NamedTuple):
 
 def score_in_packs(
     compute: Compute, sequences: Sequences, topology: Topology, *, max_tokens: int,
-    multiple_of: int, on_progress: OnProgress | None = None,
+    multiple_of: int, share_prompts: bool = True, on_progress: OnProgress | None = None,
 ) -> list[np.ndarray]:
     """What ``compute`` says of every sequence, in input order, on every rank.
 
@@ -66,7 +66,8 @@ def score_in_packs(
     """
     scored = scored_in_packs(
         compute, sequences, topology.dp_rank, topology.dp_size, topology,
-        max_tokens=max_tokens, multiple_of=multiple_of, on_progress=on_progress,
+        max_tokens=max_tokens, multiple_of=multiple_of, share_prompts=share_prompts,
+        on_progress=on_progress,
     )
     # First down the pipeline of each replica, then across replicas: after the two every rank has
     # every score.
@@ -78,7 +79,8 @@ def score_in_packs(
 def sum_in_packs[N: (float, tuple[float, ...])](
     compute: Compute, sequences: Sequences, topology: Topology,
     numbers: Callable[[int, np.ndarray], N], *, alone: bool, multiple_of: int,
-    max_tokens: int = PACK_TOKENS, on_progress: OnProgress | None = None,
+    max_tokens: int = PACK_TOKENS, share_prompts: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> np.ndarray:
     """A few numbers of what ``compute`` says of each sequence; no other leaves its rank.
 
@@ -95,7 +97,8 @@ def sum_in_packs[N: (float, tuple[float, ...])](
     rank, count = (0, 1) if alone else (topology.dp_rank, topology.dp_size)
     scored = scored_in_packs(
         compute, sequences, rank, count, topology,
-        max_tokens=max_tokens, multiple_of=multiple_of, on_progress=on_progress,
+        max_tokens=max_tokens, multiple_of=multiple_of, share_prompts=share_prompts,
+        on_progress=on_progress,
     )
     places = np.array(sorted(scored), np.int64)
     found = np.array([numbers(i, scored[i]) for i in places.tolist()], np.float64)
@@ -111,7 +114,8 @@ def sum_in_packs[N: (float, tuple[float, ...])](
 
 def scored_in_packs(
     compute: Compute, sequences: Sequences, rank: int, count: int, topology: Topology, *,
-    max_tokens: int, multiple_of: int, on_progress: OnProgress | None = None,
+    max_tokens: int, multiple_of: int, share_prompts: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> dict[int, np.ndarray]:
     """What ``compute`` says of this replica's share of the sequences, by position.
 
@@ -124,11 +128,12 @@ def scored_in_packs(
         rank, count: The share is every ``count``-th pack from ``rank`` on.
         max_tokens: Tokens of one packed forward.
         multiple_of: Of the tokens of a pack.
+        share_prompts: A prompt that neighbours have in common is computed once for them.
         on_progress: Called with about the number of sequences finished so far, over all shares.
 
     Collectives: the ranks of a replica.
     """
-    split = token_budget_split(sequences, max_tokens=max_tokens)
+    split = token_budget_split(sequences, max_tokens=max_tokens, share_prompts=share_prompts)
     # A rank without a pack of its own repeats the last one, the cheapest, to the same numbers:
     # with ddp.overlap_param_gather the first forward after an update is where data-parallel ranks
     # exchange their parameters, so one that ran none would leave the others waiting.
@@ -139,32 +144,68 @@ def scored_in_packs(
         part = mine[start : start + group]
         topology.heart.beat()
         outputs = compute([
-            pack([sequences[i] for i in indices], None, multiple_of=multiple_of)
-            for indices in part
+            pack([sequences[i] for indices in groups for i in indices], None,
+                 multiple_of=multiple_of, sharing=[len(indices) for indices in groups])
+            for groups in part
         ])
-        for indices, parts in zip(part, outputs, strict=False):
-            scored |= {i: t.numpy() for i, t in zip(indices, parts, strict=True)}
+        for groups, parts in zip(part, outputs, strict=False):
+            places = (i for indices in groups for i in indices)
+            scored |= {i: t.numpy() for i, t in zip(places, parts, strict=True)}
         if on_progress is not None:  # the other ranks are about as far
-            on_progress(sum(map(len, split[: (start + group) * count])))
+            on_progress(sum(len(i) for g in split[: (start + group) * count] for i in g))
     return scored
 
 
-def token_budget_split(sequences: Sequences, *, max_tokens: int) -> list[list[int]]:
+def token_budget_split(
+    sequences: Sequences, *, max_tokens: int, share_prompts: bool = True
+) -> list[list[range]]:
     """Split sequences for evaluation, longest first, up to ``max_tokens`` together.
 
     Only positions: there may be millions of sequences, of which a rank packs its own and those
     only when their turn comes. A longer sequence is alone.
+
+    Returns:
+        Packs of groups of neighbours, each with one prompt; single sequences if not to be shared.
     """
-    lengths = [sum(map(len, sequence)) for sequence in sequences]
-    split: list[list[int]] = []
+    groups, lengths = prompt_groups(
+        sequences, max_tokens=max_tokens, at_most=None if share_prompts else 1)
+    split: list[list[range]] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if not split or tokens + lengths[index] > max_tokens:
             split.append([])
             tokens = 0
-        split[-1].append(index)
+        split[-1].append(groups[index])
         tokens += lengths[index]
     return split
+
+
+def prompt_groups(
+    sequences: Sequences, *, max_tokens: int, at_most: int | None = None
+) -> tuple[list[range], list[int]]:
+    """Neighbours with one prompt, and the tokens of each group with its prompt counted once.
+
+    Args:
+        max_tokens: Of a group that has more than one sequence.
+        at_most: Sequences of a group.
+    """
+    groups: list[range] = []
+    lengths: list[int] = []
+    known: np.ndarray | None = None
+    for index, (prompt, response) in enumerate(sequences):
+        joins = (
+            known is not None and len(groups[-1]) != at_most
+            and lengths[-1] + len(response) <= max_tokens
+            and (prompt is known or np.array_equal(prompt, known))
+        )
+        if joins:
+            groups[-1] = range(groups[-1].start, index + 1)
+            lengths[-1] += len(response)
+        else:
+            groups.append(range(index, index + 1))
+            lengths.append(len(prompt) + len(response))
+        known = prompt
+    return groups, lengths
 
 
 def distinct_sequences(pairs: Sequence[Pair]) -> tuple[Sequences, list[int]]:

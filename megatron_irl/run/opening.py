@@ -172,6 +172,7 @@ def build_policy(headers: Headers, topology: Topology, *, weights: bool) -> Poli
     policy = Policy(
         chunks, topology, arch, rows_at_once=recipe.train.logprob_rows,
         adapters=adapters, samples_merged=recipe.adapter.generation == "merged",
+        share_prompts=recipe.train.share_prompts,
     )
     if weights:
         policy.load_weights(Path(recipe.model.hf))

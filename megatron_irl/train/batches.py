@@ -19,7 +19,7 @@ Item = Demonstration | Pair | Preference | Rollout
 
 def microbatches_for(
     items: Sequence[Item], topology: Topology, *, multiple_of: int, micro_batch_size: int = 1,
-    micro_batch_tokens: int | None = None,
+    micro_batch_tokens: int | None = None, share_prompts: bool = True,
 ) -> list[PackedBatch]:
     """This data-parallel rank's microbatches of a global batch, balanced by tokens.
 
@@ -31,10 +31,12 @@ def microbatches_for(
         multiple_of: What T of every microbatch is padded up to a multiple of.
         micro_batch_size: Items in each; read without
         micro_batch_tokens: as many items as have so many tokens; see ``assign_by_tokens``.
+        share_prompts: An item's prompt stands in the pack once, before all of its responses.
     """
     # Lengths of all items decide, which every rank knows; the items of others are not made.
-    mine = share_of(token_counts(items), topology, micro_batch_size, micro_batch_tokens)
-    return [_pack([items[i] for i in chosen], multiple_of) for chosen in mine]
+    lengths = token_counts(items, share_prompts=share_prompts)
+    mine = share_of(lengths, topology, micro_batch_size, micro_batch_tokens)
+    return [_pack([items[i] for i in chosen], multiple_of, share_prompts) for chosen in mine]
 
 
 def share_of(
@@ -67,9 +69,11 @@ def chosen[T](items: Sequence[T], indices: Sequence[int]) -> Sequence[T]:
     return [items[i] for i in indices]
 
 
-def token_counts(items: Sequence[Item]) -> list[int]:
+def token_counts(items: Sequence[Item], *, share_prompts: bool) -> list[int]:
     """``num_tokens`` of every item; stored ones are not made for it."""
-    return items.token_counts() if isinstance(items, Stored) else [num_tokens(i) for i in items]
+    if isinstance(items, Stored):
+        return items.token_counts(share_prompts=share_prompts)
+    return [num_tokens(item, share_prompts=share_prompts) for item in items]
 
 
 def work_of(microbatches: Sequence[PackedBatch]) -> Tokens:
@@ -78,13 +82,16 @@ def work_of(microbatches: Sequence[PackedBatch]) -> Tokens:
         [np.diff(batch.cu_seqlens[: batch.num_sequences + 1].numpy()) for batch in microbatches]
     ).astype(np.int64)
     rows = sum(len(batch.rows_R) for batch in microbatches)
-    return Tokens(int(lengths.sum()), int((lengths**2).sum()), rows, len(lengths),
-                  int(lengths.max()))
+    again = sum(0 if batch.shared is None else len(batch.shared.again_B) for batch in microbatches)
+    return Tokens(int(lengths.sum()) - again, int((lengths**2).sum()), rows, len(lengths),
+                  int(lengths.max()), again)
 
 
-def num_tokens(item: Item) -> int:
-    """Tokens a step processes for one item: prompt and response of each of its sequences."""
-    return sum(len(prompt) + len(response) for prompt, response in sequences_of(item))
+def num_tokens(item: Item, *, share_prompts: bool = True) -> int:
+    """Tokens a step processes for one item: its responses, and the prompt once or for each."""
+    sequences = sequences_of(item)
+    prompts = [len(prompt) for prompt, _ in sequences[: 1 if share_prompts else None]]
+    return sum(prompts) + sum(len(response) for _, response in sequences)
 
 
 def sequences_of(item: Item) -> Sequences:
@@ -101,8 +108,9 @@ def sequences_of(item: Item) -> Sequences:
     return [(item.prompt_ids, response) for response in responses]
 
 
-def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
-    sequences = [sequence for item in items for sequence in sequences_of(item)]
+def _pack(items: Sequence[Item], multiple_of: int, share_prompts: bool) -> PackedBatch:
+    groups = [sequences_of(item) for item in items]
+    sequences = [sequence for group in groups for sequence in group]
     pairs = [item for item in items if isinstance(item, Pair)]
     rollouts = [item for item in items if isinstance(item, Rollout)]
     refs: list[float] = [rollout.ref_logp for rollout in rollouts]
@@ -111,6 +119,7 @@ def _pack(items: Sequence[Item], multiple_of: int) -> PackedBatch:
         refs += [pair.ref_demo_logp, pair.ref_sample_logp]
     return pack(
         sequences, refs or None, multiple_of=multiple_of,
+        sharing=[len(group) for group in groups] if share_prompts else None,
         sampled_logprobs=[r.sample_logprobs for r in rollouts] or None,
         advantages=[r.advantage for r in rollouts] or None,
         loss_masks=[item.loss_mask for item in items if isinstance(item, Demonstration)] or None,

@@ -192,7 +192,8 @@ class Trainer:
         """One update on a global batch of every stream.
 
         Returns:
-            What the step did, and the tokens it processed over all ranks.
+            What the step did, and the tokens of the sequences it trained on, over all ranks: a
+            prompt counts in each, computed once or not, as in other trainers' figures.
 
         Raises and collectives: as ``Stepper.train_step``.
         """
@@ -220,11 +221,11 @@ class Trainer:
         for stream in streams:
             # Every rank draws the whole batch, by numbers alone, and makes its own share of it.
             drawn = self.drawn(stream)
-            tokens += sum(token_counts(drawn))
+            tokens += sum(token_counts(drawn, share_prompts=False))
             microbatches += microbatches_for(
                 drawn, self.policy.topology, micro_batch_size=options.micro_batch_size,
                 micro_batch_tokens=options.micro_batch_tokens,
-                multiple_of=self.policy.multiple_of,
+                multiple_of=self.policy.multiple_of, share_prompts=options.share_prompts,
             )
         self.work = work_of(microbatches)
         return microbatches, tokens
@@ -246,10 +247,10 @@ class Trainer:
                     continue
                 _, indices = wanted.setdefault(id(stream.items), (stream.items, set()))
                 drawn = draw(len(stream.items), stream.seed, stream.step, size)
+                lengths = token_counts(
+                    chosen(stream.items, drawn), share_prompts=options.share_prompts)
                 share = share_of(
-                    token_counts(chosen(stream.items, drawn)), topology, options.micro_batch_size,
-                    options.micro_batch_tokens,
-                )
+                    lengths, topology, options.micro_batch_size, options.micro_batch_tokens)
                 indices.update(drawn[i] for microbatch in share for i in microbatch)
         for items, indices in wanted.values():
             items.keep(sorted(indices))

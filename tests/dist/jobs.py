@@ -40,13 +40,16 @@ BETA = 0.1
 
 
 def random_sequences(seed: int, num: int, vocab: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(prompt ids, response ids) of random lengths."""
+    """(prompt ids, response ids) of random lengths; some neighbours have one prompt."""
     rng = np.random.default_rng(seed)
 
     def ids(low: int, high: int) -> np.ndarray:
         return rng.integers(0, vocab, rng.integers(low, high)).astype(np.int32)
 
-    return [(ids(1, 20), ids(1, 16)) for _ in range(num)]
+    sequences = [(ids(1, 20), ids(1, 16)) for _ in range(num)]
+    for i in range(1, num, 3):
+        sequences[i] = sequences[i - 1][0], sequences[i][1]
+    return sequences
 
 
 def make_pairs(seed: int, num: int, vocab: int) -> list[Pair]:
@@ -81,11 +84,12 @@ def build(hf: str, layout: Layout, **options: Any) -> tuple[Any, list[Any], Any,
 
 
 def build_trainer(
-    hf: str, layout: Layout, optimizer: dict[str, Any], *, rows_at_once: int = 2048, **ddp: Any
+    hf: str, layout: Layout, optimizer: dict[str, Any], *, rows_at_once: int = 2048,
+    overrides: dict[str, Any] | None = None, **ddp: Any,
 ) -> Stepper:
     """A stepper on DDP-wrapped chunks; ``optimizer`` holds Megatron's OptimizerConfig fields."""
     precision = "bf16" if optimizer.get("bf16") else "fp32"
-    topology, chunks, config, arch = build(hf, layout, precision=precision)
+    topology, chunks, config, arch = build(hf, layout, precision=precision, overrides=overrides)
     sharded = optimizer.get("optimizer", "adam") == "adam"
     policy = Policy(chunks, topology, arch, rows_at_once=rows_at_once).for_training(
         build_ddp_config({"use_distributed_optimizer": sharded} | ddp)
@@ -119,10 +123,12 @@ def write_bank(hf: str, folder: str, pairs: Sequence[Pair], seed: int, noise: fl
 def train_on_bank(
     hf: str, folder: str, layout: Layout, optimizer: dict[str, Any], steps: int,
     micro_batch_size: int = 2, rows_at_once: int = 2048, micro_batch_tokens: int | None = None,
+    share_prompts: bool = True, overrides: dict[str, Any] | None = None,
 ) -> list[tuple[float, float]]:
     """Steps on the whole bank at once; (loss, gradient norm) of each, as this rank sees them."""
-    stepper = build_trainer(hf, layout, optimizer, rows_at_once=rows_at_once)
-    return _steps(stepper, folder, layout, steps, micro_batch_size, micro_batch_tokens)
+    stepper = build_trainer(hf, layout, optimizer, rows_at_once=rows_at_once, overrides=overrides)
+    return _steps(stepper, folder, layout, steps, micro_batch_size, micro_batch_tokens,
+                  share_prompts=share_prompts)
 
 
 def token_logprobs(
@@ -273,11 +279,12 @@ def resume_and_train(
 
 def _steps(
     stepper: Stepper, folder: str, layout: Layout, steps: int, micro_batch_size: int = 2,
-    micro_batch_tokens: int | None = None,
+    micro_batch_tokens: int | None = None, share_prompts: bool = True,
 ) -> list[tuple[float, float]]:
     batches = microbatches_for(
         PairBank(folder).read_round(0), stepper.policy.topology, micro_batch_size=micro_batch_size,
         micro_batch_tokens=micro_batch_tokens, multiple_of=multiple_of(layout),
+        share_prompts=share_prompts,
     )
     results = [stepper.train_step(batches, objective) for _ in range(steps)]
     return [(result.loss, result.grad_norm) for result in results]

@@ -31,14 +31,14 @@ def setting(pool, tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(pool, setting):
-    """Trajectories on one process, each computed once."""
+    """Trajectories on one process that computes a prompt for every response of it, each once."""
     known = {}
 
     def trajectory(tied, optimizer):
         if (tied, optimizer) not in known:
             (known[tied, optimizer],) = pool.run(
                 1, jobs.train_on_bank, **setting[tied], layout={}, steps=5,
-                optimizer=OPTIMIZERS[optimizer],
+                optimizer=OPTIMIZERS[optimizer], share_prompts=False,
             )
         return np.array(known[tied, optimizer])
 
@@ -111,6 +111,21 @@ def test_filling_microbatches_by_tokens_changes_nothing(
     np.testing.assert_allclose(
         ranks[0][0], single(False, "sgd")[0], rtol=1e-5, err_msg=f"seed {SEED}"
     )
+
+
+@pytest.mark.parametrize("model", [
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+], ids=["layers", "attention"])
+def test_recomputed_attention_takes_back_its_own_rows(pool, setting, single, model):
+    """A stage has begun with later microbatches when it computes the first one again."""
+    world_size, layout = LAYOUTS["pp2"]
+    for rank in pool.run(
+        world_size, jobs.train_on_bank, **setting[False], layout=layout, steps=1,
+        optimizer=OPTIMIZERS["sgd"], overrides=model,
+    ):
+        np.testing.assert_allclose(
+            rank[0], single(False, "sgd")[0], rtol=1e-5, err_msg=f"seed {SEED}")
 
 
 @pytest.mark.parametrize("name", ["one", "dp2", "pp2"])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_irl.data.packing import alignment, assign, assign_by_tokens, pack
+from megatron_irl.data.packing import alignment, assign, assign_by_tokens, lengthen, pack
 
 EOS = 2
 
@@ -32,6 +32,38 @@ def test_hand_worked_example():
     assert batch.ref_logps_S.tolist() == [-1.5, -2.5]
     assert batch.final_S.tolist() == [3, 6]  # where the reward is read: both at EOS
     assert batch.sampled_logprobs_R is None and batch.advantages_S is None
+
+
+def test_shared_prompt_by_hand():
+    """A prompt with two responses, another sequence, and padding to 8.
+
+    index     0  1 | 2  3 | 4 | 5  6 | 7
+    token    10 11 | 20 2 | 2 | 12 2 | 0
+    part      p  p | first| 2nd| p r | padding
+    Row 1 predicts the first token of both responses; the second one's stands at position 2 of its
+    sequence. Attention sees [0 1 2 3], [0 1 4], [5 6], [7].
+    """
+    sequences = [([10, 11], [20, EOS]), ([10, 11], [EOS]), ([12], [EOS])]
+    batch = pack(sequences, None, sharing=[2, 1], multiple_of=8)
+    assert batch.tokens_T.tolist() == [[10, 11, 20, 2, 2, 12, 2, 0]]
+    assert batch.position_ids_T.tolist() == [[0, 1, 2, 3, 2, 0, 1, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 4, 7, 9, 10] and batch.max_seqlen == 4
+    assert batch.rows_R.tolist() == [1, 2, 1, 5]
+    assert batch.targets_R.tolist() == [20, 2, 2, 2]
+    assert batch.segment_R.tolist() == [0, 0, 1, 2]
+    assert batch.final_S.tolist() == [3, 4, 6]
+    assert batch.shared.rows_A.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7]
+    assert batch.shared.first_T.tolist() == [0, 1, 2, 3, 6, 7, 8, 9]
+    assert batch.shared.again_B.tolist() == [4, 5]
+
+
+@pytest.mark.parametrize(("sequences", "sharing"), [
+    ([([1], [1])] * 3, [2]), ([([1], [1])] * 3, [3, 1]), ([([1], [1])] * 2, [2, 0]),
+    ([([1], [1]), ([1, 1], [1])], [2]),
+])
+def test_groups_that_are_none_are_refused(sequences, sharing):
+    with pytest.raises(ValueError, match="shar"):
+        pack(sequences, None, sharing=sharing)
 
 
 def test_dtypes_no_references_no_padding():
@@ -73,6 +105,41 @@ def test_invariants(sequences, multiple_of):
     assert batch.rows_R.tolist() == rows and batch.targets_R.tolist() == targets
     assert batch.segment_R.tolist() == [
         s for s, (_, response) in enumerate(sequences) for _ in response]
+
+
+@given(st.lists(st.tuples(ids, st.lists(ids, min_size=1, max_size=3)), min_size=1, max_size=4),
+       st.sampled_from([1, 8]), st.sampled_from([0, 5]), st.data())
+@settings(max_examples=100, deadline=None)
+def test_attention_and_the_head_see_what_they_would_apart(groups, multiple_of, more, data):
+    """Whole sequences in attention's places; every row the same token, position and target."""
+    sequences = [(prompt, response) for prompt, responses in groups for response in responses]
+    sharing = [len(responses) for _, responses in groups]
+    masks = [data.draw(st.none() | st.lists(st.booleans(), min_size=len(r), max_size=len(r))
+                       .filter(any)) for _, r in sequences]
+    options = {"loss_masks": masks, "pad_id": EOS}
+    together = pack(sequences, None, sharing=sharing, multiple_of=multiple_of, **options)
+    apart = pack(sequences, None, **options)
+    together = lengthen(together, together.tokens_T.shape[1] + more)
+    tokens, positions = together.tokens_T[0], together.position_ids_T[0]
+    count, places = len(apart.tokens_T[0]), len(tokens)
+    if together.shared is not None:
+        places = len(together.shared.rows_A)
+        tokens, positions = (x[together.shared.rows_A] for x in (tokens, positions))
+        assert len(together.tokens_T[0]) + len(together.shared.again_B) == places
+        first = together.shared.rows_A[together.shared.first_T]
+        assert first.tolist() == list(range(len(together.tokens_T[0])))
+    else:
+        assert set(sharing) == {1}
+    assert tokens[:count].tolist() == apart.tokens_T[0].tolist()
+    assert positions[:count].tolist() == apart.position_ids_T[0].tolist()
+    bounds = together.cu_seqlens.tolist()
+    assert bounds[: len(sequences) + 1] == apart.cu_seqlens.tolist() and bounds[-1] == places
+    for name in ("targets_R", "segment_R", "lengths_S"):
+        assert getattr(together, name).tolist() == getattr(apart, name).tolist(), name
+    for name in ("rows_R", "final_S"):
+        a, b = getattr(together, name), getattr(apart, name)
+        assert together.position_ids_T[0][a].tolist() == apart.position_ids_T[0][b].tolist()
+        assert together.tokens_T[0][a].tolist() == apart.tokens_T[0][b].tolist()
 
 
 @pytest.mark.parametrize("sequences, refs", [

@@ -42,8 +42,11 @@ def test_rows_are_the_bank_s_pairs_and_their_sizes_are_known(bank):
     expected = [*bank.read_round(0), *bank.read_round(1)]
     rows = opened(bank, 0).rows() + opened(bank, 1).rows()
     assert isinstance(rows, Stored)
-    assert rows.token_counts() == [num_tokens(pair) for pair in expected]
-    assert rows.chosen([20, 3]).token_counts() == [num_tokens(expected[i]) for i in (20, 3)]
+    for share in (True, False):
+        counts = [num_tokens(pair, share_prompts=share) for pair in expected]
+        assert rows.token_counts(share_prompts=share) == counts
+        chosen = rows.chosen([20, 3]).token_counts(share_prompts=share)
+        assert chosen == [counts[20], counts[3]]
     assert bank.reads == [], "a size needs no pair"
     assert_same([rows[i] for i in (0, 11, 12, 23)], [expected[i] for i in (0, 11, 12, 23)])
     assert_same(list(rows.chosen([7, 7, 1])), [expected[i] for i in (7, 7, 1)])

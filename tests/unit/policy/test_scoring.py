@@ -23,7 +23,24 @@ def sequences_of(*lengths: int) -> list[tuple[np.ndarray, np.ndarray]]:
     ((8, 8), [[0], [1]]),
 ])
 def test_longest_first_up_to_the_budget(lengths, expected):
-    assert token_budget_split(sequences_of(*lengths), max_tokens=8) == expected
+    split = token_budget_split(sequences_of(*lengths), max_tokens=8)
+    assert all(len(group) == 1 for groups in split for group in groups)
+    assert [[i for group in groups for i in group] for groups in split] == expected
+
+
+def test_neighbours_with_one_prompt_are_one_group_as_far_as_it_fits():
+    """Prompts of 3 tokens, a limit of 8: with responses of 2, 2 and 2 the third begins anew."""
+    def prompt(n):
+        return np.full(3, n, np.int32)  # equal, and another object each time
+
+    responses = [np.ones(2, np.int32)] * 6
+    sequences = list(zip(map(prompt, [1, 1, 1, 2, 1, 1]), responses, strict=True))
+    split = token_budget_split(sequences, max_tokens=8)
+    assert split == [[range(0, 2)], [range(4, 6)], [range(2, 3)], [range(3, 4)]]
+    apart = token_budget_split(sequences, max_tokens=8, share_prompts=False)
+    assert apart == [[range(i, i + 1)] for i in range(6)]
+    longer = [(prompt(1), np.ones(20, np.int32)), (prompt(1), np.ones(1, np.int32))]
+    assert token_budget_split(longer, max_tokens=8) == [[range(0, 1)], [range(1, 2)]]
 
 
 @pytest.mark.parametrize(("rank", "dp_size"), [(0, 1), (0, 3), (2, 3), (50, 64)])

@@ -15,6 +15,7 @@ from megatron_irl.flops import (
     Tokens,
     experts_hit,
     forward_flops,
+    layer_parameters,
     training_flops,
     unused_parameters,
 )
@@ -117,6 +118,18 @@ def test_work_of_packs_leaves_padding_out():
     packs = [pack([(ids, ids[:3]), (ids[:2], ids[:1])], None, multiple_of=8),
              pack([(ids, ids)], None)]
     assert work_of(packs) == Tokens.of([(5, 3), (2, 1), (5, 5)])
+
+
+def test_a_shared_prompt_is_computed_once_and_attended_to_by_each(model):  # noqa: F811
+    """By hand: 5 + 3 + 1 tokens, attention over 8 and 6 of them."""
+    ids = np.arange(1, 6, dtype=np.int32)
+    work = work_of([pack([(ids, ids[:3]), (ids, ids[:1])], None, sharing=[2], multiple_of=8)])
+    assert work == Tokens.of([(5, 3), (5, 1)], sharing=2) == Tokens(9, 64 + 36, 4, 2, 8, 5)
+    assert work.whole == 14 and work.padded == Tokens(16, 128, 16, 2, 8)
+    arch = architecture(read_hf_config(model))
+    apart = training_flops(arch, Tokens.of([(5, 3), (5, 1)]))
+    layers = arch.transformer["num_layers"]
+    assert apart - training_flops(arch, work) == 6 * layers * layer_parameters(arch) * 5
 
 
 @pytest.mark.parametrize(("name", "known"), [
