@@ -23,17 +23,21 @@ from megatron.core.optimizer import OptimizerConfig  # isort: skip
 EOS = 1
 
 
-def build_policy(hf: str, layout: Layout, precision: str, **overrides: Any) -> Policy:
+def build_policy(
+    hf: str, layout: Layout, precision: str, *, share_prompts: bool = True, **overrides: Any
+) -> Policy:
     topology, chunks, _, arch = build(hf, layout, precision=precision, overrides=overrides)
-    return Policy(chunks, topology, arch)
+    return Policy(chunks, topology, arch, share_prompts=share_prompts)
 
 
 def train(
     hf: str, layout: Layout, precision: str, seed: int, steps: int = 3, vocab: int = 128,
-    lr: float = 1e-3, **overrides: Any,
+    lr: float = 1e-3, share_prompts: bool = True, **overrides: Any,
 ) -> dict[str, Any]:
     """(loss, gradient norm) of steps on the same pairs, and log-probabilities before and after."""
-    policy = build_policy(hf, layout, precision, **overrides).for_training(build_ddp_config())
+    policy = build_policy(
+        hf, layout, precision, share_prompts=share_prompts, **overrides
+    ).for_training(build_ddp_config())
     config = policy.config
     optimizer = build_megatron_optimizer(
         OptimizerConfig(lr=lr, weight_decay=0.0, use_distributed_optimizer=True, bf16=config.bf16,
@@ -45,7 +49,7 @@ def train(
     before = np.concatenate(policy.score(sequences))
     batches = microbatches_for(
         make_pairs(seed, 8, vocab), policy.topology, micro_batch_tokens=120,
-        multiple_of=policy.multiple_of,
+        multiple_of=policy.multiple_of, share_prompts=share_prompts,
     )
     results = [stepper.train_step(batches, objective) for _ in range(steps)]
     return {"steps": [(r.loss, r.grad_norm) for r in results], "before": before.tolist(),

@@ -32,7 +32,8 @@ def irft(pairs: int, microbatches: int, *, precision: str = "bf16", **sections: 
         "model": {"hf": "x"} | sections.pop("model", {}),
         "data": {"train": "y", "max_prompt_length": 512, "max_response_length": 512},
         "algorithm": {"name": "irft", "steps_per_round": 8}, "output_dir": "z",
-        "train": {"micro_batch_size": pairs, "global_batch_size": pairs * microbatches},
+        "train": {"micro_batch_size": pairs, "global_batch_size": pairs * microbatches,
+                  "share_prompts": False},
         "precision": precision,
     } | sections), 4000)
 
