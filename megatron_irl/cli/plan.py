@@ -16,9 +16,16 @@ from megatron_irl.data.tokenizer import load_tokenizer
 from megatron_irl.errors import UserError
 from megatron_irl.planning.certain import active_parameters, parameters_of
 from megatron_irl.planning.data_lengths import is_small, lengths_of, sample_lengths
+from megatron_irl.planning.fuller import fuller_microbatches
 from megatron_irl.planning.machines import machine_named
 from megatron_irl.planning.plan import Plan, make_plan
-from megatron_irl.planning.report import draw_plan, plan_json, plan_lines, search_lines
+from megatron_irl.planning.report import (
+    draw_plan,
+    fuller_line,
+    plan_json,
+    plan_lines,
+    search_lines,
+)
 from megatron_irl.planning.search import Found, layouts_that_fit
 from megatron_irl.planning.workload import Lengths
 from megatron_irl.run.inputs import Headers, Inputs, read_headers, read_inputs
@@ -59,9 +66,12 @@ def run_plan(options: argparse.Namespace) -> Planned:
     if options.picture is not None:
         draw_plan(plan, options.picture)
     code = 0 if plan.fits else DOES_NOT_FIT
+    fuller = fuller_microbatches(plan) if plan.fits else None
     if options.json:
-        return Planned(json.dumps(plan_json(plan, found)) + "\n", code)
+        return Planned(json.dumps(plan_json(plan, found, fuller)) + "\n", code)
     lines = [*known.notes, *_work(known), *_layout(plan), *plan_lines(plan)]
+    if fuller is not None:
+        lines.append(fuller_line(plan, fuller))
     if options.search or not plan.fits:
         lines += search_lines(found, plan.setup.world_size)
     if recipe.precision == "fp8":

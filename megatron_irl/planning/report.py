@@ -93,9 +93,18 @@ def search_lines(found: list[Found], world_size: int) -> list[str]:
     return lines
 
 
-def plan_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
+def fuller_line(plan: Plan, fuller: Found) -> str:
+    """What larger microbatches would gain."""
+    return (f"microbatches are small for this GPU: {' '.join(fuller.overrides)} takes "
+            f"{format_seconds(fuller.plan.time.total)} a round instead of "
+            f"{format_seconds(plan.time.total)}, changes no gradient and fits "
+            f"({fuller.plan.fullest.needed / GIB:.1f} GiB)")
+
+
+def plan_json(plan: Plan, found: list[Found], fuller: Found | None = None) -> dict[str, Any]:
     """Everything of a plan, in bytes and seconds."""
     time, setup = plan.time, plan.setup
+    faster = None if fuller is None else fuller_line(plan, fuller)
     return {
         "fits": plan.fits, "always_fits": plan.always_fits, "verdict": plan.verdict(),
         "gpu": setup.machine.name, "gpu_memory": setup.machine.memory,
@@ -115,7 +124,7 @@ def plan_json(plan: Plan, found: list[Found]) -> dict[str, Any]:
         "checkpoint_background_seconds": time.checkpoint[1],
         "decode_step_seconds": time.decode_step,
         "generation_tokens_per_second": time.decode_tokens_per_second,
-        "generation_share": time.generation_share,
+        "generation_share": time.generation_share, "advice": faster,
         "layouts": [
             {"overrides": list(one.overrides), "seconds": one.plan.time.total,
              "needed": one.plan.fullest.needed} for one in found

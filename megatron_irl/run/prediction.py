@@ -95,6 +95,8 @@ class Prediction:
         self._plan = plan
         for text in shortages(plan):
             self._warn(text)
+        if plan["advice"]:
+            self._warn(f"by the plan {plan['advice']}")
 
 
 def shortages(plan: Mapping[str, Any]) -> list[str]:
