@@ -43,9 +43,9 @@ class Tokens:
 
     def __mul__(self, times: float) -> "Tokens":
         """So many times the same sequences."""
-        return Tokens(*(round(n * times) for n in (
-            self.sum, self.squares, self.rows, self.sequences)), self.longest,
-            round(self.again * times))
+        return Tokens(round(self.sum * times), round(self.squares * times),
+                      round(self.rows * times), round(self.sequences * times), self.longest,
+                      round(self.again * times))
 
     @property
     def whole(self) -> int:
