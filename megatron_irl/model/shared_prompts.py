@@ -46,7 +46,9 @@ class SharedPromptAttention(SelfAttention):
         found: Any = super().get_query_key_value_tensors(*args, **options)
         if self._shared is None:
             return found
-        return tuple(_ToPlaces.apply(rows, *_indices(self._shared)) for rows in found)
+        indices = _indices(self._shared)
+        # A gate, which some models have besides, meets what attention gives when that is taken back.
+        return *(_ToPlaces.apply(rows, *indices) for rows in found[:3]), *found[3:]
 
 
 def _take_back(_: Any, __: Any, options: dict[str, Any], out: Tensor) -> Tensor:
