@@ -47,7 +47,7 @@ class SharedPromptAttention(SelfAttention):
         if self._shared is None:
             return found
         indices = _indices(self._shared)
-        # A gate, which some models have besides, meets what attention gives when that is taken back.
+        # A gate, which some models have besides, meets what attention gives at its tokens.
         return *(_ToPlaces.apply(rows, *indices) for rows in found[:3]), *found[3:]
 
 
