@@ -121,17 +121,21 @@ class SharedPrompts:
     Attributes:
         rows_A: int64 [A], the position in T of the token at each place.
         first_T: int64 [T], the first place of each token, and
-        again_B: int64 [A - T], all other places. Within a training item no token has more than two
-            places, so what is added up over them has one order.
+        again_B: int64 [A - T], all other places.
+        at_most: Places of a token; two in a training item, so that what is added up over them has
+            one order.
     """
 
     rows_A: Tensor
     first_T: Tensor
     again_B: Tensor
+    at_most: int
 
     def to(self, device: torch.device) -> "SharedPrompts":
         """Return the same on ``device``, as ``PackedBatch.to``."""
-        return SharedPrompts(*(_send(value, device) for value in vars(self).values()))
+        rows_A, first_T, again_B = (
+            _send(index, device) for index in (self.rows_A, self.first_T, self.again_B))
+        return SharedPrompts(rows_A, first_T, again_B, self.at_most)
 
 
 @dataclass(frozen=True)

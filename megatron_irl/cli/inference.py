@@ -163,7 +163,8 @@ def open_model(options: argparse.Namespace, *, with_reward_head: bool = False) -
     chunks = build_chunks(config, arch, topology)
     if with_reward_head:
         attach_reward_head(chunks, topology)
-    policy = Policy(chunks, topology, arch)
+    policy = Policy(
+        chunks, topology, arch, share_prompts=recipe.train.share_prompts if recipe else True)
     model = OpenModel(source, policy, tokenizer, precision, weights="")
     console = Console(enabled=topology.is_main)
     if source.checkpoints is None:

@@ -187,14 +187,16 @@ class TrainConfig:
     """Packed into one row of a forward pass; does not change the gradient."""
     micro_batch_tokens: int | None = None
     """Instead of ``micro_batch_size``: as many pairs or sequences to a row as have about so many
-    tokens together, of equal size on all ranks. The number of rows may differ from step to step;
+    tokens together, of equal size on all ranks; a shared prompt counts once. The number of rows
+    may differ from step to step;
     an item longer than this has a row of its own. Does not change the gradient either, and keeps a
     GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
     share_prompts: bool = True
-    """Compute the prompt of a pair once for demonstration and sample, in training and in the
-    reference pass; attention alone goes over it for both. Changes no number beyond rounding."""
+    """Compute the prompt of a pair once for demonstration and sample, in training and in scoring;
+    attention alone goes over it for both. Changes no number beyond rounding. (Sampling has
+    ``generation.share_prompts``.)"""
     logprob_rows: int = 2048
     """Response tokens whose logits exist at one time in fp32; bounds the memory they take. On a GPU
     they stay in the model's precision, and so many more as fit the same memory are taken."""

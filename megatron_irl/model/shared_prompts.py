@@ -57,20 +57,19 @@ def _take_back(_: Any, __: Any, options: dict[str, Any], out: Tensor) -> Tensor:
     return out if shared is None else _FromPlaces.apply(out, *_indices(shared))
 
 
-def _indices(shared: SharedPrompts) -> tuple[Tensor, Tensor, Tensor]:
-    return shared.rows_A, shared.first_T, shared.again_B
+def _indices(shared: SharedPrompts) -> tuple[Tensor, Tensor, Tensor, int]:
+    return shared.rows_A, shared.first_T, shared.again_B, shared.at_most
 
 
 class _ToPlaces(torch.autograd.Function):
-    """[T, ...] → [A, ...]; the gradient of a token is the sum over its places.
-
-    Of at most two places in training, so that the order of additions, which CUDA does not promise,
-    is no matter.
-    """
+    """[T, ...] → [A, ...]; the gradient of a token is the sum over its places."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows_A: Tensor, first_T: Tensor, again_B: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, rows_A: Tensor, first_T: Tensor, again_B: Tensor, at_most: int
+    ) -> Tensor:
         ctx.save_for_backward(rows_A, first_T, again_B)
+        ctx.at_most = at_most
         return x.index_select(0, rows_A)
 
     @staticmethod
@@ -78,16 +77,21 @@ class _ToPlaces(torch.autograd.Function):
         rows_A, first_T, again_B = ctx.saved_tensors
         (grad_A,) = grads
         grad_T = grad_A.index_select(0, first_T)
-        grad_T.index_add_(0, rows_A.index_select(0, again_B), grad_A.index_select(0, again_B))
-        return grad_T, None, None, None
+        rows_B, more = rows_A.index_select(0, again_B), grad_A.index_select(0, again_B)
+        if ctx.at_most > 2:
+            return grad_T.index_add_(0, rows_B, more), None, None, None, None
+        # No row comes twice: one order of additions, and none of them atomic on CUDA.
+        return grad_T.index_copy_(0, rows_B, more.add_(grad_T.index_select(0, rows_B))), *[None] * 4
 
 
 class _FromPlaces(torch.autograd.Function):
     """[A, ...] → [T, ...], of the first place of each token; the others get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows_A: Tensor, first_T: Tensor, again_B: Tensor) -> Tensor:
-        del rows_A, again_B
+    def forward(
+        ctx: Any, x: Tensor, rows_A: Tensor, first_T: Tensor, again_B: Tensor, at_most: int
+    ) -> Tensor:
+        del rows_A, again_B, at_most
         ctx.save_for_backward(first_T)
         ctx.places = x.shape[0]
         return x.index_select(0, first_T)
@@ -98,4 +102,4 @@ class _FromPlaces(torch.autograd.Function):
         (grad_T,) = grads
         grad_A = grad_T.new_zeros(ctx.places, *grad_T.shape[1:])
         # ``index_copy``: no place comes twice.
-        return grad_A.index_copy_(0, first_T, grad_T), None, None, None
+        return grad_A.index_copy_(0, first_T, grad_T), None, None, None, None

@@ -5,10 +5,10 @@ whatever recomputation the recipe asks for. Memory is linear in layers of one ki
 are enough.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,19 +55,21 @@ class Footprint:
 
 def footprint(
     config: Any, arch: Architecture, topology: Topology, lengths: list[int],
-    attach: Attach | None = None, *, sharing: int = 1,
+    attach: Attach | None = None, *, shared: float | None = None,
 ) -> list[Footprint]:
     """Of each chunk of this rank, for a microbatch of sequences of these lengths; without the head.
 
     Within ``fake_world``; with ``like_transformer_engine`` as its layers would have it.
 
     Args:
-        sharing: How many neighbours, equally long ones, have their first half in common.
+        shared: Such a share of each is a prompt that two neighbours, equally long ones, have in
+            common; None: no prompts are shared.
     """
     multiple = topology.tp_size if config.sequence_parallel else 1
-    ids = [np.zeros(length, np.int64) for length in lengths]
-    batch = pack([(i[: len(i) // 2], i[len(i) // 2 :]) for i in ids], None, multiple_of=multiple,
-                 sharing=[sharing] * (len(ids) // sharing))
+    halves = _halves(lengths, 0.5 if shared is None else shared)
+    batch = pack([(np.zeros(p, np.int64), np.zeros(r, np.int64)) for p, r in halves], None,
+                 multiple_of=multiple,
+                 sharing=None if shared is None else [2] * (len(lengths) // 2))
     cu_seqlens = batch.cu_seqlens.numpy()
     layout = padded_layout(cu_seqlens.tolist(), torch.device("cpu"))
     with fake_tensors() as mode, even_routing():
@@ -81,8 +83,10 @@ def footprint(
         )
         packed.padded_layout = None if layout is None else tuple(map(mode.from_tensor, layout))
         if batch.shared is not None:
-            indices = map(mode.from_tensor, vars(batch.shared).values())
-            setattr(packed, SHARED, SharedPrompts(*indices))
+            known = batch.shared
+            rows, first, again = map(
+                mode.from_tensor, (known.rows_A, known.first_T, known.again_B))
+            setattr(packed, SHARED, SharedPrompts(rows, first, again, known.at_most))
         tokens, places = batch.tokens_T.shape[1], int(cu_seqlens[-1])
         return [_of_chunk(chunk, packed, tokens, places, config) for chunk in chunks]
 
@@ -156,17 +160,22 @@ def parameters_of_stage(
     }
 
 
-@dataclass(frozen=True)
-class Again:
-    """Bytes for a place of attention's sequences beyond the tokens of a microbatch.
+class Linear(NamedTuple):
+    """Bytes of a microbatch that shares prompts: for a token, and for a place of attention more."""
 
-    Attributes:
-        layer, forward, backward: As of ``PerToken``.
-    """
+    token: float = 0.0
+    again: float = 0.0
 
-    layer: float = 0.0
-    forward: float = 0.0
-    backward: float = 0.0
+    def of(self, pack: Tokens) -> float:
+        return pack.sum * self.token + pack.again * self.again
+
+    @classmethod
+    def through(cls, points: Sequence[tuple[float, float, float]]) -> "Linear":
+        """Through two of (tokens, places more, bytes); between them more than what is there, as
+        what takes most is one thing or the other.
+        """
+        (t, a, x), (u, b, y) = points
+        return cls((x * b - y * a) / (t * b - u * a), (y * t - x * u) / (t * b - u * a))
 
 
 @dataclass(frozen=True)
@@ -179,7 +188,7 @@ class PerToken:
             goes out, the final norm's.
         forward, backward: As in ``Footprint``.
         gradients: Bytes of weight gradients on the way to Megatron's buffer, whatever the tokens.
-        again: For every token of a shared prompt that attention sees again.
+        shared: The first, third and fourth where prompts are shared.
     """
 
     layer: float
@@ -187,15 +196,23 @@ class PerToken:
     forward: float
     backward: float
     gradients: float
-    again: "Again"
+    shared: tuple[Linear, Linear, Linear] = (Linear(), Linear(), Linear())
 
     def kept(self, pack: Tokens, layers: float, *, chunks: int) -> float:
         """Bytes that so many layers keep of a microbatch, in so many chunks.
 
         Between two chunks stands what is passed on, about half of what the model's ends keep.
         """
-        edges = (1 + (chunks - 1) / 2) * self.edge
-        return pack.sum * (layers * self.layer + edges) + pack.again * layers * self.again.layer
+        layer = max(pack.sum * self.layer, self.shared[0].of(pack) if pack.again else 0.0)
+        return layers * layer + pack.sum * (1 + (chunks - 1) / 2) * self.edge
+
+    def forward_of(self, pack: Tokens) -> float:
+        """Bytes at once of a microbatch in a forward pass that keeps nothing."""
+        return max(pack.sum * self.forward, self.shared[1].of(pack) if pack.again else 0.0)
+
+    def backward_of(self, pack: Tokens) -> float:
+        """Bytes at once of a microbatch in its backward pass, beyond those kept."""
+        return max(pack.sum * self.backward, self.shared[2].of(pack) if pack.again else 0.0)
 
 
 def per_token(
@@ -222,7 +239,7 @@ def per_token(
     plain: Precision = "bf16" if precision == "fp8" else precision
     together = overrides.get("recompute_num_layers") or 1
 
-    def look(layers: int, times: int, sharing: int = 1) -> Footprint:
+    def look(layers: int, times: int, shared: float | None = None) -> Footprint:
         model = shallow(arch, layers)
         stand_ins = like_transformer_engine() if lean else nullcontext()
         with fake_world(parallel) as topology, stand_ins:
@@ -231,7 +248,9 @@ def per_token(
             )
             attach = attach_adapter(adapter, model, parallel)
             (chunk,) = footprint(
-                config, model, topology, list(lengths) * times, attach, sharing=sharing)
+                config, model, topology, [n for n in lengths for _ in range(times)], attach,
+                shared=shared,
+            )
             return chunk
 
     tokens, one, two, long = sum(lengths), look(together, 1), look(2 * together, 1), look(
@@ -242,21 +261,35 @@ def per_token(
         layer / tokens, max(0.0, one.kept - together * layer) / tokens,
         (long.forward - two.forward) / tokens, backward,
         # Transformer Engine's layers add theirs to the buffer as they compute them.
-        0.0 if lean else max(0.0, two.backward - backward * tokens), Again(),
+        0.0 if lean else max(0.0, two.backward - backward * tokens),
     )
-    shared = look(2 * together, 2, sharing=2)
-    return replace(known, again=_again(known, shared, long, 2 * together, lengths))
+    fixed = two.forward - known.forward * tokens
+    points = [
+        (Tokens.of([n for n in _halves(lengths, share) for _ in range(2)], sharing=2),
+         look(2 * together, 2, share)) for share in (0.5, 0.9)
+    ]
+    return replace(known, shared=_where_shared(points, known, 2 * together, fixed))
 
 
-def _again(
-    known: PerToken, shared: Footprint, apart: Footprint, layers: int, lengths: tuple[int, ...]
-) -> Again:
-    """By what two microbatches take that share the first halves of their sequences, and apart."""
-    again = sum(length // 2 for length in lengths)
-    kept = shared.kept - apart.kept + again * (layers * known.layer + known.edge)
-    forward = shared.forward - apart.forward + again * known.forward
-    backward = shared.backward - apart.backward + again * known.backward
-    return Again(*(max(0.0, n) / again for n in (kept / layers, forward, backward)))
+def _where_shared(
+    points: list[tuple[Tokens, Footprint]], known: PerToken, layers: int, fixed: float
+) -> tuple[Linear, Linear, Linear]:
+    """What two microbatches say that share more and less of their sequences.
+
+    Args:
+        fixed: Bytes of a forward pass whatever the tokens.
+    """
+    found = [(pack, ((f.kept - pack.sum * known.edge) / layers, f.forward - fixed,
+                     f.backward - known.gradients)) for pack, f in points]
+    kept, forward, backward = (
+        Linear.through([(pack.sum, pack.again, values[i]) for pack, values in found])
+        for i in range(3))
+    return kept, forward, backward
+
+
+def _halves(lengths: Sequence[int], share: float) -> list[tuple[int, int]]:
+    """(prompt, response) tokens of sequences whose prompts are such a share."""
+    return [(round(n * share), n - round(n * share)) for n in lengths]
 
 
 def attach_adapter(

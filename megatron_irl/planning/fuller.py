@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from megatron_irl.algorithms.base import algorithm_of
+from megatron_irl.planning.machines import NEAR
 from megatron_irl.planning.plan import Plan, make_plan, stage_parameters
 from megatron_irl.planning.search import Found
 
@@ -29,8 +30,8 @@ def fuller_microbatches(plan: Plan) -> Found | None:
             replace(recipe, train=train), setup.arch, setup.machine, plan.work.lengths,
             data_parallel_size=setup.dp, parameters=parameters,
         )
-        fits = candidate.always_fits if plan.always_fits else candidate.fits
-        if not fits:
+        stages = candidate.worst if plan.always_fits else candidate.stages
+        if max(stage.needed for stage in stages) > NEAR * setup.machine.memory:
             break
         if candidate.time.total < _BETTER * best.time.total:
             best = candidate

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_irl.errors import UserError
 
+NEAR = 0.95  # an estimate of so much of a device's memory is near its limit
 GIB = 1024**3
 
 

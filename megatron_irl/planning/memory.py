@@ -25,6 +25,7 @@ from megatron_irl.planning.state import (
     training_state,
 )
 from megatron_irl.planning.workload import PhaseWork, Workload
+from megatron_irl.policy.score_packs import pack_weight
 from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
 # Outside of torch's allocator: the CUDA context, cuBLAS and NCCL. What the allocator cannot use
@@ -105,9 +106,8 @@ def stage_memory(
             terms["other stages' weights"] = whole - terms["weights"]
             parts["generation"] += ("other stages' weights",)
         one = work.of_a_prompt(share_prompts=setup.recipe.train.share_prompts)
-        again = GPU_PACK_TOKENS * one.again / one.sum
-        terms["reference pass"] = (
-            GPU_PACK_TOKENS * activations.forward + again * activations.again.forward)
+        pack = one * (GPU_PACK_TOKENS / pack_weight(one.sum, one.whole))
+        terms["reference pass"] = activations.forward_of(pack)
         parts["reference"] = (*held, "reference pass")
         if setup.recipe.algorithm.reference == "initial" and not setup.recipe.adapter.enabled:
             terms["reference weights"] = terms["weights"]
@@ -128,13 +128,12 @@ def _activations(
     setup: Setup, stage: int, per_token: PerToken, work: Workload, *, worst: bool
 ) -> dict[str, float]:
     """Of the phase that takes most: what is in flight, the head's logits, the backward pass."""
-    most = {"activations": 0.0, "logits": 0.0, "backward": 0.0}
-    for phase in work.phases:
-        found = _phase_activations(setup, stage, per_token, phase, phase.worst if worst
-                                   else phase.largest)
-        if sum(found.values()) > sum(most.values()):
-            most = found
-    return most
+    found = [
+        _phase_activations(setup, stage, per_token, phase, pack)
+        for phase in work.phases for pack in (phase.worst if worst else phase.largest)
+    ]
+    nothing = {"activations": 0.0, "logits": 0.0, "backward": 0.0}
+    return max(found, key=lambda terms: sum(terms.values()), default=nothing)
 
 
 def _phase_activations(
@@ -146,8 +145,7 @@ def _phase_activations(
     in_flight = setup.in_flight(stage, len(phase.packs))
     logits, head = head_memory(setup, pack) if stage == setup.pp - 1 and phase.has_head else (0, 0)
     # The head's backward comes first and frees its logits before the layers' begins.
-    layers = pack.sum * per_token.backward + pack.again * per_token.again.backward
-    backward = max(head, layers + per_token.gradients - logits)
+    backward = max(head, per_token.backward_of(pack) + per_token.gradients - logits)
     return {"activations": kept * in_flight, "logits": logits, "backward": max(0.0, backward)}
 
 

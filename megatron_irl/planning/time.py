@@ -20,6 +20,7 @@ from megatron_irl.planning.layout import Setup
 from megatron_irl.planning.memory import checkpoint_share
 from megatron_irl.planning.state import element_size, gradient_size, offloaded_share
 from megatron_irl.planning.workload import PhaseWork, Workload
+from megatron_irl.policy.score_packs import pack_weight
 from megatron_irl.policy.scoring import GPU_PACK_TOKENS
 
 UPDATE_BYTES = (22.0, 40.0)  # of Adam, a parameter: on all of them, and on the rank's share
@@ -150,8 +151,10 @@ def update_seconds(setup: Setup, trained: int) -> float:
 def _reference(setup: Setup, work: Workload) -> float:
     """A forward pass over the demonstrations and samples of a round."""
     one = work.of_a_prompt(share_prompts=setup.recipe.train.share_prompts)
-    packs = work.prompts * one.sum / GPU_PACK_TOKENS / setup.dp
-    pack = one * (GPU_PACK_TOKENS / one.sum)
+    weight = pack_weight(one.sum, one.whole)
+    times = GPU_PACK_TOKENS / weight
+    times = times if times < 1 else float(int(times))  # of a prompt's responses some, or all
+    packs, pack = work.prompts / times / setup.dp, one * times
     return (packs + setup.pp - 1) * microbatch_seconds(setup, pack, backward=False)
 
 

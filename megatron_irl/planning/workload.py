@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_irl.algorithms.base import Algorithm, Phase
 from megatron_irl.config import Recipe
-from megatron_irl.data.packing import assign, assign_by_tokens
+from megatron_irl.data.balance import assign, assign_by_tokens
 from megatron_irl.flops import Tokens
 
 _DRAWS = 16  # steps whose packs are looked at
@@ -41,16 +41,17 @@ class PhaseWork:
 
     Attributes:
         packs: Of one data-parallel rank in a typical step, in order.
-        largest: The longest pack that was drawn, and
-        worst: The longest that could be.
+        largest: Packs of those drawn of which one takes most memory, the one with most tokens and
+            the one with most places in attention, and
+        worst: likewise of those that could be.
         has_head: Whether the language-model head runs.
     """
 
     name: str
     steps: int
     packs: tuple[Tokens, ...]
-    largest: Tokens
-    worst: Tokens
+    largest: tuple[Tokens, ...]
+    worst: tuple[Tokens, ...]
     has_head: bool
 
 
@@ -114,18 +115,27 @@ def _phase_work(
         drawn.append([Tokens.of((s for i in one for s in items[i]), sharing=sharing)
                       for one in bins])
     typical = sorted(drawn, key=lambda packs: sum(p.sum for p in packs))[_DRAWS // 2]
-    largest = max((pack for packs in drawn for pack in packs), key=lambda pack: pack.sum)
-    prompt = recipe.data.max_prompt_length
-    longest = max(recipe.data.max_response_length, recipe.generation.max_new_tokens or 0)
-    item = [(prompt, longest)] * phase.sequences_per_item
-    count = train.micro_batch_size
-    if train.micro_batch_tokens is not None:
-        count = max(1, train.micro_batch_tokens // Tokens.of(item, sharing=sharing).sum)
+    packs = [pack for packs in drawn for pack in packs]
+    largest = (max(packs, key=lambda pack: pack.sum), max(packs, key=lambda pack: pack.whole))
     return PhaseWork(
         phase.name, phase.last - phase.first, tuple(typical[::data_parallel_size]), largest,
-        max(Tokens.of(item * count, sharing=sharing), largest, key=lambda pack: pack.sum),
+        (*largest, *_longest(recipe, phase.sequences_per_item, sharing)),
         phase.heads != "rewards",
     )
+
+
+def _longest(recipe: Recipe, sequences: int, sharing: int) -> list[Tokens]:
+    """Packs of nothing but items as long as the limits allow, and of long prompts alone."""
+    train, prompt = recipe.train, recipe.data.max_prompt_length
+    longest = max(recipe.data.max_response_length, recipe.generation.max_new_tokens or 0)
+    found = []
+    for response in (longest, min(8, longest)):
+        item = [(prompt, response)] * sequences
+        count = train.micro_batch_size
+        if train.micro_batch_tokens is not None:
+            count = max(1, train.micro_batch_tokens // Tokens.of(item, sharing=sharing).sum)
+        found.append(Tokens.of(item * count, sharing=sharing))
+    return found
 
 
 def _sequences(lengths: Lengths, i: int, count: int) -> Sequence[tuple[int, int]]:

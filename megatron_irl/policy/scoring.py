@@ -15,6 +15,7 @@ from megatron_irl.data.packing import pack
 from megatron_irl.errors import TrainingDiverged
 from megatron_irl.parallel.reduce import from_last_stage, gather_over_data_parallel
 from megatron_irl.parallel.topology import Topology
+from megatron_irl.policy.score_packs import Sequences, token_budget_split
 from megatron_irl.types import PackedBatch, Pair
 
 # Of one forward pass. What a layer makes of 4096 tokens is more than a CPU's caches hold
@@ -23,8 +24,6 @@ GPU_PACK_TOKENS, CPU_PACK_TOKENS = 4096, 1024
 PACK_TOKENS = GPU_PACK_TOKENS if hardware.IS_CUDA else CPU_PACK_TOKENS
 
 OnProgress = Callable[[int], None]
-Sequences = list[tuple[np.ndarray, np.ndarray]]
-"""(prompt ids, response ids), int32."""
 Compute = Callable[[Sequence[PackedBatch]], list[list[Tensor]]]
 
 
@@ -154,58 +153,6 @@ def scored_in_packs(
         if on_progress is not None:  # the other ranks are about as far
             on_progress(sum(len(i) for g in split[: (start + group) * count] for i in g))
     return scored
-
-
-def token_budget_split(
-    sequences: Sequences, *, max_tokens: int, share_prompts: bool = True
-) -> list[list[range]]:
-    """Split sequences for evaluation, longest first, up to ``max_tokens`` together.
-
-    Only positions: there may be millions of sequences, of which a rank packs its own and those
-    only when their turn comes. A longer sequence is alone.
-
-    Returns:
-        Packs of groups of neighbours, each with one prompt; single sequences if not to be shared.
-    """
-    groups, lengths = prompt_groups(
-        sequences, max_tokens=max_tokens, at_most=None if share_prompts else 1)
-    split: list[list[range]] = []
-    tokens = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not split or tokens + lengths[index] > max_tokens:
-            split.append([])
-            tokens = 0
-        split[-1].append(groups[index])
-        tokens += lengths[index]
-    return split
-
-
-def prompt_groups(
-    sequences: Sequences, *, max_tokens: int, at_most: int | None = None
-) -> tuple[list[range], list[int]]:
-    """Neighbours with one prompt, and the tokens of each group with its prompt counted once.
-
-    Args:
-        max_tokens: Of a group that has more than one sequence.
-        at_most: Sequences of a group.
-    """
-    groups: list[range] = []
-    lengths: list[int] = []
-    known: np.ndarray | None = None
-    for index, (prompt, response) in enumerate(sequences):
-        joins = (
-            known is not None and len(groups[-1]) != at_most
-            and lengths[-1] + len(response) <= max_tokens
-            and (prompt is known or np.array_equal(prompt, known))
-        )
-        if joins:
-            groups[-1] = range(groups[-1].start, index + 1)
-            lengths[-1] += len(response)
-        else:
-            groups.append(range(index, index + 1))
-            lengths.append(len(prompt) + len(response))
-        known = prompt
-    return groups, lengths
 
 
 def distinct_sequences(pairs: Sequence[Pair]) -> tuple[Sequences, list[int]]:

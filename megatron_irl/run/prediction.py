@@ -19,11 +19,10 @@ from megatron_irl.config import Recipe, check_layout, to_yaml
 from megatron_irl.console import Console
 from megatron_irl.data.corpus import Corpus
 from megatron_irl.planning.certain import refuse_what_cannot_fit
-from megatron_irl.planning.machines import GIB
+from megatron_irl.planning.machines import GIB, NEAR
 from megatron_irl.run.inputs import Headers
 
 OFF = 0.15  # a prediction that is off by more is named
-NEAR = 0.95  # an estimate of so much of the device is near its limit
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 
 
@@ -117,7 +116,8 @@ def shortages(plan: Mapping[str, Any]) -> list[str]:
         terms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
         return [f"by the plan this run takes {stage['needed'] / GIB:.1f} of {memory / GIB:.1f} GiB "
                 f"on stage {stage['stage']} (largest terms, GiB: {terms}); if it runs out of "
-                "memory, lower train.micro_batch_size, or see `megatron-irl plan --search`"]
+                "memory, lower train.micro_batch_size or train.micro_batch_tokens, or see "
+                "`megatron-irl plan --search`"]
     return [] if plan["always_fits"] else [f"by the plan this run {plan['verdict']}"]
 
 

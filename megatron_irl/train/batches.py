@@ -5,7 +5,8 @@ from typing import cast
 
 import numpy as np
 
-from megatron_irl.data.packing import assign, assign_by_tokens, pack
+from megatron_irl.data.balance import assign, assign_by_tokens
+from megatron_irl.data.packing import pack
 from megatron_irl.data.preferences import Preference
 from megatron_irl.data.sampler import OrderedSampler
 from megatron_irl.data.stored import Stored

@@ -17,7 +17,7 @@ from megatron_irl.errors import UserError
 from megatron_irl.model.build import build_config
 from megatron_irl.parallel.topology import initialize
 from megatron_irl.planning import activations
-from megatron_irl.planning.activations import Again, PerToken, footprint, per_token
+from megatron_irl.planning.activations import PerToken, footprint, per_token
 from megatron_irl.planning.certain import refuse_what_cannot_fit, stage_elements
 from megatron_irl.planning.fake_world import fake_world
 from megatron_irl.planning.machines import GIB, MACHINES
@@ -210,7 +210,7 @@ def test_small_steps_have_a_row_for_every_expert():
         recipe, data=dataclasses.replace(recipe.data, max_prompt_length=1))
     setup = setup_of(recipe, shape("qwen3-30b-a3b"), MACHINES["h100"], 1)
     for forward, step in ((0.0, 300 * 1_638_400), (2e6, 300 * 2e6)):
-        found = _generation(setup, PerToken(0, 0, forward, 0, 0, Again()))["prefill"]
+        found = _generation(setup, PerToken(0, 0, forward, 0, 0))["prefill"]
         assert found == step + 300 * 151936 * (2 + 4)
 
 

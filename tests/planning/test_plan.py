@@ -175,7 +175,8 @@ def test_layouts_that_fit_fit(capsys, tmp_path):
     (["--world-size", "0"], ("--world-size 0",)),
     (["--lengths", "long"], ("--lengths long", "PROMPT,RESPONSE")),
     (["model.hf=/nowhere"], ("model.hf=/nowhere", "not a folder")),
-    (["train.micro_batch_size=5"], ("train.global_batch_size=64", "train.micro_batch_size=5")),
+    (["train.micro_batch_tokens=null", "train.micro_batch_size=5"],
+     ("train.global_batch_size=64", "train.micro_batch_size=5")),
 ])
 def test_wrong_input(more, named):
     refused("plan", *seventy(*more), named=named)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_irl.data.packing import alignment, assign, assign_by_tokens, lengthen, pack
+from megatron_irl.data.balance import assign, assign_by_tokens
+from megatron_irl.data.packing import alignment, lengthen, pack
 
 EOS = 2
 

@@ -8,7 +8,8 @@ import pytest
 from megatron_irl.data.packing import pack
 from megatron_irl.parallel.heartbeat import Heartbeat
 from megatron_irl.policy import scoring
-from megatron_irl.policy.scoring import score_in_packs, token_budget_split
+from megatron_irl.policy.score_packs import token_budget_split
+from megatron_irl.policy.scoring import score_in_packs
 
 
 def sequences_of(*lengths: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -39,6 +40,10 @@ def test_neighbours_with_one_prompt_are_one_group_as_far_as_it_fits():
     assert split == [[range(0, 2)], [range(4, 6)], [range(2, 3)], [range(3, 4)]]
     apart = token_budget_split(sequences, max_tokens=8, share_prompts=False)
     assert apart == [[range(i, i + 1)] for i in range(6)]
+    # Responses of one token and a prompt of ten: attention's places, eleven each, are the limit.
+    long = [(np.full(10, 7, np.int32), np.ones(1, np.int32))] * 9
+    assert token_budget_split(long, max_tokens=20) == [
+        [range(0, 3)], [range(3, 6)], [range(6, 9)]]
     longer = [(prompt(1), np.ones(20, np.int32)), (prompt(1), np.ones(1, np.int32))]
     assert token_budget_split(longer, max_tokens=8) == [[range(0, 1)], [range(1, 2)]]
 
