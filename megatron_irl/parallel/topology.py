@@ -90,7 +90,8 @@ def initialize(
     check_world_size(parallel, world_size)
     if not dist.is_initialized():
         hardware.select_device(int(os.environ.get("LOCAL_RANK", "0")))
-        share_device()
+        if not hardware.IS_CUDA:  # there ranks share cores, and this was not tried with NCCL
+            share_device()
         timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
         if "MASTER_ADDR" in os.environ:
             dist.init_process_group(hardware.BACKEND, timeout=timeout)
