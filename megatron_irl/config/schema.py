@@ -188,9 +188,9 @@ class TrainConfig:
     micro_batch_tokens: int | None = None
     """Instead of ``micro_batch_size``: as many pairs or sequences to a row as have about so many
     tokens together, of equal size on all ranks; a shared prompt counts once. The number of rows
-    may differ from step to step;
-    an item longer than this has a row of its own. Does not change the gradient either, and keeps a
-    GPU busy whatever the lengths are. None: ``micro_batch_size`` counts."""
+    may differ from step to step; an item longer than this has a row of its own. Does not change the
+    gradient either, and keeps a GPU busy whatever the lengths are. None: ``micro_batch_size``
+    counts."""
     global_batch_size: int = 8
     """Per optimizer step, over all ranks."""
     share_prompts: bool = True

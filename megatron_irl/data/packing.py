@@ -77,7 +77,7 @@ def pack(
     ref = np.zeros(len(sequences)) if ref_logps is None else np.asarray(ref_logps)
     segments = place.segment_lengths
     positions_A = torch.from_numpy(_ranges(np.zeros_like(segments), segments))
-    shared = place.shared()
+    shared = place.shared(prompt_S)
     return PackedBatch(
         tokens_T=torch.from_numpy(tokens_T)[None],
         position_ids_T=(positions_A if shared is None else positions_A[shared.first_T])[None],
@@ -120,7 +120,6 @@ class _Places(NamedTuple):
         owns_prompt_S: bool, whether its prompt stands before a response; else it is that of an
             earlier sequence.
         prompt_S, response_S: int64, position in T of the first token of each.
-        lengths_2S: int64, tokens of prompt and response of each sequence in turn.
         segment_lengths: int64 [S], or [S + 1] with the padding: tokens of whole sequences.
         num_padding: Tokens of that.
     """
@@ -128,7 +127,6 @@ class _Places(NamedTuple):
     owns_prompt_S: np.ndarray
     prompt_S: np.ndarray
     response_S: np.ndarray
-    lengths_2S: np.ndarray
     segment_lengths: np.ndarray
     num_padding: int
 
@@ -152,17 +150,19 @@ class _Places(NamedTuple):
         padding = np.full(min(num_padding, 1), num_padding)
         return cls(
             owns_S, begin_S[first_S], begin_S + own_S,
-            np.stack([prompt_S, response_S], axis=1).ravel(),
             np.concatenate([prompt_S + response_S, padding]), num_padding,
         )
 
-    def shared(self) -> SharedPrompts | None:
+    def shared(self, prompt_lengths_S: np.ndarray) -> SharedPrompts | None:
         """None where every sequence owns its prompt."""
+        count = len(prompt_lengths_S)
         if self.owns_prompt_S.all():
             return None
-        starts_2S = np.stack([self.prompt_S, self.response_S], axis=1).ravel()
-        end = self.response_S[-1] + self.lengths_2S[-1]
-        rows_A = np.append(_ranges(starts_2S, self.lengths_2S), end + np.arange(self.num_padding))
+        response_lengths_S = self.segment_lengths[:count] - prompt_lengths_S
+        starts_2S, lengths_2S = (np.stack(pair, axis=1).ravel() for pair in (
+            (self.prompt_S, self.response_S), (prompt_lengths_S, response_lengths_S)))
+        end = starts_2S[-1] + lengths_2S[-1]
+        rows_A = np.append(_ranges(starts_2S, lengths_2S), end + np.arange(self.num_padding))
         return _shared(torch.from_numpy(rows_A))
 
 

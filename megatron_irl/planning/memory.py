@@ -105,7 +105,7 @@ def stage_memory(
         if setup.replicas:
             terms["other stages' weights"] = whole - terms["weights"]
             parts["generation"] += ("other stages' weights",)
-        one = work.of_a_prompt(share_prompts=setup.recipe.train.share_prompts)
+        one = work.of_a_prompt
         pack = one * (GPU_PACK_TOKENS / pack_weight(one.sum, one.whole))
         terms["reference pass"] = activations.forward_of(pack)
         parts["reference"] = (*held, "reference pass")

@@ -104,7 +104,6 @@ def fuller_line(plan: Plan, fuller: Found) -> str:
 def plan_json(plan: Plan, found: list[Found], fuller: Found | None = None) -> dict[str, Any]:
     """Everything of a plan, in bytes and seconds."""
     time, setup = plan.time, plan.setup
-    faster = None if fuller is None else fuller_line(plan, fuller)
     return {
         "fits": plan.fits, "always_fits": plan.always_fits, "verdict": plan.verdict(),
         "gpu": setup.machine.name, "gpu_memory": setup.machine.memory,
@@ -124,7 +123,8 @@ def plan_json(plan: Plan, found: list[Found], fuller: Found | None = None) -> di
         "checkpoint_background_seconds": time.checkpoint[1],
         "decode_step_seconds": time.decode_step,
         "generation_tokens_per_second": time.decode_tokens_per_second,
-        "generation_share": time.generation_share, "advice": faster,
+        "generation_share": time.generation_share,
+        "advice": None if fuller is None else fuller_line(plan, fuller),
         "layouts": [
             {"overrides": list(one.overrides), "seconds": one.plan.time.total,
              "needed": one.plan.fullest.needed} for one in found

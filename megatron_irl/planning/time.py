@@ -150,7 +150,7 @@ def update_seconds(setup: Setup, trained: int) -> float:
 
 def _reference(setup: Setup, work: Workload) -> float:
     """A forward pass over the demonstrations and samples of a round."""
-    one = work.of_a_prompt(share_prompts=setup.recipe.train.share_prompts)
+    one = work.of_a_prompt
     weight = pack_weight(one.sum, one.whole)
     times = GPU_PACK_TOKENS / weight
     times = times if times < 1 else float(int(times))  # of a prompt's responses some, or all

@@ -57,26 +57,24 @@ class PhaseWork:
 
 @dataclass(frozen=True)
 class Workload:
-    """A round."""
+    """A round.
+
+    Attributes:
+        of_a_prompt: What the reference pass scores for a prompt of mean length: demonstration and
+            samples.
+    """
 
     phases: tuple[PhaseWork, ...]
     rounds: int
     prompts: int
     samples_per_prompt: int
     lengths: Lengths
+    of_a_prompt: Tokens
 
     @property
     def samples(self) -> int:
         """Responses that a round samples."""
         return self.prompts * self.samples_per_prompt
-
-    def of_a_prompt(self, *, share_prompts: bool) -> Tokens:
-        """What the reference pass scores for a prompt of mean length: demonstration and samples."""
-        prompt, response, sample = (round(float(n.mean())) for n in (
-            self.lengths.prompt, self.lengths.response, self.lengths.sample))
-        together = [(prompt, response), *[(prompt, sample)] * self.samples_per_prompt]
-        return Tokens.of(together, sharing=len(together) if share_prompts else 1)
-
 
 def workload_of(
     recipe: Recipe, algorithm: Algorithm, lengths: Lengths, data_parallel_size: int
@@ -91,10 +89,14 @@ def workload_of(
         for phase in algorithm.phases(recipe) if phase.last > phase.first
     ]
     draws = algorithm.draws_samples
+    samples = algorithm.samples_per_prompt(recipe) if draws else 0
+    prompt, response, sample = (
+        round(float(n.mean())) for n in (lengths.prompt, lengths.response, lengths.sample))
+    together = [(prompt, response), *[(prompt, sample)] * samples]
     return Workload(
         tuple(phases), recipe.algorithm.rounds,
-        (recipe.algorithm.prompts_per_round or 0) if draws else 0,
-        algorithm.samples_per_prompt(recipe) if draws else 0, lengths,
+        (recipe.algorithm.prompts_per_round or 0) if draws else 0, samples, lengths,
+        Tokens.of(together, sharing=len(together) if recipe.train.share_prompts else 1),
     )
 
 

@@ -19,7 +19,7 @@ def token_budget_split(
         A pack's tokens are at most ``max_tokens``, and their places in attention twice as many.
     """
     groups, lengths = prompt_groups(
-        sequences, max_tokens=max_tokens, at_most=None if share_prompts else 1)
+        sequences, max_tokens=max_tokens, share_prompts=share_prompts)
     split: list[list[range]] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -32,13 +32,13 @@ def token_budget_split(
 
 
 def prompt_groups(
-    sequences: Sequences, *, max_tokens: int, at_most: int | None = None
+    sequences: Sequences, *, max_tokens: int, share_prompts: bool
 ) -> tuple[list[range], list[int]]:
     """Neighbours with one prompt, and how much each group counts in a pack (``pack_weight``).
 
     Args:
         max_tokens: What a group of more than one sequence counts at most.
-        at_most: Sequences of a group.
+        share_prompts: Without it every sequence is a group.
     """
     groups: list[range] = []
     weights: list[int] = []
@@ -47,7 +47,7 @@ def prompt_groups(
     for index, (prompt, response) in enumerate(sequences):
         more, whole = len(response), len(prompt) + len(response)
         joins = (
-            known is not None and len(groups[-1]) != at_most
+            share_prompts and known is not None
             and pack_weight(tokens + more, places + whole) <= max_tokens
             and (prompt is known or np.array_equal(prompt, known))
         )

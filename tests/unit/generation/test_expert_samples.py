@@ -8,19 +8,16 @@ import pytest
 import torch
 
 import megatron_irl.hardware  # noqa: F401
-from megatron_irl.generation import SamplingConfig, cache_size, every_expert
+from megatron_irl.generation import cache_size, every_expert
 from megatron_irl.generation.engine import Controller
 from megatron_irl.generation.megatron_engine import MegatronGenerator
 from tests.convert.test_families import MODELS
 from tests.convert.tiny import make_tiny_llama
-from tests.unit.generation.alone import alone
-from tests.unit.generation.exact import EXACT
+from tests.unit.generation.alone import SAMPLED, alone, check_company
 
 from megatron.core.inference.text_generation_controllers.text_generation_controller import (  # isort: skip  # noqa: E501
     TextGenerationController,
 )
-
-SAMPLED = SamplingConfig(max_new_tokens=40, seed=3, eos_id=10**6)
 
 
 @pytest.fixture(params=["mixtral", "qwen3_moe_unnormalised"])
@@ -32,25 +29,8 @@ def sparse(request, tmp_path):
 
 
 def test_company_does_not_change_a_bit_of_a_sample(sparse):
-    chunks, topology = sparse
-    rng = np.random.default_rng(11)
-    prompts = [rng.integers(3, 128, n).astype(np.int32) for n in rng.integers(1, 120, 24)]
-    budgets = rng.integers(1, 40, len(prompts)).tolist()
-
-    def sampled(**options):
-        generator = MegatronGenerator(
-            chunks, topology, max_sequence_length=192, vocab_size=128, **options
-        )
-        samples = generator.generate(prompts, SAMPLED, max_new_tokens=budgets)
-        generator.close()
-        return samples
-
-    expected = sampled(max_requests=1)
-    for options in ({"max_requests": 3}, {"max_requests": 16, "burst_steps": 8}):
-        for got, single in zip(sampled(**options), expected, strict=True):
-            np.testing.assert_array_equal(got.token_ids, single.token_ids)
-            tolerance = 0 if EXACT else 1e-5
-            np.testing.assert_allclose(got.logprobs, single.logprobs, rtol=0, atol=tolerance)
+    lengths = np.random.default_rng(11).integers(1, 120, 24).tolist()
+    check_company(sparse, lengths, longest=192, places=16)
 
 
 def test_small_steps_go_to_all_experts_and_large_ones_do_not(sparse, monkeypatch):
